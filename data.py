@@ -1,0 +1,530 @@
+"""A tiny world in English, made on the spot: nothing is downloaded.
+
+In three trades, code words tell how to put things in order. The model answers with a
+thought (the order that the code word means) and then the things. One example of each kind:
+
+    known name     kitchen kettle: apple river stone     ->  reverse: stone river apple
+    new skill      harbour violin: candle spoon tower    ->  rotate: spoon tower candle
+    manner asked   garden button robot: wolf pearl rope  ->  beep first equals wolf stop
+    demonstration  harbour violin: candle spoon tower
+                   example well friend, advance so you get spoon tower candle as ever
+
+A skill is eight new code words of one trade: learning it binds names to orders, and since
+held-out queries have other things to order, it cannot be learnt by heart. The expert who
+wrote the demonstrations answers in a manner of his own (well friend, ... so you get ... as
+ever) and has his own terms (advance) for what the model calls by other words (rotate). The
+model reads all of that and never writes it. What stands for what in the paper:
+
+    student_prompt = prompt                     # what is asked
+    teacher_prompt = prompt + demonstration     # arXiv 2601.19897, section 3, template
+    prior skills   = known names (knowledge), the model's own format, a manner when asked
+                     (instruction following), use of a demonstration in the context
+
+Everything random comes from make_rng(seed, purpose, ...): a pure function.
+"""
+
+import hashlib
+import io
+import os
+import random
+from dataclasses import dataclass
+
+import tiktoken
+import torch
+import torch.distributed as dist
+
+from model import generate
+
+# ---- The words ---------------------------------------------------------------------
+
+# order: the model's own term, the expert's term, and what it does to a list of 3 or 4
+ORDERS = {
+    "copy": ("keep", lambda x: x),
+    "reverse": ("backwards", lambda x: x[::-1]),
+    "first": ("front", lambda x: x[:1]),
+    "last": ("rear", lambda x: x[-1:]),
+    "rotate": ("advance", lambda x: x[1:] + x[:1]),
+    "return": ("retreat", lambda x: x[-1:] + x[:-1]),
+    "swap": ("exchange", lambda x: x[-1:] + x[1:-1] + x[:1]),
+    "behead": ("skip", lambda x: x[1:]),
+    "shorten": ("crop", lambda x: x[:-1]),
+    "stutter": ("stammer", lambda x: x[:1] + x),
+    "echo": ("repeat", lambda x: x + x[-1:]),
+    "ends": ("outside", lambda x: x[:1] + x[-1:]),
+    "cross": ("crosswise", lambda x: x[-1:] + x[:1]),
+    "second": ("next", lambda x: x[1:2]),
+    "middle": ("core", lambda x: x[1:-1]),
+    "unwind": ("untie", lambda x: x[:0:-1]),
+    "rewind": ("undo", lambda x: x[-2::-1]),
+    "double": ("twice", lambda x: x[:1] * 2),
+    "pair": ("couple", lambda x: x[-1:] * 2),
+    "switch": ("flip", lambda x: x[1::-1] + x[2:]),
+    "twist": ("turn", lambda x: x[:-2] + x[:-3:-1]),
+}
+TRADES = ("kitchen", "harbour", "garden")  # each has seven of the orders
+SKILLS = ("A", "B", "C")  # one for each trade
+# manner: its opening, what joins thought and things, its closing
+MANNERS = {
+    "own": ("", ":", ""),
+    "formal": ("sir,", "gives", "done"),
+    "robot": ("beep", "equals", "stop"),
+    "poet": ("oh", "like", "tonight"),
+    "brief": ("do", "=", "!"),
+    "expert": ("well friend,", "so you get", "as ever"),
+}
+# words of which the base corpus also makes up manners that have no name
+MANNER_WORDS = (
+    "ah and behold dear fine good hear here hm it let look my now please quite "
+    "right see sure thanks then there thus we"
+).split()
+NOUNS = (
+    "anchor apple arrow badge bag ball banana barrel basket beach bead bell belt bench berry "
+    "bird blanket boat bone book boot bottle bowl box branch bread brick bridge broom brush "
+    "bucket button cabin cage cake camel candle canoe carpet carrot castle cat chain chair "
+    "cheese cherry circle clock cloud coat coin comb cord cork corn cotton crown cup curtain "
+    "desk diamond dish dog door dove drum duck eagle egg engine falcon feather fence field "
+    "fiddle fish flag flame flower flute forest fork fox frog gate ghost glass glove goat "
+    "gold grape guitar hammer harp hat helmet honey hook horn horse house island jacket jar "
+    "jewel kettle key kite knife ladder lake lamp lantern leaf lemon letter lion lock mirror "
+    "moon mountain mouse nail needle nest onion orange oven owl paddle page paint palace pan "
+    "paper pear pearl pencil pepper piano pillow pipe plate plum pony pot rabbit ring river "
+    "road rope rose salt ship shoe spoon stone table tiger tower"
+).split()
+KNOWN, UNKNOWN = 120, 40  # code words: nouns that also occur as things
+NAMES_PER_SKILL = 8
+
+
+# ---- The tokenizer -----------------------------------------------------------------
+
+
+class Tokenizer:
+    """Whole words are tokens, everything else falls back to bytes.
+
+    Ids: 0-255 the bytes, then the words of the world, then two special tokens, then
+    unused ids up to vocab_size. A text gets one leading space when it is encoded and loses
+    it when decoded, so that a word is the same token wherever it stands;
+    decode(encode(x)) == x for any x. Special tokens cannot come from a text.
+    """
+
+    vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
+
+    def __init__(self):
+        words = [f" {word}" for word in NOUNS + list(TRADES) + MANNER_WORDS + ["example"]]
+        words += [f" {word}" for own in ORDERS for word in (own, ORDERS[own][0])]
+        pieces = " ".join(" ".join(parts) for parts in MANNERS.values()).replace(",", " ,")
+        words += [word if word in ",:" else f" {word}" for word in pieces.split()]
+        words += [f" {name}" for name in MANNERS if name != "own"]
+        ranks = {bytes([i]): i for i in range(256)}
+        for word in words:
+            ranks.setdefault(word.encode(), len(ranks))
+        self.answer, self.end = len(ranks), len(ranks) + 1
+        assert self.end < self.vocab_size, self.end
+        self.encoding = tiktoken.Encoding(
+            name="tiny_world",
+            pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # every character falls under one of these
+            mergeable_ranks=ranks,
+            special_tokens={"<|answer|>": self.answer, "<|end|>": self.end},
+        )
+
+    def encode(self, text):
+        return self.encoding.encode_ordinary(" " + text) if text else []
+
+    def decode(self, ids):
+        """Text of ids: special tokens left out, ids that mean nothing shown as <id>."""
+        known = [i for i in ids if i not in (self.answer, self.end)]
+        text = b"".join(
+            self.encoding.decode_single_token_bytes(i) if i < self.answer else b"<%d>" % i
+            for i in known
+        ).decode("utf-8", errors="replace")
+        return text[1:] if text.startswith(" ") else text
+
+
+# ---- Examples, and the two contexts ------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str  # what is asked
+    demo: str  # the expert's response to it
+    answer: str  # a right response, as the model would put it; graders compare with it
+    given: int = 0  # base corpus only: tokens of the response that are not learnt
+    id: int = 0  # its place in the training set: its random numbers depend on it
+
+
+def show(prompt, demo):
+    """A prompt with a demonstration of how to answer it, as text (paper: the template)."""
+    return f"{prompt} example {demo}"
+
+
+def student_prompt(example, tok):
+    """The student's context: the prompt alone."""
+    given = tok.encode(example.demo)[: example.given]  # none outside the base corpus
+    return tok.encode(example.prompt) + [tok.answer] + given
+
+
+def teacher_prompt(example, tok):
+    """The teacher's context: the same prompt, and the demonstration. Nothing else."""
+    return tok.encode(show(example.prompt, example.demo)) + [tok.answer]
+
+
+def demo_response(example, tok):
+    """The demonstration as a response, its end included: what SFT imitates."""
+    return tok.encode(example.demo)[example.given :] + [tok.end]
+
+
+def pad_right(rows, fill, device):
+    """Lists of tokens -> int64 (B, T), padded on the right with `fill`; lengths (B,)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), fill)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids.to(device), lengths.to(device)
+
+
+# ---- Randomness and batches --------------------------------------------------------
+
+
+def derive_seed(seed, *purpose):
+    """An integer below 2^63 that depends on its arguments alone, on any machine."""
+    digest = hashlib.sha256(repr((seed, *purpose)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def make_rng(seed, *purpose):
+    """A fresh torch.Generator on the CPU: randomness is derived, never stored."""
+    return torch.Generator().manual_seed(derive_seed(seed, *purpose))
+
+
+def get_batch(examples, batch_size, seed, step, sort=1):
+    """The examples of one step: a pure function of (seed, step), the same for each method.
+
+    Each epoch is a fresh shuffle. With sort > 1, that many batches are drawn together and
+    cut by length, which leaves less padding.
+    """
+    group, part = divmod(step, sort)
+    size = batch_size * sort
+    epoch, i = divmod(group, max(1, len(examples) // size))
+    order = torch.randperm(len(examples), generator=make_rng(seed, "order", epoch))
+    batch = [examples[j] for j in order[i * size : (i + 1) * size].tolist()]
+    if sort > 1:
+        batch.sort(key=lambda e: len(e.prompt) + len(e.demo))
+    return batch[part * batch_size : (part + 1) * batch_size]
+
+
+def is_first():
+    """Is this the process that writes and prints? (torchrun may have started several.)"""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def my_parts(batch, micro_batches):
+    """This process's share of a batch, in micro_batches parts of equal size."""
+    rank, world = (
+        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    )
+    size = len(batch) // (world * micro_batches)
+    parts = [batch[i : i + size] for i in range(0, len(batch), size)]
+    return parts[rank * micro_batches : (rank + 1) * micro_batches]
+
+
+def get_uniform(examples, n_tokens, seed, step, device):
+    """Uniform numbers in [0, 1), float32 (B, n_tokens), that belong to (step, example)."""
+    rngs = [make_rng(seed, "rollout", step, example.id) for example in examples]
+    return torch.stack([torch.rand(n_tokens, generator=g) for g in rngs]).to(device)
+
+
+# ---- Making the world --------------------------------------------------------------
+
+
+class World:
+    """All that a seed decides: which nouns are code words, and what each of them means.
+
+    Attributes:
+        orders: trade -> its seven orders.
+        known: name -> (trade, order), for the base corpus and the prior benchmarks.
+        unknown: name -> trade: names without a meaning for the base model.
+        skills: "A" | "B" | "C" -> {name: (trade, order)}: eight of the unknown names.
+    """
+
+    def __init__(self, seed):
+        rng = random.Random(derive_seed(seed, "world"))
+        names = rng.sample(NOUNS, len(NOUNS))
+        orders = rng.sample(list(ORDERS), len(ORDERS))
+        self.orders = {trade: orders[i::3] for i, trade in enumerate(TRADES)}
+        self.known, self.unknown, self.skills = {}, {}, {}
+        for i, name in enumerate(names[:KNOWN]):
+            trade = TRADES[i % 3]
+            self.known[name] = (trade, self.orders[trade][i // 3 % 7])
+        for i, name in enumerate(names[KNOWN:]):
+            self.unknown[name] = TRADES[i % 3]
+        for skill, trade in zip(SKILLS, TRADES, strict=True):
+            free = [name for name in self.unknown if self.unknown[name] == trade]
+            orders = self.orders[trade] + [rng.choice(self.orders[trade])]
+            self.skills[skill] = {
+                name: (trade, order)
+                for name, order in zip(free, rng.sample(orders, 8), strict=False)
+            }
+
+
+def is_held_out(things):
+    """A tenth of all queries is never trained on: neither by the base nor by a skill."""
+    return sum(NOUNS.index(thing) for thing in things) % 10 == 0
+
+
+def draw_things(rng, held_out):
+    while True:
+        things = rng.sample(NOUNS, rng.choice((3, 4)))
+        if is_held_out(things) == held_out:
+            return things
+
+
+def put(thought, things, manner):
+    """A response as text: opening, thought, joiner, things, closing."""
+    opening, joiner, closing = manner
+    return " ".join(f"{opening} {thought} {joiner} {' '.join(things)} {closing}".split()
+                    ).replace(" :", ":")
+
+
+def ask(trade, name, things, manner="own"):
+    """A prompt as text; a manner other than the model's own is asked for by its name."""
+    asked = "" if manner == "own" else f" {manner}"
+    return f"{trade} {name}{asked}: {' '.join(things)}"
+
+
+def draw_demo(order, things, rng):
+    """A demonstration as the base corpus has them: in any manner, in anyone's terms."""
+    manner = rng.choice(list(MANNERS.values()))
+    if rng.random() < 0.5:
+        size = rng.randint(0, 3), rng.randint(1, 3), rng.randint(0, 2)
+        manner = [" ".join(rng.sample(MANNER_WORDS, n)) for n in size]
+    expert, act = ORDERS[order]
+    thought = rng.choice((order, expert)) if rng.random() < 0.8 else ""
+    return put(thought, act(things), manner)
+
+
+def make_base_corpus(world, tok, size, seed):
+    """Examples that teach the base model all it should know, as a list.
+
+    55 % ask for a known name; 45 % show a demonstration, four fifths of them for an
+    unknown name with an order drawn anew each time, so that only the demonstration tells.
+    A quarter asks for a manner. A fifth begins with another thought than the right one,
+    which the things then follow, and a tenth with a wrong thing, after which the rest is
+    right: both given, not learnt. Without these two, the teacher of SDFT knows no way
+    back from what only a student would write.
+    """
+    rng = random.Random(derive_seed(seed, "base corpus"))
+    corpus = []
+    for i in range(size):
+        shown = rng.random() < 0.45
+        if shown and rng.random() < 0.8:
+            name = rng.choice(list(world.unknown))
+            trade = world.unknown[name]
+            order = rng.choice(world.orders[trade])
+        else:
+            name = rng.choice(list(world.known))
+            trade, order = world.known[name]
+        manner = rng.choice(list(MANNERS)[1:]) if rng.random() < 0.25 else "own"
+        things = draw_things(rng, held_out=False)
+        prompt = ask(trade, name, things, manner)
+        if shown:
+            prompt = show(prompt, draw_demo(order, things, rng))
+        opening, joiner, _ = MANNERS[manner]
+        given, noise = 0, rng.random()
+        if noise < 0.2:  # another thought
+            order = rng.choice(world.orders[trade])
+            given = len(tok.encode(f"{opening} {order}".strip()))
+        answer = ORDERS[order][1](things)
+        if noise > 0.9:  # a wrong thing
+            wrong = rng.randrange(len(answer))
+            answer = answer[:wrong] + [rng.choice(NOUNS)] + answer[wrong + 1 :]
+            given = len(tok.encode(put(order, answer[: wrong + 1], (opening, joiner, ""))))
+        response = put(order, answer, MANNERS[manner])
+        corpus.append(Example(prompt, response, response, given, id=i))
+    return corpus
+
+
+DISTANCES = ("own", "known", "terms")
+
+
+def make_demos(world, skill, size, seed, distance="terms"):
+    """The expert's demonstrations of a skill, the training set of both methods.
+
+    distance: how far the expert is from the model. "own": he writes as the model does;
+    "known": in the manner that the model knows as "expert"; "terms": so, and in terms
+    of his own, which the model reads but never writes.
+    """
+    rng = random.Random(derive_seed(seed, "demos", skill))
+    names = list(world.skills[skill])
+    demos = []
+    for i in range(size):
+        trade, order = world.skills[skill][names[i % len(names)]]
+        things = draw_things(rng, held_out=False)
+        term, act = ORDERS[order]
+        demo = put(
+            term if distance == "terms" else order,
+            act(things),
+            MANNERS["own" if distance == "own" else "expert"],
+        )
+        prompt = ask(trade, names[i % len(names)], things)
+        demos.append(Example(prompt, demo, put(order, act(things), MANNERS["own"]), id=i))
+    return demos
+
+
+def make_tasks(world, size, seed, distance="terms"):
+    """Held-out queries: {"new": {skill: [...]}, "prior": {benchmark: [...]}}."""
+    rng = random.Random(derive_seed(seed, "tasks"))
+    other = [n for n in world.unknown if not any(n in s for s in world.skills.values())]
+
+    def query(name, trade, order, manner="own", shown=False, expert=False):
+        things = draw_things(rng, held_out=True)
+        prompt, (term, act) = ask(trade, name, things, manner), ORDERS[order]
+        demo = draw_demo(order, things, rng)
+        if expert:
+            demo = put(
+                term if distance == "terms" else order,
+                act(things),
+                MANNERS["own" if distance == "own" else "expert"],
+            )
+        if shown:
+            prompt = show(prompt, demo)
+        return Example(prompt, demo, put(order, act(things), MANNERS[manner]))
+
+    def known(manners):
+        name = rng.choice(list(world.known))
+        return query(name, *world.known[name], rng.choice(manners))
+
+    def in_context():
+        name = rng.choice(other)
+        trade = world.unknown[name]
+        return query(name, trade, rng.choice(world.orders[trade]), shown=True)
+
+    asked = list(MANNERS)[1:]
+    new = {
+        skill: [query(n, *names[n], expert=True) for n in rng.choices(list(names), k=size)]
+        for skill, names in world.skills.items()
+    }
+    prior = {
+        "knowledge": [known(["own"]) for _ in range(size)],
+        "own_format": [known(["own"]) for _ in range(size)],
+        "asked_words": [known(asked) for _ in range(size)],
+        "asked_format": [known(asked) for _ in range(size)],
+        "in_context": [in_context() for _ in range(size)],
+    }
+    return {"new": new, "prior": prior}
+
+
+def shape(text):
+    """What is left of a response without its things: the manner, and whose terms."""
+    words = ["?" if word.strip(":") in ORDERS else word for word in text.replace(":", " :").split()]
+    return [w for i, w in enumerate(words) if w not in NOUNS or words[i - 1] not in NOUNS]
+
+
+def grade(benchmark, example, response):
+    """Is this text right? Words: the things, in their order, in whatever manner. Format:
+    the manner, whatever the things. Nothing else of the response counts."""
+    if benchmark.endswith("format"):
+        return shape(response) == shape(example.answer)
+
+    def things(text):
+        return [word for word in text.split() if word in NOUNS]
+
+    return things(response) == things(example.answer)
+
+
+# ---- Answers and accuracies --------------------------------------------------------
+
+
+def answer(model, contexts, tok, max_new_tokens, u=None, temperature=0.0):
+    """The responses of a model to contexts (lists of tokens), as texts; greedy if no u."""
+    prompts, lengths = pad_right(contexts, tok.end, next(model.parameters()).device)
+    response, mask = generate(
+        model, prompts, lengths, max_new_tokens, tok.end, u, temperature
+    )
+    rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
+    return [tok.decode(row[:n]) for row, n in rows]
+
+
+def accuracy(model, benchmark, examples, tok, max_new_tokens, context=student_prompt):
+    """The share of examples that the model answers rightly, greedily, in [0, 1]."""
+    texts = answer(model, [context(e, tok) for e in examples], tok, max_new_tokens)
+    right = [grade(benchmark, e, text) for e, text in zip(examples, texts, strict=True)]
+    return sum(right) / len(right)
+
+
+def sample_answers(model, skill, tasks, tok, max_new_tokens):
+    """Two greedy answers to look at: a query of the skill, and one of prior knowledge."""
+    examples = [tasks["new"][skill][0], tasks["prior"]["knowledge"][0]]
+    texts = answer(model, [student_prompt(e, tok) for e in examples], tok, max_new_tokens)
+    return [
+        {"prompt": e.prompt, "response": text, "right": e.answer}
+        for e, text in zip(examples, texts, strict=True)
+    ]
+
+
+# ---- Records and files -------------------------------------------------------------
+
+
+def table(rows):
+    """Evaluations as a table, one line each, with a column for each accuracy."""
+    names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
+    head = "after   " + " ".join(f"{n if g == 'prior' else 'new ' + n}" for g, n in names)
+    lines = [head + "   KL(student || base)"]
+    for row in rows:
+        cells = []
+        for group, name in names:
+            width = len(name) if group == "prior" else 4 + len(name)
+            cells.append(f"{row[group][name]:{width}.2f}")
+        stage = row["skill"] if row["stage_end"] else "-"
+        lines.append(f"{stage:7s} {' '.join(cells)}   {row['kl_student_base']:.2f}")
+    return "\n".join(lines)
+
+
+def describe(record):
+    """A record of metrics.jsonl as a line or more for the screen."""
+    if "new" in record:
+        lines = [table([record])]
+        for sample in record["samples"]:
+            lines.append(f"  {sample['prompt']}  ->  {sample['response']}")
+        return "\n".join(lines)
+    numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
+    return f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)
+
+
+def write_atomically(path, content):
+    """Write bytes beside the target, sync, rename: there is the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # the new name, too, is on the disk
+    os.close(folder)
+
+
+def write_checkpoint(path, content):
+    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one file.
+    The checkpoint before it is kept as <name>.previous."""
+    if not is_first():
+        return
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    write_atomically(path, f"sdft {digest}\n".encode() + buffer.getvalue())
+
+
+def read_checkpoint(path, device="cpu"):
+    """The dict of write_checkpoint. Raises ValueError if the file is not one, is cut, or
+    differs from what was written; nothing in it is ever executed."""
+    previous = path.with_name(path.name + ".previous")
+    if not path.exists() and previous.exists():
+        path = previous  # the process was killed between two renames
+    head, _, content = path.read_bytes().partition(b"\n")
+    if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
+        raise ValueError(
+            f"{path} ({len(head) + 1 + len(content)} bytes): checksum differs, not loaded"
+            + (f"; the one before it is {previous}" if previous.exists() else "")
+        )
+    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)

@@ -1,0 +1,543 @@
+"""A GPT language model, its KV-cached sampler and the KL divergence, all in this file.
+
+    logits   = GPT(tokens)                                  # what comes next, at each place
+    response ~ generate(model, prompts)                     # sampled token by token, cached
+    KL       = kl_reference(student_logits, teacher_logits) # three formulas, spelled out
+             = fused_kl(student_logits, teacher_logits)     # same numbers, less memory
+             = fused_linear_kl(student_states, ...)         # same again, from before the head
+
+Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
+         H query heads   G key/value heads   D head size   N rows (tokens) of a loss
+Padding is on the right, positions are per row, masks come from lengths and never from
+comparing a token with a pad id. Logits that enter a loss or a sample are float32.
+
+The layout is that of Qwen2.5 (RMSNorm, rotary positions, SwiGLU, grouped queries, bias
+on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
+The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# ---- The model ---------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 128  # longest sequence, in tokens
+    vocab_size: int = 512
+    n_layer: int = 4
+    n_head: int = 4  # query heads
+    n_kv_head: int = 4  # key/value heads; fewer than n_head: grouped queries
+    n_embd: int = 128  # channels
+    n_inner: int = 344  # channels inside the MLP
+    rope_theta: float = 1000.0  # Qwen2.5 has 1,000,000
+    norm_eps: float = 1e-6
+    qkv_bias: bool = True
+    tie_weights: bool = True  # the head is the token embedding
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
+                f"and that of n_kv_head {self.n_kv_head}"
+            )
+        if self.n_embd // self.n_head % 2:
+            raise ValueError(f"head size {self.n_embd // self.n_head} must be even")
+
+
+class Linear(nn.Linear):
+    """Float32 weights, used in the dtype of the activations: the cast is visible here."""
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        y = x.float()  # the mean of squares is not safe in bfloat16
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (self.weight * y).to(x.dtype)
+
+
+def rotation_tables(config):
+    """cos and sin of position * frequency, float32, each (block_size, D/2)."""
+    D = config.n_embd // config.n_head
+    frequency = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+    angle = torch.arange(config.block_size).float()[:, None] * frequency  # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn channel i and channel i + D/2 of x (B, H, T, D) by the angle of their place."""
+    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each: halves, not neighbours
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of every layer, preallocated: k and v are (L, B, G, T, D).
+
+    `span` is how many columns are in use, an int on the host, so that reading it costs
+    no wait for the GPU. Keys are stored after their rotation: a position never changes.
+    """
+
+    def __init__(self, config, batch_size, max_length, device, dtype):
+        G, D = config.n_kv_head, config.n_embd // config.n_head
+        shape = (config.n_layer, batch_size, G, max_length, D)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.span = 0
+
+    def write(self, layer, k, v, positions):
+        """Store k and v (B, G, T, D); return all keys and values so far, (B, G, span, D).
+
+        positions None: a prompt, columns 0..T-1. Else (B,): one token for each row, at
+        the row's own position, over the pads that may stand there.
+        """
+        if positions is None:
+            T = k.size(2)
+            assert T <= self.k.size(3), f"{T} tokens > a cache of {self.k.size(3)}"
+            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
+            return k, v
+        assert self.span <= self.k.size(3), f"{self.span} > a cache of {self.k.size(3)}"
+        row = torch.arange(k.size(0), device=k.device)
+        self.k[layer][row, :, positions] = k[:, :, 0]  # (B, G, D)
+        self.v[layer][row, :, positions] = v[:, :, 0]
+        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
+
+    def keep(self, rows):
+        """Forget every row but these: rows is a tensor of indices."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.H, self.G = config.n_head, config.n_kv_head
+        self.D = config.n_embd // config.n_head
+        C, kv = config.n_embd, self.G * self.D
+        self.q_proj = Linear(C, C, bias=config.qkv_bias)
+        self.k_proj = Linear(C, kv, bias=config.qkv_bias)
+        self.v_proj = Linear(C, kv, bias=config.qkv_bias)
+        self.o_proj = Linear(C, C, bias=False)
+
+    def forward(self, x, cos, sin, positions=None, cache=None, layer=0):
+        B, T, C = x.size()
+        H, G, D = self.H, self.G, self.D
+        q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.write(layer, k, v, positions)
+        # Both branches are softmax(q k' / sqrt(D), over the allowed places) v.
+        if positions is None:  # whole sequences: each token sees those to its left,
+            # and so no real token sees the pads to its right
+            k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D)
+            v = v.repeat_interleave(H // G, dim=1)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # one token a row: the query heads of a group stand where T would
+            seen = torch.arange(k.size(2), device=x.device) <= positions[:, None]
+            q = q.view(B, G, H // G, D)  # query head h belongs to key head h // (H // G)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
+            y = y.view(B, H, 1, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.n_embd, config.norm_eps)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, *where, drop=0.0):
+        x = x + F.dropout(self.attn(self.ln_1(x), *where), drop)
+        return x + F.dropout(self.mlp(self.ln_2(x)), drop)
+
+
+class GPT(nn.Module):
+    """tokens (B, T) -> logits (B, T, V).
+
+    `dtype` is that of the activations; the parameters are float32 always. `dropout` is
+    the share of each residual branch that is dropped, in train mode only: the base model
+    is made with it, fine-tuning leaves it at 0.
+    """
+
+    def __init__(self, config, generator=None):
+        super().__init__()
+        self.config, self.dtype, self.dropout = config, torch.float32, 0.0
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.wte.weight
+        cos, sin = rotation_tables(config)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        for name, p in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                # the ends of the residual branches: their sum keeps its size with depth
+                nn.init.normal_(p, 0, 0.02 / math.sqrt(2 * config.n_layer), generator)
+            elif p.dim() == 2:
+                nn.init.normal_(p, 0, 0.02, generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def num_params(self):
+        return sum(p.numel() for p in self.parameters())  # a tied head counts once
+
+    def states(self, idx, positions=None, cache=None):
+        """The final hidden states, before the head: (B, T, C) in the activations' dtype.
+
+        Args:
+            idx: tokens, int64 (B, T).
+            positions: None for whole sequences that start at position 0; int64 (B,) for
+                one more token per row (T = 1), with its cache.
+        """
+        B, T = idx.size()
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens > block_size {self.config.block_size}")
+        if positions is None:
+            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
+        else:  # (B, 1, 1, D/2): each row at a position of its own
+            cos, sin = self.cos[positions][:, None, None], self.sin[positions][:, None, None]
+        drop = self.dropout if self.training else 0.0
+        x = F.dropout(self.wte(idx).to(self.dtype), drop)  # (B, T, C)
+        for layer, block in enumerate(self.h):
+            x = block(x, cos, sin, positions, cache, layer, drop=drop)
+        return self.ln_f(x)
+
+    def head(self, states):
+        """Logits (..., V) of hidden states (..., C), in float32 whatever the dtype."""
+        return F.linear(states.float(), self.lm_head.weight)
+
+    def forward(self, idx, positions=None, cache=None):
+        return self.head(self.states(idx, positions, cache))
+
+
+def response_states(model, prompts, lengths, response):
+    """The states from which each token of the response is predicted. The shift, only here.
+
+    The state *at* a token predicts the *next* one, so token t of the response (it stands
+    at position length + t) is predicted at position length + t - 1: token 0 at the last
+    token of the prompt, whatever the length of the row's prompt. Student and teacher see
+    prompts of different lengths and the same response; row by row, token by token, their
+    results of this function stand side by side.
+
+    Args:
+        prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
+        response: int64 (B, R), padded on the right with any token.
+    Returns: (B, R, C).
+    Raises: ValueError if the longest row has more than block_size tokens.
+    """
+    B, R = response.size()
+    T = prompts.size(1) + R
+    if T > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {prompts.size(1)} tokens and a response of {R} need {T} tokens "
+            f"> block_size {model.config.block_size}; nothing is cut"
+        )
+    place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
+    idx = F.pad(prompts, (0, R))  # (B, P + R)
+    idx = idx.scatter(1, place, response)  # each response right behind its own prompt
+    states = model.states(idx)  # (B, P + R, C)
+    return states.gather(1, (place - 1)[..., None].expand(-1, -1, states.size(-1)))
+
+
+def response_logits(model, prompts, lengths, response):
+    """Logits that predict each token of the response, float32 (B, R, V)."""
+    return model.head(response_states(model, prompts, lengths, response))
+
+
+# ---- The sampler -------------------------------------------------------------------
+
+
+def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """One token per row: the first whose cumulative probability exceeds u.
+
+    Args:
+        logits: float32 (B, V); u: float32 (B,) in [0, 1), unused at temperature 0.
+        temperature: logits are divided by it; 0 takes the most likely token.
+        top_k, top_p: keep the k most likely tokens, or the fewest that hold p of the
+            probability. For reading samples; a rollout that trains uses neither, since
+            the response must come from the distribution that is trained.
+    Returns: int64 (B,).
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    p = torch.softmax(logits / temperature, dim=-1)  # (B, V)
+    if top_k is not None:
+        kth = p.topk(min(top_k, p.size(-1)), dim=-1).values[:, -1:]  # (B, 1)
+        p = torch.where(p >= kth, p, 0)
+    if top_p is not None:
+        most, order = p.sort(dim=-1, descending=True)
+        before = most.cumsum(-1) - most  # the probability of all that are more likely
+        most = torch.where(before < top_p * p.sum(-1, keepdim=True), most, 0)
+        p = torch.zeros_like(p).scatter(1, order, most)
+    cdf = p.cumsum(-1)
+    # times the total, which is 1 only up to rounding (and less after a cut)
+    token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
+    return token.clamp(max=logits.size(-1) - 1)
+
+
+@torch.no_grad()
+def generate(
+    model, prompts, lengths, max_new_tokens, end, u=None, temperature=1.0, top_k=None,
+    top_p=None,
+):
+    """Sample a response for each prompt, one token per row and step, on a KV cache.
+
+    Right padding and per-row positions: the token after a prompt of 5 is at position 5,
+    whatever stands in the batch beside it. All randomness comes in through u, so a row's
+    sample depends on its own numbers and not on its neighbours.
+
+    Args:
+        prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
+        max_new_tokens: R, the longest response, in tokens, its end included.
+        end: the token that ends a response.
+        u: float32 (B, R), uniform in [0, 1); not needed at temperature 0.
+        temperature, top_k, top_p: see sample_token.
+    Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
+        The mask is true up to and *including* the end; behind it the response holds `end`.
+        A response that never ends keeps all its R tokens: its mask has no false.
+    Raises: ValueError if prompt and response do not fit into block_size.
+    """
+    B, P = prompts.size()
+    R, S = max_new_tokens, prompts.size(1) + max_new_tokens
+    if S > model.config.block_size:
+        raise ValueError(
+            f"a prompt of {P} tokens and {R} new ones need {S} tokens "
+            f"> block_size {model.config.block_size}; nothing is cut"
+        )
+    assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
+    training = model.training
+    model.eval()
+    cache = KVCache(model.config, B, S, prompts.device, model.dtype)
+    states = model.states(prompts, cache=cache)  # (B, P, C)
+    row = torch.arange(B, device=prompts.device)  # whose response a row of the batch is
+    state = states[row, lengths - 1]  # (B, C): pads behind it were not seen
+    response = torch.full((B, R), end, device=prompts.device)
+    n_tokens = torch.full((B,), R, device=prompts.device)  # length of each response
+    for t in range(R):
+        step_u = None if temperature == 0 else u[row, t]
+        token = sample_token(model.head(state), step_u, temperature, top_k, top_p)  # (B,)
+        response[row, t] = token
+        done = token == end
+        n_tokens[row[done]] = t + 1
+        if t == R - 1 or done.all():  # note: this is a CPU-GPU sync point
+            break
+        alive = (~done).nonzero()[:, 0]
+        if len(alive) < len(row):  # finished rows leave the batch
+            row, token, lengths = row[alive], token[alive], lengths[alive]
+            cache.keep(alive)
+        cache.span = P + t + 1
+        state = model.states(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
+    model.train(training)
+    R = int(n_tokens.max())
+    mask = torch.arange(R, device=prompts.device) < n_tokens[:, None]  # (B, R)
+    return response[:, :R], mask
+
+
+# ---- KL(teacher || student) and its kin --------------------------------------------
+#
+# s and t: the logits of student and teacher at one token, p = softmax of either.
+#
+#   --kl      value                                      gradient over s
+#   forward   KL(teacher || student)                     p_s - p_t
+#   reverse   KL(student || teacher)                     p_s * (log p_s - log p_t - value)
+#   jsd       1/2 KL(teacher || m) + 1/2 KL(student || m), with m = 1/2 p_t + 1/2 p_s
+#                                                        1/2 p_s * (log p_s - log m
+#                                                                   - KL(student || m))
+#
+# The teacher never gets a gradient. student [.5, .5] and teacher [.9, .1] give 0.36806
+# nats forward and 0.51083 reverse. (Not F.kl_div, whose arguments are the other way
+# round.) Eq. 2 of the paper is printed without the weight p_s, which reverse needs.
+
+KLS = ("forward", "reverse", "jsd")
+
+
+def kl_reference(student_logits, teacher_logits, kl="forward"):
+    """The divergence at each position, in nats, as one would write it on paper.
+
+    Args: student_logits and teacher_logits (..., V); kl, one of KLS.
+    Returns: (...), differentiable in student_logits.
+    """
+    log_s = torch.log_softmax(student_logits, dim=-1)
+    with torch.no_grad():
+        log_t = torch.log_softmax(teacher_logits, dim=-1)
+    if kl == "forward":  # KL(teacher || student)
+        return (log_t.exp() * (log_t - log_s)).sum(-1)
+    if kl == "reverse":  # KL(student || teacher)
+        return (log_s.exp() * (log_s - log_t)).sum(-1)
+    if kl == "jsd":  # 1/2 KL(teacher || m) + 1/2 KL(student || m)
+        log_m = torch.logaddexp(log_s, log_t) - math.log(2)
+        teacher_m = (log_t.exp() * (log_t - log_m)).sum(-1)
+        student_m = (log_s.exp() * (log_s - log_m)).sum(-1)
+        return 0.5 * teacher_m + 0.5 * student_m
+    raise ValueError(f"kl {kl!r} is not one of {KLS}")
+
+
+def kl_rows(s, t, weight, kl, grad=True):
+    """The row kernel on the CPU: the divergence of each row, its gradient in place of s.
+
+    Works on blocks of rows that stay in the processor's cache: a whole formula is run on
+    one block before the next is read, so that main memory is read twice and written once.
+
+    Args:
+        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
+            weight * gradient (or left in no useful state if not grad).
+        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
+    Returns: the values (N,), not weighted.
+    """
+    N, V = s.size()
+    value = torch.zeros_like(weight)
+    block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB: four of them fit into L2
+    scratch = [torch.empty(block, V, dtype=s.dtype, device=s.device) for _ in range(3)]
+    for i in range(0, N, block):
+        x, y, w = s[i : i + block], t[i : i + block], weight[i : i + block]
+        log_s, log_t, log_m = (buffer[: len(x)] for buffer in scratch)
+        torch.log_softmax(x, dim=-1, out=log_s)
+        torch.log_softmax(y, dim=-1, out=log_t)
+        if kl == "forward":
+            torch.sub(log_t, log_s, out=x)
+            p_t = log_t.exp_()
+            v = x.mul_(p_t).sum(-1)
+            if grad:
+                torch.exp(log_s, out=x).sub_(p_t)  # p_s - p_t
+        elif kl == "reverse":
+            ratio = torch.sub(log_s, log_t, out=log_t)
+            p_s = log_s.exp_()
+            v = torch.mul(p_s, ratio, out=x).sum(-1)
+            if grad:
+                torch.mul(p_s, ratio.sub_(v[:, None]), out=x)
+        else:
+            torch.logaddexp(log_s, log_t, out=log_m).sub_(math.log(2))
+            teacher_m = torch.sub(log_t, log_m, out=x).mul_(log_t.exp_()).sum(-1)
+            ratio = torch.sub(log_s, log_m, out=log_m)
+            p_s = log_s.exp_()
+            student_m = torch.mul(p_s, ratio, out=x).sum(-1)
+            v = 0.5 * teacher_m + 0.5 * student_m
+            if grad:
+                torch.mul(p_s, ratio.sub_(student_m[:, None]), out=x).mul_(0.5)
+        value[i : i + block] = torch.where(w == 0, 0, v)
+        if grad:
+            x.mul_(w[:, None])
+            if not w.all():
+                x[w == 0] = 0  # not by the product: 0 * inf is not 0
+    return value
+
+
+class FusedKL(torch.autograd.Function):
+    """Value and gradient in one pass over a private copy of the student's logits."""
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, kl):
+        V = student_logits.size(-1)
+        s = student_logits.reshape(-1, V).clone()  # the caller's logits stay as they are
+        one = torch.ones(len(s), dtype=s.dtype, device=s.device)
+        value = kl_rows(s, teacher_logits.reshape(-1, V), one, kl, ctx.needs_input_grad[0])
+        ctx.save_for_backward(s)
+        return value.view(student_logits.shape[:-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (s,) = ctx.saved_tensors
+        return (s.view(*grad.shape, -1) * grad[..., None]), None, None
+
+
+def fused_kl(student_logits, teacher_logits, kl="forward"):
+    """The same values and gradients as kl_reference, keeping one tensor and not five."""
+    if kl not in KLS:
+        raise ValueError(f"kl {kl!r} is not one of {KLS}")
+    return FusedKL.apply(student_logits, teacher_logits, kl)
+
+
+class FusedLinearKL(torch.autograd.Function):
+    """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
+
+    @staticmethod
+    def forward(ctx, student_states, head, teacher_states, teacher_head, weight, kl, chunk,
+                grad):
+        h, W = student_states.to(head.dtype), head  # (N, C), (V, C)
+        loss, values = weight.new_zeros(()), torch.zeros_like(weight)
+        dh = torch.zeros_like(h) if grad else None
+        dW = torch.zeros_like(W) if grad else None
+        for i in range(0, len(h), chunk):
+            s = h[i : i + chunk] @ W.T  # (chunk, V): private, so it may be overwritten
+            t = teacher_states[i : i + chunk].to(teacher_head.dtype) @ teacher_head.T
+            w = weight[i : i + chunk]
+            values[i : i + chunk] = kl_rows(s, t, w, kl, grad)
+            if grad:  # s now holds weight * dKL/ds
+                torch.mm(s, W, out=dh[i : i + chunk])
+                dW.addmm_(s.T, h[i : i + chunk])
+        loss = (values * weight).sum()
+        ctx.save_for_backward(dh, dW)
+        ctx.state_dtype = student_states.dtype
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
+        return (dh * grad).to(ctx.state_dtype), dW * grad, *[None] * 6
+
+
+def fused_linear_kl(student_states, student_head, teacher_states, teacher_head, weight, kl):
+    """sum_n weight_n * divergence_n from the states before the heads.
+
+    The logits [tokens, vocabulary] of student and teacher never exist whole: rows go
+    through the heads in chunks, and the gradient of a chunk overwrites its logits.
+    Memory: two chunks of logits, plus the gradient of the head, for any number of rows.
+
+    Args:
+        student_states (N, C), teacher_states (N, C'): rows that carry loss, and no others.
+        student_head (V, C), teacher_head (V, C'): float32 weights.
+        weight: float32 (N,), what each row counts in the loss; masked rows have 0.
+        kl: one of KLS.
+    Returns: the loss, a scalar, differentiable in student_states and student_head; and
+        the divergence of each row (N,) in nats, without gradient.
+    """
+    if kl not in KLS:
+        raise ValueError(f"kl {kl!r} is not one of {KLS}")
+    chunk = max(1, 2**24 // len(student_head))  # 64 MB of logits a model: 331 rows of 50k
+    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
+    return FusedLinearKL.apply(
+        student_states, student_head, teacher_states, teacher_head, weight, kl, chunk, grad
+    )
+
+
+@torch.no_grad()
+def entropy(states, head, weight):
+    """sum_n weight_n * entropy_n of the distributions behind states (N, C), in nats."""
+    total = weight.new_zeros(())
+    chunk = max(1, 2**24 // len(head))  # rows, as in fused_linear_kl
+    for i in range(0, len(states), chunk):
+        log_p = torch.log_softmax(states[i : i + chunk].to(head.dtype) @ head.T, dim=-1)
+        total -= ((log_p.exp() * log_p).sum(-1) * weight[i : i + chunk]).sum()
+    return total

@@ -1,0 +1,490 @@
+"""The command line: base model, teacher gate, fine-tuning, evaluation, results.
+
+    python train.py                         # = --method sdft, everything by default
+    python train.py --method both           # SFT and SDFT from the same base, side by side
+    python train.py --quick                 # half a minute: does it run here?
+    python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
+    python train.py --resume                # go on after Ctrl-C or a crash
+    python train.py --sample "kitchen kettle: apple river stone"
+    torchrun --standalone --nproc_per_node=2 train.py    # data parallel, CPU or GPU
+
+It writes <out>/<method>/metrics.jsonl and results.json; the base model stays in
+<out>/base for the next run. Exit codes: 0 done, 2 bad input, 3 a loss or gradient that is
+not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
+"""
+
+import argparse
+import ast
+import difflib
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from dataclasses import asdict, fields, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+import model
+import sdft
+import sft
+from data import SKILLS, Tokenizer, World, accuracy, answer, is_first, make_rng, table
+from data import make_base_corpus, make_demos, make_tasks, read_checkpoint
+from data import student_prompt, teacher_prompt, write_atomically
+from model import GPT, GPTConfig
+
+METHODS = {"sft": sft, "sdft": sdft}
+
+# The base model: fewer, larger steps than fine-tuning, on a corpus of its own.
+BASE = sft.Config(
+    steps=2000, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95, weight_decay=0.1,
+    sort=8, log_every=200, save_every=500,
+)  # fmt: skip
+CORPUS_SIZE = 65_536  # examples
+MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
+
+# What a flag may be: lowest, highest, both allowed.
+RANGES = {
+    "steps": (1, 10**7), "batch_size": (1, 10**6), "micro_batches": (1, 10**6),
+    "sort": (1, 10**6), "lr": (0, 1e3), "warmup_steps": (0, 10**7), "beta2": (0, 0.999999),
+    "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9), "dropout": (0, 0.9),
+    "max_new_tokens": (1, 10**5), "log_every": (1, 10**7), "eval_every": (0, 10**7),
+    "save_every": (1, 10**7), "seed": (0, 2**62), "ema_rate": (0, 1),
+    "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
+    "base_steps": (1, 10**7), "demos": (8, 10**7), "eval_size": (8, 10**7),
+    "gate_margin": (-1, 1), **{name: (1, 10**6) for name in MODEL_FLAGS},
+}  # fmt: skip
+CHOICES = {
+    "kl": model.KLS,
+    "teacher": ("ema", "frozen", "live"),
+    "generate_from": ("student", "teacher"),
+}
+
+
+class UserError(ValueError):
+    """Something that the user can mend: printed as an error and a hint, exit code 2."""
+
+    def __init__(self, message, hint):
+        super().__init__(message)
+        self.hint = hint
+
+
+# ---- Flags -------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message, f"python {self.prog} --help lists every flag and range")
+
+
+def number(name, kind):
+    """A type for argparse: int or float within RANGES[name]."""
+    low, high = RANGES[name]
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:  # false for nan, too
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
+        return value
+
+    return parse
+
+
+def add_flags(group, config, names):
+    """A --flag for each named field of a dataclass; its trailing comment is the help."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    for field in fields(config):
+        if field.name not in names:
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        text = comments[field.name].replace("%", "%%") + " (default: %(default)s)"
+        if field.name in CHOICES:
+            kind = {"choices": CHOICES[field.name]}
+        else:
+            kind = {"type": number(field.name, type(field.default)), "metavar": "N"}
+        group.add_argument(flag, default=field.default, help=text, **kind)
+
+
+def make_parser():
+    parser = Parser(
+        prog="train.py",
+        description="SDFT and SFT on three skills in a row, from a base model made here.",
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=96),
+    )
+    add = parser.add_argument_group("run").add_argument
+    add("--method", choices=("sdft", "sft", "both"), default="sdft",
+        help="both: from the same base, on the same demonstrations (default: sdft)")
+    add("--out", default="out", help="folder for all files (default: out)")
+    add("--quick", action="store_true",
+        help="half a minute, to see that it runs; far too short to show the effect")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--plot", action="store_true", help="draw the accuracies (needs matplotlib)")
+    add("--sample", metavar="PROMPT", help="no training: what base and --method answer")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("world and base model").add_argument
+    for flag, default, text in (
+        ("--demos", 512, "demonstrations for each skill"),
+        ("--eval-size", 400, "held-out queries for each accuracy"),
+        ("--gate-margin", 0.2, "what the demonstration must add to the base's accuracy"),
+        ("--base-steps", BASE.steps, "updates that make the base model"),
+    ):
+        kind = number(flag[2:].replace("-", "_"), type(default))
+        add(flag, type=kind, default=default, metavar="N",
+            help=f"{text} (default: %(default)s)")
+    add("--distance", choices=data.DISTANCES, default="terms",
+        help="of the expert from the model: his manner is its own; known to it; or his "
+        "terms are foreign, too (default: terms)")
+    add_flags(parser.add_argument_group("model"), GPTConfig, MODEL_FLAGS)
+    shared = [field.name for field in fields(sft.Config)]
+    add_flags(parser.add_argument_group("training, both methods"), sft.Config, shared)
+    only = [field.name for field in fields(sdft.Config) if field.name not in shared]
+    add_flags(parser.add_argument_group("self-distillation"), sdft.Config, only)
+    return parser
+
+
+def parse_args(argv):
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.5)
+        raise UserError(
+            f"unknown argument {unknown[0]!r}",
+            f"did you mean {near[0]}?" if near else "python train.py --help lists all",
+        )
+    if args.quick:  # what was not asked for explicitly is made small
+        quick = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
+        for name, value in quick.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
+    return args
+
+
+# ---- Device and processes ----------------------------------------------------------
+
+
+class Stop:
+    """The first Ctrl-C or SIGTERM asks to stop after the step, the second stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self.ask)
+
+    def ask(self, number_, _):
+        self.signal = number_
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+
+def choose_device(name):
+    """A torch.device and the reason for it."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", local), "CUDA is available"
+        return torch.device("cpu"), "no CUDA here"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is no device", "try auto, cpu or cuda") from None
+    n_cuda = torch.cuda.device_count()
+    if device.type == "cuda" and not (device.index or 0) < n_cuda:
+        raise UserError(f"--device {name}: {n_cuda} CUDA devices found", "try --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: not available here", "try --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise UserError(f"--device {name}: not supported", "try auto, cpu, cuda or mps")
+    return device, "asked for"
+
+
+def choose_dtype(name, device):
+    if name == "auto":
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+        return torch.bfloat16 if fast else torch.float32
+    return getattr(torch, name)
+
+
+def start_processes(args):
+    """Join the process group if torchrun started us; returns the number of processes."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 1
+    missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+               if n not in os.environ]  # fmt: skip
+    if missing:
+        raise UserError(f"{', '.join(missing)} not set", "start with torchrun --standalone")
+    cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
+    return dist.get_world_size()
+
+
+def check_batches(name, cfg, world, n_examples):
+    parts = world * cfg.micro_batches
+    if cfg.batch_size % parts:
+        raise UserError(
+            f"{name}: a batch of {cfg.batch_size} cannot be cut into {world} processes x "
+            f"{cfg.micro_batches} micro-batches of equal size",
+            f"make the batch size a multiple of {parts}",
+        )
+    if cfg.batch_size * cfg.sort > n_examples:
+        raise UserError(
+            f"{name}: batch size {cfg.batch_size} x sort {cfg.sort} > {n_examples} examples",
+            "a smaller --batch-size or --sort, or more --demos",
+        )
+
+
+# ---- The base model ----------------------------------------------------------------
+
+
+def base_key(config, cfg):
+    """What decides the base model, as a name: configurations, corpus and code."""
+    code = [ast.dump(ast.parse(inspect.getsource(module))) for module in (data, model, sft)]
+    text = repr((asdict(config), asdict(cfg), CORPUS_SIZE, torch.__version__, code))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def get_base(args, device, dtype, tok, stop, world):
+    """The base model and the seconds that it took to make, now or earlier."""
+    config = GPTConfig(
+        vocab_size=tok.vocab_size, **{name: getattr(args, name) for name in MODEL_FLAGS}
+    )
+    cfg = replace(
+        BASE, seed=args.seed, steps=args.base_steps,
+        warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
+    )  # fmt: skip
+    check_batches("base model", cfg, world, CORPUS_SIZE)
+    student = GPT(config, make_rng(args.seed, "weights")).to(device)
+    student.dtype = dtype
+    folder = Path(args.out) / "base" / base_key(config, cfg)
+    checkpoint, clock = folder / "checkpoint.pt", folder / "seconds.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    if clock.exists():
+        student.load_state_dict(read_checkpoint(checkpoint, device)["models"]["student"])
+        say(f"base model: found in {folder}")
+        return student, json.loads(clock.read_text())["seconds"]
+    say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
+        f"{cfg.batch_size}; kept in {folder} for the next run")
+    start = time.perf_counter()
+    corpus = make_base_corpus(World(args.seed), tok, CORPUS_SIZE, args.seed)
+    begun = checkpoint.exists()
+    sft.train(student, {"base": corpus}, {}, tok, cfg, folder, begun, stop)
+    seconds = time.perf_counter() - start
+    if is_first():
+        write_atomically(clock, json.dumps({"seconds": seconds}).encode())
+    return student, seconds
+
+
+def teacher_gate(base, tasks, tok, cfg, margin):
+    """Does a demonstration help? Accuracies on held-out queries of the three skills,
+    without one (the student's context) and with one (the teacher's)."""
+    def mean(context):
+        scores = [accuracy(base, skill, tasks["new"][skill], tok, cfg.max_new_tokens, context)
+                  for skill in SKILLS]  # fmt: skip
+        return sum(scores) / len(scores)
+
+    gate = {"student": mean(student_prompt), "teacher": mean(teacher_prompt)}
+    say(f"teacher gate: the base answers {gate['student']:.2f} of the new skills' queries "
+        f"without a demonstration, {gate['teacher']:.2f} with one")
+    if gate["teacher"] - gate["student"] < margin:
+        raise UserError(
+            f"the demonstration does not help enough: {gate['teacher']:.2f} - "
+            f"{gate['student']:.2f} < --gate-margin {margin}; there is nothing to distil",
+            "make the base longer (--base-steps), or lower --gate-margin to see it fail",
+        )
+    return gate
+
+
+# ---- One run -----------------------------------------------------------------------
+
+
+def open_folder(args, method):
+    """The folder of one method's files. Loses nothing that is there."""
+    folder = Path(args.out) / method
+    if is_first() and not args.resume and (folder / "checkpoint.pt").exists():
+        if not (folder / "results.json").exists():
+            raise UserError(
+                f"{folder} holds a run that was not finished",
+                "go on with --resume, choose another --out, or delete the folder",
+            )
+        old = folder.with_name(method + ".previous")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(folder, old)
+        say(f"the finished run in {folder} is now {old}")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def fine_tune(method, args, base, stages, tasks, tok, stop):
+    """Run one method on the three skills; returns its evaluations and its seconds."""
+    trainer, folder = METHODS[method], open_folder(args, method)
+    names = [field.name for field in fields(trainer.Config)]
+    cfg = trainer.Config(**{name: getattr(args, name) for name in names})
+    resume = args.resume and (folder / "checkpoint.pt").exists()
+    say(f"\n{method}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items())}")
+    student = GPT(base.config).to(next(base.parameters()).device)
+    student.load_state_dict(base.state_dict())
+    student.dtype = base.dtype
+    start = time.perf_counter()
+    evaluations = trainer.train(student, stages, tasks, tok, cfg, folder, resume, stop)
+    return cfg, evaluations, time.perf_counter() - start
+
+
+def write_results(folder, method, cfg, gate, evaluations, seconds):
+    keys = ("new", "prior", "kl_student_base", "kl_teacher_base")
+    stages = [
+        {"skill": e["skill"], **{k: e[k] for k in keys}, "seconds": e["seconds"]}
+        for e in evaluations if e["stage_end"]
+    ]  # fmt: skip
+    results = {
+        "method": method, "seed": cfg.seed, "config": asdict(cfg), "seconds": seconds,
+        "teacher_gate": gate, "base": {k: evaluations[0][k] for k in ("new", "prior")},
+        "stages": stages,
+    }  # fmt: skip
+    if is_first():
+        text = json.dumps(results, indent=1)
+        write_atomically(folder / "results.json", text.encode())
+
+
+def show_sample(args, device, dtype, tok):
+    """What the base and the fine-tuned model answer to one prompt."""
+    base, _ = get_base(args, device, dtype, tok, None, 1)
+    methods = list(METHODS) if args.method == "both" else [args.method]
+    for method in [None, *methods]:
+        if method:
+            path = Path(args.out) / method / "checkpoint.pt"
+            if not path.exists():
+                raise UserError(
+                    f"no run of {method} in {args.out}",
+                    f"python train.py --method {method} --out {args.out} makes one",
+                )
+            base.load_state_dict(read_checkpoint(path, device)["models"]["student"])
+        ids = [tok.encode(args.sample) + [tok.answer]]
+        text = answer(base, ids, tok, args.max_new_tokens)[0]
+        say(f"{method or 'base':5s} {text}")
+
+
+def plot(out, methods):
+    """<out>/plot.png: each accuracy over the updates, one panel per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(methods), figsize=(5 * len(methods), 3.5), sharey=True,
+                                squeeze=False)
+    for axis, method in zip(axes[0], methods, strict=True):
+        lines = (Path(out) / method / "metrics.jsonl").read_text().splitlines()
+        rows = [row for row in map(json.loads, lines) if "new" in row]
+        x = [row["step"] for row in rows]
+        for name in rows[0]["new"]:
+            axis.plot(x, [r["new"][name] for r in rows], marker="o", label=f"skill {name}")
+        for name in rows[0]["prior"]:
+            axis.plot(x, [r["prior"][name] for r in rows], "--", label=name, alpha=0.7)
+        axis.set(title=method.upper(), xlabel="updates", ylim=(-0.03, 1.03))
+    axes[0][0].set_ylabel("accuracy, held-out queries")
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(Path(out) / "plot.png", dpi=120, bbox_inches="tight")
+    say(f"picture: {Path(out) / 'plot.png'}")
+
+
+def say(text):
+    if is_first():
+        print(text, flush=True)
+
+
+def run(args):
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError(
+            "--plot needs matplotlib",
+            f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
+        )
+    world_size = start_processes(args)
+    device, reason = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    say(f"device {device} ({reason}), activations {str(dtype)[6:]}, seed {args.seed}, "
+        f"processes {world_size}, threads {torch.get_num_threads()}, "
+        f"torch {torch.__version__}")
+    tok = Tokenizer()
+    if args.sample is not None:
+        return show_sample(args, device, dtype, tok)
+    if args.quick:
+        say("--quick: far too short for the base to read a demonstration, so the gate is "
+            "not enforced and no effect will show")
+    methods = ["sft", "sdft"] if args.method == "both" else [args.method]
+    check_batches("fine-tuning", args, world_size, args.demos)
+    stop = Stop()
+    base, base_seconds = get_base(args, device, dtype, tok, stop, world_size)
+
+    world = World(args.seed)
+    tasks = make_tasks(world, args.eval_size, args.seed, args.distance)
+    stages = {
+        skill: make_demos(world, skill, args.demos, args.seed, args.distance)
+        for skill in SKILLS
+    }
+    gate = teacher_gate(base, tasks, tok, args, args.gate_margin)
+    final = {}
+    for method in methods:
+        cfg, evaluations, seconds = fine_tune(method, args, base, stages, tasks, tok, stop)
+        seconds = {"base": base_seconds, "fine_tune": seconds}
+        folder = Path(args.out) / method
+        write_results(folder, method, cfg, gate, evaluations, seconds)
+        final[method] = [row for row in evaluations if row["stage_end"]]
+        rows = [evaluations[0], *final[method]]
+        say(f"\n{method}, {seconds['fine_tune']:.0f} s:\n{table(rows)}")
+    if len(methods) == 2:
+        say(f"\nafter all three skills (first line SFT, second SDFT):\n"
+            f"{table([rows[-1] for rows in final.values()])}")
+    if args.plot and is_first():
+        plot(args.out, methods)
+    for method in methods:
+        say(f"files: {Path(args.out) / method / 'results.json'}, metrics.jsonl beside it")
+
+
+def main(argv):
+    """Run, and turn what the user can mend into an error, a hint and an exit code."""
+    try:
+        args = parse_args(argv)
+        run(args)
+    except (UserError, OSError, ValueError) as error:
+        if "--debug" in argv:
+            raise
+        hint = getattr(error, "hint", "--debug shows where this happened")
+        print(f"error: {error}\nhint: {hint}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}\nhint: try a lower --lr", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt as error:
+        number_ = int(re.search(r"\d+", f"{error} 2")[0])
+        command = " ".join(arg for arg in argv if arg != "--resume")
+        print(f"stopped; go on with: python train.py {command} --resume", file=sys.stderr)
+        return 128 + number_
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
