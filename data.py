@@ -1,7 +1,8 @@
 """A tiny world in English, made on the spot: nothing is downloaded.
 
 In three trades, code words tell how to put things in order. The model answers with a
-thought (the order that the code word means) and then the things. One example of each kind:
+thought (the order that the code word means) and then the things. One example of each
+kind:
 
     known name     kitchen kettle: apple river stone     ->  reverse: stone river apple
     new skill      harbour violin: candle spoon tower    ->  rotate: spoon tower candle
@@ -9,16 +10,18 @@ thought (the order that the code word means) and then the things. One example of
     demonstration  harbour violin: candle spoon tower
                    example well friend, advance so you get spoon tower candle as ever
 
-A skill is eight new code words of one trade: learning it binds names to orders, and since
-held-out queries have other things to order, it cannot be learnt by heart. The expert who
-wrote the demonstrations answers in a manner of his own (well friend, ... so you get ... as
-ever) and has his own terms (advance) for what the model calls by other words (rotate). The
-model reads all of that and never writes it. What stands for what in the paper:
+A skill is eight new code words of one trade: learning it binds names to orders, and
+since held-out queries have other things to order, it cannot be learnt by heart. The
+expert who wrote the demonstrations answers in a manner of his own (well friend, ... so
+you get ... as ever) and has his own terms (advance) for what the model calls by other
+words (rotate). The model reads all of that and never writes it. What stands for what in
+the paper:
 
     student_prompt = prompt                     # what is asked
     teacher_prompt = prompt + demonstration     # arXiv 2601.19897, section 3, template
-    prior skills   = known names (knowledge), the model's own format, a manner when asked
-                     (instruction following), use of a demonstration in the context
+    prior skills   = known names (knowledge), the model's own format, a manner when
+                     asked (instruction following), use of a demonstration in the
+                     context
 
 Everything random comes from make_rng(seed, purpose, ...): a pure function.
 """
@@ -74,21 +77,22 @@ MANNERS = {
 }
 # words of which the base corpus also makes up manners that have no name
 MANNER_WORDS = (
-    "ah and behold dear fine good hear here hm it let look my now please quite "
+    "and behold dear fine good hear here hm it let look my now please quite "
     "right see sure thanks then there thus we"
 ).split()
 NOUNS = (
-    "anchor apple arrow badge bag ball banana barrel basket beach bead bell belt bench berry "
-    "bird blanket boat bone book boot bottle bowl box branch bread brick bridge broom brush "
-    "bucket button cabin cage cake camel candle canoe carpet carrot castle cat chain chair "
-    "cheese cherry circle clock cloud coat coin comb cord cork corn cotton crown cup curtain "
-    "desk diamond dish dog door dove drum duck eagle egg engine falcon feather fence field "
-    "fiddle fish flag flame flower flute forest fork fox frog gate ghost glass glove goat "
-    "gold grape guitar hammer harp hat helmet honey hook horn horse house island jacket jar "
-    "jewel kettle key kite knife ladder lake lamp lantern leaf lemon letter lion lock mirror "
-    "moon mountain mouse nail needle nest onion orange oven owl paddle page paint palace pan "
-    "paper pear pearl pencil pepper piano pillow pipe plate plum pony pot rabbit ring river "
-    "road rope rose salt ship shoe spoon stone table tiger tower"
+    "anchor apple arrow badge bag ball banana barrel basket beach bead bell belt "
+    "bench berry bird blanket boat bone book boot bottle bowl box branch bread brick "
+    "bridge broom brush bucket button cabin cage cake camel candle canoe carpet "
+    "carrot castle cat chain chair cheese cherry circle clock cloud coat coin comb "
+    "cord cork corn cotton crown cup curtain desk diamond dish dog door dove drum "
+    "duck eagle egg engine falcon feather fence field fiddle fish flag flame flower "
+    "flute forest fork fox frog gate ghost glass glove goat gold grape guitar hammer "
+    "harp hat helmet honey hook horn horse house island jacket jar jewel kettle key "
+    "kite knife ladder lake lamp lantern leaf lemon letter lion lock mirror moon "
+    "mountain mouse nail needle nest onion orange oven owl paddle page paint palace "
+    "pan paper pear pearl pencil pepper piano pillow pipe plate plum pony pot rabbit "
+    "ring river road rope rose salt ship shoe spoon stone table tiger tower"
 ).split()
 KNOWN, UNKNOWN = 120, 40  # code words: nouns that also occur as things
 NAMES_PER_SKILL = 8
@@ -101,27 +105,26 @@ class Tokenizer:
     """Whole words are tokens, everything else falls back to bytes.
 
     Ids: 0-255 the bytes, then the words of the world, then two special tokens, then
-    unused ids up to vocab_size. A text gets one leading space when it is encoded and loses
-    it when decoded, so that a word is the same token wherever it stands;
+    unused ids up to vocab_size. A text gets one leading space when it is encoded and
+    loses it when decoded, so that a word is the same token wherever it stands;
     decode(encode(x)) == x for any x. Special tokens cannot come from a text.
     """
 
     vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
 
     def __init__(self):
-        words = [f" {word}" for word in NOUNS + list(TRADES) + MANNER_WORDS + ["example"]]
-        words += [f" {word}" for own in ORDERS for word in (own, ORDERS[own][0])]
-        pieces = " ".join(" ".join(parts) for parts in MANNERS.values()).replace(",", " ,")
-        words += [word if word in ",:" else f" {word}" for word in pieces.split()]
-        words += [f" {name}" for name in MANNERS if name != "own"]
+        words = [*NOUNS, *TRADES, *MANNER_WORDS, *ORDERS, *MANNERS, "example"]
+        words += [expert for expert, _ in ORDERS.values()]
+        for parts in MANNERS.values():
+            words += " ".join(parts).replace(",", "").replace(":", "").split()
         ranks = {bytes([i]): i for i in range(256)}
         for word in words:
-            ranks.setdefault(word.encode(), len(ranks))
+            ranks.setdefault(f" {word}".encode(), len(ranks))
         self.answer, self.end = len(ranks), len(ranks) + 1
         assert self.end < self.vocab_size, self.end
         self.encoding = tiktoken.Encoding(
             name="tiny_world",
-            pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # every character falls under one of these
+            pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # together these match any character
             mergeable_ranks=ranks,
             special_tokens={"<|answer|>": self.answer, "<|end|>": self.end},
         )
@@ -130,13 +133,12 @@ class Tokenizer:
         return self.encoding.encode_ordinary(" " + text) if text else []
 
     def decode(self, ids):
-        """Text of ids: special tokens left out, ids that mean nothing shown as <id>."""
-        known = [i for i in ids if i not in (self.answer, self.end)]
-        text = b"".join(
-            self.encoding.decode_single_token_bytes(i) if i < self.answer else b"<%d>" % i
-            for i in known
-        ).decode("utf-8", errors="replace")
-        return text[1:] if text.startswith(" ") else text
+        """The text of ids; special or unused ones show as <id>, but not a last end."""
+        ids = ids[:-1] if ids and ids[-1] == self.end else ids
+        known = self.encoding.decode_single_token_bytes
+        pieces = [known(i) if i < self.answer else b"<%d>" % i for i in ids]
+        text = b"".join(pieces).decode("utf-8", errors="replace")
+        return text.removeprefix(" ")
 
 
 # ---- Examples, and the two contexts ------------------------------------------------
@@ -152,7 +154,7 @@ class Example:
 
 
 def show(prompt, demo):
-    """A prompt with a demonstration of how to answer it, as text (paper: the template)."""
+    """A prompt with a demonstration of how to answer it (the paper's template)."""
     return f"{prompt} example {demo}"
 
 
@@ -173,12 +175,18 @@ def demo_response(example, tok):
 
 
 def pad_right(rows, fill, device):
-    """Lists of tokens -> int64 (B, T), padded on the right with `fill`; lengths (B,)."""
+    """Lists of tokens -> int64 (B, T), padded on the right, and lengths, int64 (B,)."""
     lengths = torch.tensor([len(row) for row in rows])
     ids = torch.full((len(rows), int(lengths.max())), fill)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     return ids.to(device), lengths.to(device)
+
+
+def pad_batch(make, batch, tok, device):
+    """make(example, tok) of each example: int64 (B, T), padded, and lengths (B,).
+    make is student_prompt, teacher_prompt or demo_response."""
+    return pad_right([make(example, tok) for example in batch], tok.end, device)
 
 
 # ---- Randomness and batches --------------------------------------------------------
@@ -196,10 +204,10 @@ def make_rng(seed, *purpose):
 
 
 def get_batch(examples, batch_size, seed, step, sort=1):
-    """The examples of one step: a pure function of (seed, step), the same for each method.
+    """The examples of one step: a function of (seed, step), the same for each method.
 
-    Each epoch is a fresh shuffle. With sort > 1, that many batches are drawn together and
-    cut by length, which leaves less padding.
+    Each epoch is a fresh shuffle. With sort > 1, that many batches are drawn together
+    and cut by length, which leaves less padding.
     """
     group, part = divmod(step, sort)
     size = batch_size * sort
@@ -212,22 +220,22 @@ def get_batch(examples, batch_size, seed, step, sort=1):
 
 
 def is_first():
-    """Is this the process that writes and prints? (torchrun may have started several.)"""
+    """Is this the process that writes and prints? (torchrun may start several.)"""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def my_parts(batch, micro_batches):
     """This process's share of a batch, in micro_batches parts of equal size."""
-    rank, world = (
-        (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    )
+    rank, world = 0, 1
+    if dist.is_initialized():
+        rank, world = dist.get_rank(), dist.get_world_size()
     size = len(batch) // (world * micro_batches)
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
     return parts[rank * micro_batches : (rank + 1) * micro_batches]
 
 
 def get_uniform(examples, n_tokens, seed, step, device):
-    """Uniform numbers in [0, 1), float32 (B, n_tokens), that belong to (step, example)."""
+    """Uniform numbers in [0, 1), float32 (B, n_tokens), of (seed, step, example)."""
     rngs = [make_rng(seed, "rollout", step, example.id) for example in examples]
     return torch.stack([torch.rand(n_tokens, generator=g) for g in rngs]).to(device)
 
@@ -266,7 +274,7 @@ class World:
 
 
 def is_held_out(things):
-    """A tenth of all queries is never trained on: neither by the base nor by a skill."""
+    """A tenth of all queries is never trained on, by the base or by a skill."""
     return sum(NOUNS.index(thing) for thing in things) % 10 == 0
 
 
@@ -280,12 +288,12 @@ def draw_things(rng, held_out):
 def put(thought, things, manner):
     """A response as text: opening, thought, joiner, things, closing."""
     opening, joiner, closing = manner
-    return " ".join(f"{opening} {thought} {joiner} {' '.join(things)} {closing}".split()
-                    ).replace(" :", ":")
+    text = " ".join([opening, thought, joiner, *things, closing])
+    return " ".join(text.split()).replace(" :", ":")
 
 
 def ask(trade, name, things, manner="own"):
-    """A prompt as text; a manner other than the model's own is asked for by its name."""
+    """A prompt as text; a manner other than the model's own is asked for by name."""
     asked = "" if manner == "own" else f" {manner}"
     return f"{trade} {name}{asked}: {' '.join(things)}"
 
@@ -305,11 +313,11 @@ def make_base_corpus(world, tok, size, seed):
     """Examples that teach the base model all it should know, as a list.
 
     55 % ask for a known name; 45 % show a demonstration, four fifths of them for an
-    unknown name with an order drawn anew each time, so that only the demonstration tells.
-    A quarter asks for a manner. A fifth begins with another thought than the right one,
-    which the things then follow, and a tenth with a wrong thing, after which the rest is
-    right: both given, not learnt. Without these two, the teacher of SDFT knows no way
-    back from what only a student would write.
+    unknown name with an order drawn anew each time, so that only the demonstration
+    tells. A quarter asks for a manner. A fifth begins with another thought than the
+    right one, which the things then follow, and a tenth with a wrong thing, after
+    which the rest is right: both given, not learnt. Without these two, the teacher of
+    SDFT knows no way back from what only a student would write.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
     corpus = []
@@ -336,7 +344,8 @@ def make_base_corpus(world, tok, size, seed):
         if noise > 0.9:  # a wrong thing
             wrong = rng.randrange(len(answer))
             answer = answer[:wrong] + [rng.choice(NOUNS)] + answer[wrong + 1 :]
-            given = len(tok.encode(put(order, answer[: wrong + 1], (opening, joiner, ""))))
+            begun = put(order, answer[: wrong + 1], (opening, joiner, ""))
+            given = len(tok.encode(begun))
         response = put(order, answer, MANNERS[manner])
         corpus.append(Example(prompt, response, response, given, id=i))
     return corpus
@@ -345,119 +354,127 @@ def make_base_corpus(world, tok, size, seed):
 DISTANCES = ("own", "known", "terms")
 
 
-def make_demos(world, skill, size, seed, distance="terms"):
-    """The expert's demonstrations of a skill, the training set of both methods.
+def expert_demo(order, things, distance):
+    """How the expert answers. distance, how far he is from the model: "own", he writes
+    as the model does; "known", in the manner that the model knows as "expert"; "terms",
+    so, and in terms of his own, which the model reads but never writes."""
+    term, act = ORDERS[order]
+    thought = term if distance == "terms" else order
+    return put(thought, act(things), MANNERS["own" if distance == "own" else "expert"])
 
-    distance: how far the expert is from the model. "own": he writes as the model does;
-    "known": in the manner that the model knows as "expert"; "terms": so, and in terms
-    of his own, which the model reads but never writes.
-    """
+
+def make_demos(world, skill, size, seed, distance="terms"):
+    """The expert's demonstrations of a skill: the training set of both methods."""
     rng = random.Random(derive_seed(seed, "demos", skill))
-    names = list(world.skills[skill])
-    demos = []
+    names, demos = list(world.skills[skill]), []
     for i in range(size):
-        trade, order = world.skills[skill][names[i % len(names)]]
+        name = names[i % len(names)]
+        trade, order = world.skills[skill][name]
         things = draw_things(rng, held_out=False)
-        term, act = ORDERS[order]
-        demo = put(
-            term if distance == "terms" else order,
-            act(things),
-            MANNERS["own" if distance == "own" else "expert"],
-        )
-        prompt = ask(trade, names[i % len(names)], things)
-        demos.append(Example(prompt, demo, put(order, act(things), MANNERS["own"]), id=i))
+        prompt = ask(trade, name, things)
+        right = put(order, ORDERS[order][1](things), MANNERS["own"])
+        demos.append(Example(prompt, expert_demo(order, things, distance), right, id=i))
     return demos
 
 
 def make_tasks(world, size, seed, distance="terms"):
-    """Held-out queries: {"new": {skill: [...]}, "prior": {benchmark: [...]}}."""
-    rng = random.Random(derive_seed(seed, "tasks"))
-    other = [n for n in world.unknown if not any(n in s for s in world.skills.values())]
+    """Held-out queries: {"new": {skill: examples}, "prior": {benchmark: examples}}.
 
-    def query(name, trade, order, manner="own", shown=False, expert=False):
-        things = draw_things(rng, held_out=True)
-        prompt, (term, act) = ask(trade, name, things, manner), ORDERS[order]
-        demo = draw_demo(order, things, rng)
-        if expert:
-            demo = put(
-                term if distance == "terms" else order,
-                act(things),
-                MANNERS["own" if distance == "own" else "expert"],
-            )
-        if shown:
-            prompt = show(prompt, demo)
-        return Example(prompt, demo, put(order, act(things), MANNERS[manner]))
+    knowledge: a known name, the right things. own_format: the same, in the model's own
+    manner. asked_words, asked_format: a known name when a manner is asked for.
+    in_context: a demonstration, in the prompt, of what a name means that no skill has.
+    """
+    rng = random.Random(derive_seed(seed, "tasks"))
+    skill_names = [name for names in world.skills.values() for name in names]
+    free = [name for name in world.unknown if name not in skill_names]
+    asked = [manner for manner in MANNERS if manner != "own"]
+
+    def new(names):
+        name = rng.choice(list(names))
+        (trade, order), things = names[name], draw_things(rng, held_out=True)
+        right = put(order, ORDERS[order][1](things), MANNERS["own"])
+        return ask(trade, name, things), expert_demo(order, things, distance), right
 
     def known(manners):
-        name = rng.choice(list(world.known))
-        return query(name, *world.known[name], rng.choice(manners))
+        name, manner = rng.choice(list(world.known)), rng.choice(manners)
+        (trade, order), things = world.known[name], draw_things(rng, held_out=True)
+        right = put(order, ORDERS[order][1](things), MANNERS[manner])
+        return ask(trade, name, things, manner), right, right
 
     def in_context():
-        name = rng.choice(other)
+        name, things = rng.choice(free), draw_things(rng, held_out=True)
         trade = world.unknown[name]
-        return query(name, trade, rng.choice(world.orders[trade]), shown=True)
+        order = rng.choice(world.orders[trade])
+        right = put(order, ORDERS[order][1](things), MANNERS["own"])
+        prompt = show(ask(trade, name, things), draw_demo(order, things, rng))
+        return prompt, right, right
 
-    asked = list(MANNERS)[1:]
-    new = {
-        skill: [query(n, *names[n], expert=True) for n in rng.choices(list(names), k=size)]
-        for skill, names in world.skills.items()
+    def examples(draw, *args):
+        return [Example(*draw(*args), id=i) for i in range(size)]
+
+    return {
+        "new": {skill: examples(new, names) for skill, names in world.skills.items()},
+        "prior": {
+            "knowledge": examples(known, ["own"]),
+            "own_format": examples(known, ["own"]),
+            "asked_words": examples(known, asked),
+            "asked_format": examples(known, asked),
+            "in_context": examples(in_context),
+        },
     }
-    prior = {
-        "knowledge": [known(["own"]) for _ in range(size)],
-        "own_format": [known(["own"]) for _ in range(size)],
-        "asked_words": [known(asked) for _ in range(size)],
-        "asked_format": [known(asked) for _ in range(size)],
-        "in_context": [in_context() for _ in range(size)],
-    }
-    return {"new": new, "prior": prior}
-
-
-def shape(text):
-    """What is left of a response without its things: the manner, and whose terms."""
-    words = ["?" if word.strip(":") in ORDERS else word for word in text.replace(":", " :").split()]
-    return [w for i, w in enumerate(words) if w not in NOUNS or words[i - 1] not in NOUNS]
-
-
-def grade(benchmark, example, response):
-    """Is this text right? Words: the things, in their order, in whatever manner. Format:
-    the manner, whatever the things. Nothing else of the response counts."""
-    if benchmark.endswith("format"):
-        return shape(response) == shape(example.answer)
-
-    def things(text):
-        return [word for word in text.split() if word in NOUNS]
-
-    return things(response) == things(example.answer)
 
 
 # ---- Answers and accuracies --------------------------------------------------------
 
 
-def answer(model, contexts, tok, max_new_tokens, u=None, temperature=0.0):
-    """The responses of a model to contexts (lists of tokens), as texts; greedy if no u."""
+def things_in(text):
+    """The things of a response, in their order: what it says, in whatever manner."""
+    return [word for word in text.split() if word in NOUNS]
+
+
+def manner_of(text):
+    """A response with ... for its things and ? for an own term: how it says it."""
+    words = ["..." if w in NOUNS else w for w in text.replace(":", " :").split()]
+    words = ["?" if word in ORDERS else word for word in words]
+    return [w for i, w in enumerate(words) if i == 0 or w != "..." or words[i - 1] != w]
+
+
+def grade(benchmark, example, response):
+    """Is a response right? *_format: its manner; else its things. No more counts."""
+    part = manner_of if benchmark.endswith("format") else things_in
+    return part(response) == part(example.answer)
+
+
+def answer(model, contexts, tok, max_new_tokens):
+    """The greedy responses of a model to contexts (lists of tokens), as texts."""
     prompts, lengths = pad_right(contexts, tok.end, next(model.parameters()).device)
     response, mask = generate(
-        model, prompts, lengths, max_new_tokens, tok.end, u, temperature
+        model, prompts, lengths, max_new_tokens, tok.end, temperature=0
     )
     rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
     return [tok.decode(row[:n]) for row, n in rows]
 
 
-def accuracy(model, benchmark, examples, tok, max_new_tokens, context=student_prompt):
+def accuracy(model, benchmark, examples, tok, max_new_tokens, prompt=student_prompt):
     """The share of examples that the model answers rightly, greedily, in [0, 1]."""
-    texts = answer(model, [context(e, tok) for e in examples], tok, max_new_tokens)
+    texts = answer(model, [prompt(e, tok) for e in examples], tok, max_new_tokens)
     right = [grade(benchmark, e, text) for e, text in zip(examples, texts, strict=True)]
     return sum(right) / len(right)
 
 
-def sample_answers(model, skill, tasks, tok, max_new_tokens):
-    """Two greedy answers to look at: a query of the skill, and one of prior knowledge."""
-    examples = [tasks["new"][skill][0], tasks["prior"]["knowledge"][0]]
-    texts = answer(model, [student_prompt(e, tok) for e in examples], tok, max_new_tokens)
+def sample(model, examples, tok, max_new_tokens):
+    """A few greedy answers to look at, beside the right ones."""
+    prompts = [student_prompt(e, tok) for e in examples]
+    texts = answer(model, prompts, tok, max_new_tokens)
     return [
         {"prompt": e.prompt, "response": text, "right": e.answer}
         for e, text in zip(examples, texts, strict=True)
     ]
+
+
+def mean_per_response(x, mask):
+    """The mean of x (B, R) over the tokens of each response, then over responses."""
+    return ((x * mask).sum(1) / mask.sum(1)).mean().item()
 
 
 # ---- Records and files -------------------------------------------------------------
@@ -466,15 +483,15 @@ def sample_answers(model, skill, tasks, tok, max_new_tokens):
 def table(rows):
     """Evaluations as a table, one line each, with a column for each accuracy."""
     names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
-    head = "after   " + " ".join(f"{n if g == 'prior' else 'new ' + n}" for g, n in names)
-    lines = [head + "   KL(student || base)"]
+    titles = [f"new {name}" if group == "new" else name for group, name in names]
+    lines = [f"after   {'  '.join(titles)}  KL(student || base)"]
     for row in rows:
-        cells = []
-        for group, name in names:
-            width = len(name) if group == "prior" else 4 + len(name)
-            cells.append(f"{row[group][name]:{width}.2f}")
-        stage = row["skill"] if row["stage_end"] else "-"
-        lines.append(f"{stage:7s} {' '.join(cells)}   {row['kl_student_base']:.2f}")
+        cells = [
+            f"{row[group][name]:{len(title)}.2f}"
+            for (group, name), title in zip(names, titles, strict=True)
+        ]
+        stage = row["skill"] if row["step"] else "-"
+        lines.append(f"{stage:7s} {'  '.join(cells)}  {row['kl_student_base']:.2f}")
     return "\n".join(lines)
 
 
@@ -489,8 +506,16 @@ def describe(record):
     return f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)
 
 
+def check_same(folder, saved, now):
+    """Raise ValueError, naming each difference, if two settings are not the same."""
+    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if keys:
+        changes = ", ".join(f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys)
+        raise ValueError(f"{folder} holds another run (saved -> now): {changes}")
+
+
 def write_atomically(path, content):
-    """Write bytes beside the target, sync, rename: there is the old file or the new one."""
+    """Write beside the target, sync, rename: there is the old file or the new one."""
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
     with open(temporary, "wb") as file:
         file.write(content)
@@ -503,8 +528,8 @@ def write_atomically(path, content):
 
 
 def write_checkpoint(path, content):
-    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one file.
-    The checkpoint before it is kept as <name>.previous."""
+    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one
+    file. The checkpoint before it is kept as <name>.previous."""
     if not is_first():
         return
     buffer = io.BytesIO()
@@ -516,15 +541,15 @@ def write_checkpoint(path, content):
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dict of write_checkpoint. Raises ValueError if the file is not one, is cut, or
-    differs from what was written; nothing in it is ever executed."""
+    """The dict of write_checkpoint. Raises ValueError if the file is not one, is cut,
+    or differs from what was written; nothing in it is ever executed."""
     previous = path.with_name(path.name + ".previous")
     if not path.exists() and previous.exists():
         path = previous  # the process was killed between two renames
-    head, _, content = path.read_bytes().partition(b"\n")
+    head, _, content = path.read_bytes().partition(b"\n")  # torch.load checks no sum
     if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
         raise ValueError(
-            f"{path} ({len(head) + 1 + len(content)} bytes): checksum differs, not loaded"
+            f"{path}: {path.stat().st_size} bytes, checksum differs, not loaded"
             + (f"; the one before it is {previous}" if previous.exists() else "")
         )
     return torch.load(io.BytesIO(content), map_location=device, weights_only=True)

@@ -1,10 +1,10 @@
 """A GPT language model, its KV-cached sampler and the KL divergence, all in this file.
 
-    logits   = GPT(tokens)                                  # what comes next, at each place
-    response ~ generate(model, prompts)                     # sampled token by token, cached
-    KL       = kl_reference(student_logits, teacher_logits) # three formulas, spelled out
-             = fused_kl(student_logits, teacher_logits)     # same numbers, less memory
-             = fused_linear_kl(student_states, ...)         # same again, from before the head
+    logits   = GPT(tokens)                                  # what comes next, anywhere
+    response ~ generate(model, prompts)                     # token by token, cached
+    KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
+             = fused_kl(student_logits, teacher_logits)     # the same, less memory
+             = fused_linear_kl(states, head, ...)           # the same, before the head
 
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
          H query heads   G key/value heads   D head size   N rows (tokens) of a loss
@@ -29,15 +29,15 @@ import torch.nn.functional as F
 @dataclass
 class GPTConfig:
     block_size: int = 128  # longest sequence, in tokens
-    vocab_size: int = 512
-    n_layer: int = 4
+    vocab_size: int = 512  # tokens
+    n_layer: int = 4  # blocks
     n_head: int = 4  # query heads
     n_kv_head: int = 4  # key/value heads; fewer than n_head: grouped queries
     n_embd: int = 128  # channels
     n_inner: int = 344  # channels inside the MLP
-    rope_theta: float = 1000.0  # Qwen2.5 has 1,000,000
-    norm_eps: float = 1e-6
-    qkv_bias: bool = True
+    rope_theta: float = 1000.0  # of the rotary positions; Qwen2.5 has 1,000,000
+    norm_eps: float = 1e-6  # of RMSNorm
+    qkv_bias: bool = True  # on q, k and v only
     tie_weights: bool = True  # the head is the token embedding
 
     def __post_init__(self):
@@ -51,7 +51,8 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """Float32 weights, used in the dtype of the activations: the cast is visible here."""
+    """Float32 weights, used in the dtype of the activations: the cast is visible
+    here."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -65,7 +66,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.float()  # the mean of squares is not safe in bfloat16
+        y = x.to(self.weight.dtype)  # float32: bfloat16 has too few digits for a mean
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
         return (self.weight * y).to(x.dtype)
 
@@ -79,8 +80,9 @@ def rotation_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Turn channel i and channel i + D/2 of x (B, H, T, D) by the angle of their place."""
-    a, b = x.float().chunk(2, dim=-1)  # (B, H, T, D/2) each: halves, not neighbours
+    """Turn channel i and channel i + D/2 of x (B, H, T, D) by the angle of their
+    place."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each; halves, not pairs
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
@@ -99,7 +101,8 @@ class KVCache:
         self.span = 0
 
     def write(self, layer, k, v, positions):
-        """Store k and v (B, G, T, D); return all keys and values so far, (B, G, span, D).
+        """Store k and v (B, G, T, D); return all keys and values so far, (B, G, span,
+        D).
 
         positions None: a prompt, columns 0..T-1. Else (B,): one token for each row, at
         the row's own position, over the pads that may stand there.
@@ -148,7 +151,7 @@ class CausalSelfAttention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # one token a row: the query heads of a group stand where T would
             seen = torch.arange(k.size(2), device=x.device) <= positions[:, None]
-            q = q.view(B, G, H // G, D)  # query head h belongs to key head h // (H // G)
+            q = q.view(B, G, H // G, D)  # query head h: key head h // (H/G)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
             y = y.view(B, H, 1, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -173,22 +176,21 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *where, drop=0.0):
-        x = x + F.dropout(self.attn(self.ln_1(x), *where), drop)
-        return x + F.dropout(self.mlp(self.ln_2(x)), drop)
+    def forward(self, x, *where):
+        x = x + self.attn(self.ln_1(x), *where)
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """tokens (B, T) -> logits (B, T, V).
 
-    `dtype` is that of the activations; the parameters are float32 always. `dropout` is
-    the share of each residual branch that is dropped, in train mode only: the base model
-    is made with it, fine-tuning leaves it at 0.
+    `dtype` is that of the activations; the parameters are float32 always. No dropout,
+    so train and eval mode are the same.
     """
 
     def __init__(self, config, generator=None):
         super().__init__()
-        self.config, self.dtype, self.dropout = config, torch.float32, 0.0
+        self.config, self.dtype = config, torch.float32
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
@@ -211,7 +213,8 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
     def states(self, idx, positions=None, cache=None):
-        """The final hidden states, before the head: (B, T, C) in the activations' dtype.
+        """The final hidden states, before the head: (B, T, C) in the activations'
+        dtype.
 
         Args:
             idx: tokens, int64 (B, T).
@@ -224,29 +227,30 @@ class GPT(nn.Module):
         if positions is None:
             cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
         else:  # (B, 1, 1, D/2): each row at a position of its own
-            cos, sin = self.cos[positions][:, None, None], self.sin[positions][:, None, None]
-        drop = self.dropout if self.training else 0.0
-        x = F.dropout(self.wte(idx).to(self.dtype), drop)  # (B, T, C)
+            cos = self.cos[positions][:, None, None]
+            sin = self.sin[positions][:, None, None]
+        x = self.wte(idx).to(self.dtype)  # (B, T, C)
         for layer, block in enumerate(self.h):
-            x = block(x, cos, sin, positions, cache, layer, drop=drop)
+            x = block(x, cos, sin, positions, cache, layer)
         return self.ln_f(x)
 
     def head(self, states):
         """Logits (..., V) of hidden states (..., C), in float32 whatever the dtype."""
-        return F.linear(states.float(), self.lm_head.weight)
+        return F.linear(states.to(self.lm_head.weight.dtype), self.lm_head.weight)
 
     def forward(self, idx, positions=None, cache=None):
         return self.head(self.states(idx, positions, cache))
 
 
 def response_states(model, prompts, lengths, response):
-    """The states from which each token of the response is predicted. The shift, only here.
+    """The states from which each token of the response is predicted. The shift, only
+    here.
 
-    The state *at* a token predicts the *next* one, so token t of the response (it stands
-    at position length + t) is predicted at position length + t - 1: token 0 at the last
-    token of the prompt, whatever the length of the row's prompt. Student and teacher see
-    prompts of different lengths and the same response; row by row, token by token, their
-    results of this function stand side by side.
+    The state *at* a token predicts the *next* one, so token t of the response (it
+    stands at position length + t) is predicted at position length + t - 1: token 0 at
+    the last token of the prompt, whatever the length of the row's prompt. Student and
+    teacher see prompts of different lengths and the same response; row by row, token by
+    token, their results of this function stand side by side.
 
     Args:
         prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
@@ -258,7 +262,7 @@ def response_states(model, prompts, lengths, response):
     T = prompts.size(1) + R
     if T > model.config.block_size:
         raise ValueError(
-            f"a prompt of {prompts.size(1)} tokens and a response of {R} need {T} tokens "
+            f"a prompt of {prompts.size(1)} tokens and a response of {R} need {T} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
@@ -271,6 +275,15 @@ def response_states(model, prompts, lengths, response):
 def response_logits(model, prompts, lengths, response):
     """Logits that predict each token of the response, float32 (B, R, V)."""
     return model.head(response_states(model, prompts, lengths, response))
+
+
+@torch.no_grad()
+def kl_models(p, p_prompts, q, q_prompts, response):
+    """KL(p || q) in nats at each token of the response, for two models p and q, each
+    after
+    prompts (and their lengths) of its own: (B, R)."""
+    p_logits = response_logits(p, *p_prompts, response)  # (B, R, V)
+    return kl_reference(response_logits(q, *q_prompts, response), p_logits, "forward")
 
 
 # ---- The sampler -------------------------------------------------------------------
@@ -312,8 +325,8 @@ def generate(
     """Sample a response for each prompt, one token per row and step, on a KV cache.
 
     Right padding and per-row positions: the token after a prompt of 5 is at position 5,
-    whatever stands in the batch beside it. All randomness comes in through u, so a row's
-    sample depends on its own numbers and not on its neighbours.
+    whatever stands in the batch beside it. All randomness comes in through u, so a
+    row's sample depends on its own numbers and not on its neighbours.
 
     Args:
         prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
@@ -322,7 +335,8 @@ def generate(
         u: float32 (B, R), uniform in [0, 1); not needed at temperature 0.
         temperature, top_k, top_p: see sample_token.
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
-        The mask is true up to and *including* the end; behind it the response holds `end`.
+        The mask is true up to and *including* the end; behind it the response holds
+        `end`.
         A response that never ends keeps all its R tokens: its mask has no false.
     Raises: ValueError if prompt and response do not fit into block_size.
     """
@@ -344,7 +358,8 @@ def generate(
     n_tokens = torch.full((B,), R, device=prompts.device)  # length of each response
     for t in range(R):
         step_u = None if temperature == 0 else u[row, t]
-        token = sample_token(model.head(state), step_u, temperature, top_k, top_p)  # (B,)
+        logits = model.head(state)  # (B, V)
+        token = sample_token(logits, step_u, temperature, top_k, top_p)  # (B,)
         response[row, t] = token
         done = token == end
         n_tokens[row[done]] = t + 1
@@ -368,9 +383,9 @@ def generate(
 #
 #   --kl      value                                      gradient over s
 #   forward   KL(teacher || student)                     p_s - p_t
-#   reverse   KL(student || teacher)                     p_s * (log p_s - log p_t - value)
-#   jsd       1/2 KL(teacher || m) + 1/2 KL(student || m), with m = 1/2 p_t + 1/2 p_s
-#                                                        1/2 p_s * (log p_s - log m
+#   reverse   KL(student || teacher)                     p_s * (log p_s - log p_t -
+# value)   jsd       1/2 KL(teacher || m) + 1/2 KL(student || m), with m = 1/2 p_t + 1/2
+# p_s                                                        1/2 p_s * (log p_s - log m
 #                                                                   - KL(student || m))
 #
 # The teacher never gets a gradient. student [.5, .5] and teacher [.9, .1] give 0.36806
@@ -402,10 +417,12 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
 
 
 def kl_rows(s, t, weight, kl, grad=True):
-    """The row kernel on the CPU: the divergence of each row, its gradient in place of s.
+    """The row kernel on the CPU: the divergence of each row, its gradient in place of
+    s.
 
-    Works on blocks of rows that stay in the processor's cache: a whole formula is run on
-    one block before the next is read, so that main memory is read twice and written once.
+    Works on blocks of rows that stay in the processor's cache: a whole formula is run
+    on one block before the next is read, so that main memory is read twice and written
+    once.
 
     Args:
         s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
@@ -457,9 +474,9 @@ class FusedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, kl):
         V = student_logits.size(-1)
-        s = student_logits.reshape(-1, V).clone()  # the caller's logits stay as they are
-        one = torch.ones(len(s), dtype=s.dtype, device=s.device)
-        value = kl_rows(s, teacher_logits.reshape(-1, V), one, kl, ctx.needs_input_grad[0])
+        s = student_logits.reshape(-1, V).clone()  # not over the caller's own logits
+        t = teacher_logits.reshape(-1, V)
+        value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])
         ctx.save_for_backward(s)
         return value.view(student_logits.shape[:-1])
 
@@ -471,7 +488,8 @@ class FusedKL(torch.autograd.Function):
 
 
 def fused_kl(student_logits, teacher_logits, kl="forward"):
-    """The same values and gradients as kl_reference, keeping one tensor and not five."""
+    """The same values and gradients as kl_reference, keeping one tensor and not
+    five."""
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
     return FusedKL.apply(student_logits, teacher_logits, kl)
@@ -481,15 +499,14 @@ class FusedLinearKL(torch.autograd.Function):
     """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
 
     @staticmethod
-    def forward(ctx, student_states, head, teacher_states, teacher_head, weight, kl, chunk,
-                grad):
-        h, W = student_states.to(head.dtype), head  # (N, C), (V, C)
-        loss, values = weight.new_zeros(()), torch.zeros_like(weight)
+    def forward(ctx, states, W, teacher_states, teacher_W, weight, kl, chunk, grad):
+        h = states.to(W.dtype)  # (N, C); W is (V, C)
+        values = torch.zeros_like(weight)
         dh = torch.zeros_like(h) if grad else None
         dW = torch.zeros_like(W) if grad else None
         for i in range(0, len(h), chunk):
             s = h[i : i + chunk] @ W.T  # (chunk, V): private, so it may be overwritten
-            t = teacher_states[i : i + chunk].to(teacher_head.dtype) @ teacher_head.T
+            t = teacher_states[i : i + chunk].to(teacher_W.dtype) @ teacher_W.T
             w = weight[i : i + chunk]
             values[i : i + chunk] = kl_rows(s, t, w, kl, grad)
             if grad:  # s now holds weight * dKL/ds
@@ -497,7 +514,7 @@ class FusedLinearKL(torch.autograd.Function):
                 dW.addmm_(s.T, h[i : i + chunk])
         loss = (values * weight).sum()
         ctx.save_for_backward(dh, dW)
-        ctx.state_dtype = student_states.dtype
+        ctx.states_dtype = states.dtype
         ctx.mark_non_differentiable(values)
         return loss, values
 
@@ -505,10 +522,10 @@ class FusedLinearKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, _):
         dh, dW = ctx.saved_tensors  # final but for the factor from upstream
-        return (dh * grad).to(ctx.state_dtype), dW * grad, *[None] * 6
+        return (dh * grad).to(ctx.states_dtype), dW * grad, *[None] * 6
 
 
-def fused_linear_kl(student_states, student_head, teacher_states, teacher_head, weight, kl):
+def fused_linear_kl(states, head, teacher_states, teacher_head, weight, kl):
     """sum_n weight_n * divergence_n from the states before the heads.
 
     The logits [tokens, vocabulary] of student and teacher never exist whole: rows go
@@ -516,20 +533,32 @@ def fused_linear_kl(student_states, student_head, teacher_states, teacher_head, 
     Memory: two chunks of logits, plus the gradient of the head, for any number of rows.
 
     Args:
-        student_states (N, C), teacher_states (N, C'): rows that carry loss, and no others.
-        student_head (V, C), teacher_head (V, C'): float32 weights.
+        student_states (N, C), teacher_states (N, C'): rows that carry loss, and no
+        others. head (V, C), teacher_head (V, C'): float32 weights.
         weight: float32 (N,), what each row counts in the loss; masked rows have 0.
         kl: one of KLS.
-    Returns: the loss, a scalar, differentiable in student_states and student_head; and
-        the divergence of each row (N,) in nats, without gradient.
+    Returns: the loss, a scalar, differentiable in states and head; and the divergence
+        of each row (N,) in nats, without gradient.
     """
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
-    chunk = max(1, 2**24 // len(student_head))  # 64 MB of logits a model: 331 rows of 50k
+    chunk = max(1, 2**24 // len(head))  # rows: 64 MB of logits for each model
     grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
     return FusedLinearKL.apply(
-        student_states, student_head, teacher_states, teacher_head, weight, kl, chunk, grad
+        states, head, teacher_states, teacher_head, weight, kl, chunk, grad
     )
+
+
+@torch.no_grad()
+def kl_stats(states, head, teacher_states, teacher_head, weight):
+    """What to watch beside the loss, in nats, from the arguments of fused_linear_kl:
+    KL(student || teacher), and the entropies of both; sums over rows, by weight."""
+    both = states, head, teacher_states, teacher_head
+    return {
+        "kl_student_teacher": fused_linear_kl(*both, weight, "reverse")[0],
+        "student_entropy": entropy(states, head, weight),
+        "teacher_entropy": entropy(teacher_states, teacher_head, weight),
+    }
 
 
 @torch.no_grad()

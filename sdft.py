@@ -1,9 +1,9 @@
-"""Self-distillation fine-tuning (SDFT): learn on-policy from the model shown the demo.
+"""Self-distillation fine-tuning (SDFT): learn from the same model, shown the demo.
 
     response  ~ student(. | prompt)                        # on-policy
     p_S, p_T  = student(. | prompt, response_<t), teacher(. | prompt, demo, response_<t)
     loss      = mean_t  KL(p_T || p_S)                     # KL(teacher || student)
-    student  <- AdamW(student, loss)                       # no gradient through response, p_T
+    student  <- AdamW(student, loss)            # no gradient through response or p_T
     teacher  <- ema_rate * student + (1 - ema_rate) * teacher
 
 mean_t is over the tokens of a response, its end included, then over the batch.
@@ -11,9 +11,9 @@ mean_t is over the tokens of a response, its end included, then over the batch.
 Shapes:  B batch   P prompt   R response   C channels   V vocabulary
          N response tokens of the batch that carry loss
 
-Read beside sft.py: `diff sft.py sdft.py` is the method (arXiv 2601.19897, Algorithm 1).
-The paper writes KL(student || teacher) in Eq. 1, but its results were made with
-KL(teacher || student), says its author; --kl chooses.
+Read beside sft.py: `diff sft.py sdft.py` is the method (arXiv 2601.19897).
+The paper's Eq. 1 is KL(student || teacher); its results were made with
+KL(teacher || student), its author says. --kl chooses.
 """
 
 import copy
@@ -26,11 +26,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import accuracy, derive_seed, describe, get_batch, get_uniform
-from data import is_first, my_parts, pad_right, read_checkpoint, sample_answers
-from data import student_prompt, teacher_prompt, write_atomically, write_checkpoint
-from model import entropy, fused_linear_kl, generate, kl_reference, response_logits
-from model import response_states
+import data
+from model import fused_linear_kl, generate, kl_models, kl_stats, response_states
 
 
 @dataclass
@@ -40,19 +37,18 @@ class Config:
     # optimization
     steps: int = 80  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
-    micro_batches: int = 1  # each process does its share of a batch in so many parts
-    sort: int = 1  # so many batches are cut by length together: less padding
-    lr: float = 1e-4  # the highest learning rate, reached after the warm-up
-    warmup_steps: int = 10  # updates; then a cosine down to 0 at the end of the stage
+    micro_batches: int = 1  # parts in which a process does its share of a batch
+    sort: int = 1  # batches that are cut by length together: less padding
+    lr: float = 1e-4  # highest learning rate, reached after the warm-up
+    warmup_steps: int = 10  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
     grad_clip: float = 1.0  # largest norm of the gradient
-    dropout: float = 0.0  # share of each residual branch
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
     log_every: int = 10  # updates
-    eval_every: int = 0  # updates; 0: at the end of each stage only
+    eval_every: int = 0  # updates between evaluations; 0: only after each stage
     save_every: int = 40  # updates between checkpoints
 
     # self-distillation
@@ -60,73 +56,66 @@ class Config:
     teacher: str = "ema"  # average of the student; frozen: the base; live: the student
     ema_rate: float = 0.02  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
     temperature: float = 1.0  # of rollouts and of both distributions in the loss
-    skip_first_tokens: int = 0  # of each response, left out of the loss (official code: 3)
-    generate_from: str = "student"  # whose responses; teacher: the off-policy ablation
+    skip_first_tokens: int = 0  # of each response, left out of the loss (official: 3)
+    generate_from: str = "student"  # whose responses; teacher: off-policy, an ablation
 
 
-# ---- 1. Where the response comes from ----------------------------------------------
+# ---- 1. Where the response comes from ------------------------------------------------
 
 
+@torch.no_grad()
 def get_responses(student, teacher, batch, tok, cfg, step):
-    """One sample per prompt from the current student: int64 (B, R), and its mask, bool."""
-    device = next(student.parameters()).device
-    model, context = student, student_prompt
+    """One sample per prompt, int64 (B, R), from the student as it is now; and its mask,
+    bool (B, R). On-policy: the student is shown no demonstration, only its prompt."""
+    model, prompt = student, data.student_prompt
     if cfg.generate_from == "teacher":
-        model, context = teacher, teacher_prompt
-    prompts = pad_right([context(e, tok) for e in batch], tok.end, device)
-    u = get_uniform(batch, cfg.max_new_tokens, cfg.seed, step, device)
+        model, prompt = teacher, data.teacher_prompt
+    device = next(student.parameters()).device
+    prompts = data.pad_batch(prompt, batch, tok, device)
+    u = data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, step, device)
     return generate(model, *prompts, cfg.max_new_tokens, tok.end, u, cfg.temperature)
 
 
-# ---- 2. What the student is pulled towards -----------------------------------------
+# ---- 2. What the student is pulled towards -------------------------------------------
 
 
 def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
-    """This part's share of the batch's loss, in nats per token; what else to record."""
-    bare = pad_right([student_prompt(e, tok) for e in batch], tok.end, mask.device)
-    shown = pad_right([teacher_prompt(e, tok) for e in batch], tok.end, mask.device)
+    """This part's share of the batch's loss, in nats per token; more to record."""
+    bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
+    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)
     place = torch.arange(mask.size(1), device=mask.device)  # (R,)
-    mask = mask & (place >= cfg.skip_first_tokens)
+    mask = mask & (place >= cfg.skip_first_tokens)  # attention still sees those skipped
     states = response_states(student, *bare, response)[mask]  # (N, C)
-    with torch.no_grad():  # two contexts of different lengths, one response: same rows
+    with torch.no_grad():  # another context, the same response: the rows agree
         teacher_states = response_states(teacher, *shown, response)[mask]  # (N, C)
-    # every response weighs the same, whatever its length and however the batch is split
+    # each response weighs the same, whatever its length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
 
-    student_logits = (states / cfg.temperature, student.lm_head.weight)  # states, head
-    teacher_logits = (teacher_states / cfg.temperature, teacher.lm_head.weight)
-    loss, _ = fused_linear_kl(*student_logits, *teacher_logits, weight[mask], cfg.kl)
-    if step % cfg.log_every:
-        return loss, {}
-    with torch.no_grad():  # KL(student || teacher), whatever cfg.kl is
-        reverse, _ = fused_linear_kl(
-            *student_logits, *teacher_logits, weight[mask], "reverse"
-        )
-        return loss, {
-            "kl_student_teacher": reverse,
-            "student_entropy": entropy(*student_logits, weight[mask]),
-            "teacher_entropy": entropy(*teacher_logits, weight[mask]),
-        }
+    weight = weight[mask]  # (N,)
+    p_s = states / cfg.temperature, student.lm_head.weight  # logits = states @ head
+    p_t = teacher_states / cfg.temperature, teacher.lm_head.weight
+    loss, _ = fused_linear_kl(*p_s, *p_t, weight, cfg.kl)  # over the whole vocabulary
+    return loss, {} if step % cfg.log_every else kl_stats(*p_s, *p_t, weight)
 
 
-# ---- 3. What happens to the teacher ------------------------------------------------
+# ---- 3. What happens to the teacher --------------------------------------------------
 
 
 def make_teacher(student):
-    """A copy of the student as it is now; no gradient ever reaches it."""
+    """A copy of the student as it is now; it never gets a gradient."""
     return copy.deepcopy(student).requires_grad_(False).eval()
 
 
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
-    """teacher <- ema_rate * student + (1 - ema_rate) * teacher, in float32 (critical! in
-    bfloat16 so small a step rounds to nothing). 0: frozen, the base; 1: live, a copy."""
+    """teacher <- ema_rate * student + (1 - ema_rate) * teacher; frozen: 0, live: 1.
+    In float32 (critical!): in bfloat16 so small a step rounds to nothing."""
     ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_(ema_rate * s + (1 - ema_rate) * t)
 
 
-# ---- 4. What does not depend on the method -----------------------------------------
+# ---- 4. What does not depend on the method -------------------------------------------
 
 
 def make_optimizer(student, cfg):
@@ -147,19 +136,9 @@ def get_lr(t, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def add_up(student, sums):
-    """Sum the gradients and the numbers to record over all processes, in place."""
-    if dist.is_initialized():
-        for p in student.parameters():
-            dist.all_reduce(p.grad)
-        values = torch.stack([sums[key] for key in sorted(sums)])
-        dist.all_reduce(values)
-        sums.update(zip(sorted(sums), values, strict=True))
-
-
 @torch.no_grad()
 def tally(sums, loss, response, mask, extra, tok, cfg):
-    """Add this part's share of what is recorded; all are sums, so any split will do."""
+    """Add this part's share of what is recorded: sums, so that any split will do."""
     share = {
         "loss": loss,
         "tokens": mask.sum().float(),
@@ -171,74 +150,76 @@ def tally(sums, loss, response, mask, extra, tok, cfg):
         sums[key] = sums.get(key, 0) + value
 
 
+def add_up(student, sums):
+    """Sum gradients and records over all processes, in place; no change if one."""
+    if dist.is_initialized():
+        for p in student.parameters():
+            dist.all_reduce(p.grad)
+        values = torch.stack([sums[key] for key in sorted(sums)])
+        dist.all_reduce(values)
+        sums.update(zip(sorted(sums), values, strict=True))
+
+
 def stop_unless_finite(loss, norm, step, batch, out_dir):
-    """Raise FloatingPointError, before the step, rather than train on NaN or infinity."""
+    """Raise FloatingPointError before the step, not train on NaN or infinity."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         saved = out_dir / "checkpoint.pt"
         raise FloatingPointError(
-            f"loss {float(loss)} and gradient norm {float(norm)} at step {step}, examples "
-            f"{sorted(e.id for e in batch)}; the step was not made; last good checkpoint: "
-            f"{saved if saved.exists() else 'none yet'}"
+            f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; the step "
+            f"was not made; its examples: {sorted(e.id for e in batch)}; last good "
+            f"checkpoint: {saved if saved.exists() else 'none yet'}"
         )
 
 
 @torch.no_grad()
 def evaluate(models, base, skill, tasks, tok, cfg):
-    """Accuracies (greedy) on all tasks; divergences on queries of the skill, in nats per
-    token: KL(student || base) and KL(teacher || base), each on its own responses, and
+    """Greedy accuracies on all tasks; on queries of the skill, in nats per token:
+    KL(student || base) and KL(teacher || base), each on responses of its own, and
     KL(teacher || student) at each position of the student's responses."""
     student, teacher, record = models["student"], models.get("teacher"), {}
     for group, benchmarks in tasks.items():
         record[group] = {
-            name: accuracy(student, name, examples, tok, cfg.max_new_tokens)
+            name: data.accuracy(student, name, examples, tok, cfg.max_new_tokens)
             for name, examples in benchmarks.items()
         }
     queries = tasks["new"][skill][:128]
     device = next(student.parameters()).device
-    u = get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)
-    bare = pad_right([student_prompt(e, tok) for e in queries], tok.end, device)
-    shown = pad_right([teacher_prompt(e, tok) for e in queries], tok.end, device)
+    u = data.get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)
+    bare = data.pad_batch(data.student_prompt, queries, tok, device)
+    response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)
+    kl = kl_models(student, bare, base, bare, response)  # KL(student || base), (B, R)
+    record["kl_student_base"] = data.mean_per_response(kl, mask)
     record["kl_teacher_base"] = None
-    for name, model, context in (("student", student, bare), ("teacher", teacher, shown)):
-        if model is None:
-            continue
-        response, mask = generate(model, *context, cfg.max_new_tokens, tok.end, u)
-        logits = response_logits(model, *context, response)  # (B, R, V)
-        kl = kl_reference(response_logits(base, *bare, response), logits)  # (model || base)
-        record[f"kl_{name}_base"] = ((kl * mask).sum(1) / mask.sum(1)).mean().item()
-        if name == "student" and teacher is not None:
-            kl = kl_reference(logits, response_logits(teacher, *shown, response))
-            by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
-            record["kl_teacher_student_by_position"] = by_position.tolist()
-    record["samples"] = sample_answers(student, skill, tasks, tok, cfg.max_new_tokens)
+    if teacher is not None:
+        shown = data.pad_batch(data.teacher_prompt, queries, tok, device)
+        # KL(teacher || student)
+        kl = kl_models(teacher, shown, student, bare, response)
+        by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
+        record["kl_teacher_student_by_position"] = by_position.tolist()
+        response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
+        kl = kl_models(teacher, shown, base, bare, response)  # KL(teacher || base)
+        record["kl_teacher_base"] = data.mean_per_response(kl, mask)
+    examples = [tasks["new"][skill][0], tasks["prior"]["knowledge"][0]]
+    record["samples"] = data.sample(student, examples, tok, cfg.max_new_tokens)
     return record
 
 
 def save_progress(out_dir, step, models, optimizer, evaluations, cfg):
     """All that a resume needs; everything random is derived from (seed, step)."""
-    write_checkpoint(
-        out_dir / "checkpoint.pt",
-        {
-            "step": step,
-            "config": asdict(cfg),
-            "models": {name: model.state_dict() for name, model in models.items()},
-            "optimizer": optimizer.state_dict(),
-            "evaluations": evaluations,
-        },
-    )
+    content = {
+        "step": step,
+        "config": asdict(cfg),
+        "models": {name: model.state_dict() for name, model in models.items()},
+        "optimizer": optimizer.state_dict(),
+        "evaluations": evaluations,
+    }
+    data.write_checkpoint(out_dir / "checkpoint.pt", content)
 
 
 def load_progress(out_dir, models, optimizer, cfg):
-    """Continue a run: returns its next step and its evaluations. Raises ValueError if it
-    was made with another configuration."""
-    saved = read_checkpoint(out_dir / "checkpoint.pt")
-    changed = [
-        f"{key}: {saved['config'].get(key)} -> {now}"
-        for key, now in asdict(cfg).items()
-        if saved["config"].get(key) != now
-    ]
-    if changed:
-        raise ValueError(f"{out_dir} was made with another {', '.join(changed)}")
+    """Put a saved run into models and optimizer; returns its step and evaluations."""
+    saved = data.read_checkpoint(out_dir / "checkpoint.pt")
+    data.check_same(out_dir, saved["config"], asdict(cfg))
     for name, model in models.items():
         model.load_state_dict(saved["models"][name])
     optimizer.load_state_dict(saved["optimizer"])
@@ -246,69 +227,69 @@ def load_progress(out_dir, models, optimizer, cfg):
 
 
 class Log:
-    """metrics.jsonl, one object a line, and the same on the screen; first process only."""
+    """metrics.jsonl, one object a line, and the same on the screen."""
 
     def __init__(self, out_dir, start):
-        self.path = out_dir / "metrics.jsonl"
-        self.seconds = time.perf_counter()
-        if is_first():  # a resumed run repeats from `start` on
-            old = self.path.read_text().splitlines() if start else []
+        self.path, self.clock = out_dir / "metrics.jsonl", time.perf_counter()
+        if data.is_first():  # a resumed run makes the lines from `start` on again
+            old = self.path.read_text().splitlines(keepends=True) if start else []
             kept = [line for line in old if json.loads(line)["step"] < start]
-            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+            data.write_atomically(self.path, "".join(kept).encode())
 
     def write(self, record):
-        seconds, self.seconds = time.perf_counter() - self.seconds, time.perf_counter()
-        record["seconds"] = round(seconds, 3)  # since the record before
-        if is_first():
+        before, self.clock = self.clock, time.perf_counter()
+        record["seconds"] = round(self.clock - before, 3)  # since the last record
+        if data.is_first():
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            tqdm.write(describe(record))
+            tqdm.write(data.describe(record))
 
 
-# ---- 5. The training loop ----------------------------------------------------------
+# ---- 5. The training loop ------------------------------------------------------------
 
 
 def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
     """Fine-tune the student, in place, on one stage (skill) after the other.
 
     Args:
-        student: GPT, on its device; its weights are the base model's.
-        stages: name -> list of Example; each stage has an optimizer of its own.
+        student: GPT, on its device, with the weights of the base model.
+        stages: name -> list of Example; each stage gets an optimizer of its own.
         tasks: what to evaluate, see data.make_tasks; {} for nothing.
-        out_dir: folder of metrics.jsonl and checkpoint.pt, from which `resume` goes on.
-        stop: an object whose `signal` is 0 until the run shall end after a step.
-    Returns: the evaluations, a list of dicts: at the start, and at the end of each stage.
+        out_dir: folder of metrics.jsonl and of checkpoint.pt, where `resume` goes on.
+        stop: an object whose `signal` is 0 until the run is to stop after its step.
+    Returns: the evaluations, a list of dicts: the base's, then one after each stage.
     Raises: FloatingPointError before a step whose loss or gradient is not finite;
-        KeyboardInterrupt after a step in which `stop` was set, when all is saved.
+        KeyboardInterrupt after a step in which `stop` was set, with everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
-    base = copy.deepcopy(student)  # never trained: how far away is the student now?
+    base = copy.deepcopy(student)  # never trained: the student's distance is from here
     teacher = make_teacher(student)
     models = {"student": student, "teacher": teacher}
     optimizer = make_optimizer(student, cfg)
     start, evaluations = 0, []
     if resume:
         start, evaluations = load_progress(out_dir, models, optimizer, cfg)
-    log = Log(out_dir, start)
-    total = cfg.steps * len(names)
-    for step in tqdm(range(start, total + 1), disable=None if is_first() else True):
-        stage, t = divmod(step, cfg.steps)  # t: updates made in this stage
+    log, total = Log(out_dir, start), cfg.steps * len(names)
+    quiet = None if data.is_first() else True  # None: a bar on a terminal only
+    bar = tqdm(range(start, total + 1), initial=start, total=total, disable=quiet)
+    for step in bar:
+        stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
         if tasks and (t == 0 or (cfg.eval_every and t % cfg.eval_every == 0)):
-            skill = names[max(0, step - 1) // cfg.steps]  # the one just trained
+            skill = names[max(0, step - 1) // cfg.steps]  # the last one trained
             record = {"step": step, "skill": skill, "stage_end": t == 0 and step > 0}
             record.update(evaluate(models, base, skill, tasks, tok, cfg))
             evaluations.append(record)
             log.write(record)
         if step == total:
-            break
+            return evaluations
         if t == 0:
             optimizer = make_optimizer(student, cfg)
         for group in optimizer.param_groups:
             group["lr"] = get_lr(t, cfg)
-        batch = get_batch(stages[names[stage]], cfg.batch_size, cfg.seed, step, cfg.sort)
+        examples = stages[names[stage]]
+        batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step, cfg.sort)
         sums = {"stop": torch.tensor(float(stop.signal if stop else 0), device=device)}
-        student.train()
-        for part in my_parts(batch, cfg.micro_batches):
+        for part in data.my_parts(batch, cfg.micro_batches):
             response, mask = get_responses(student, teacher, part, tok, cfg, step)
             loss, extra = compute_loss(
                 student, teacher, part, response, mask, tok, cfg, step
@@ -323,12 +304,11 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
         update_teacher(teacher, student, cfg)
 
         stopped = int(sums.pop("stop"))
-        if step % cfg.log_every == 0 or t == cfg.steps - 1:
+        if step % cfg.log_every == 0:
             record = {"step": step, "skill": names[stage], "lr": get_lr(t, cfg)}
-            record.update(grad_norm=norm.item(), **{k: v.item() for k, v in sums.items()})
-            log.write(record)
-        if stopped or (step + 1) % cfg.save_every == 0 or t == cfg.steps - 1:
+            record.update({key: value.item() for key, value in sums.items()})
+            log.write({**record, "grad_norm": norm.item()})
+        if stopped or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
             save_progress(out_dir, step + 1, models, optimizer, evaluations, cfg)
         if stopped:
-            raise KeyboardInterrupt(f"signal {stopped} after step {step}")
-    return evaluations
+            raise KeyboardInterrupt(f"signal {stopped}, after step {step}")

@@ -9,8 +9,8 @@ mean_t is over the tokens of a response, its end included, then over the batch.
 Shapes:  B batch   P prompt   R response   C channels   V vocabulary
          N response tokens of the batch that carry loss
 
-Read beside sdft.py: `diff sft.py sdft.py` is the method (arXiv 2601.19897). The base
-model is made by this file too, on another training set.
+Read beside sdft.py: `diff sft.py sdft.py` is the method (arXiv 2601.19897).
+The base model is made by this file, too, on a training set of its own.
 """
 
 import copy
@@ -23,10 +23,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import accuracy, demo_response, derive_seed, describe, get_batch, get_uniform
-from data import is_first, my_parts, pad_right, read_checkpoint, sample_answers
-from data import student_prompt, teacher_prompt, write_atomically, write_checkpoint
-from model import generate, kl_reference, response_logits, response_states
+import data
+from model import generate, kl_models, response_states
 
 
 @dataclass
@@ -36,40 +34,39 @@ class Config:
     # optimization
     steps: int = 80  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
-    micro_batches: int = 1  # each process does its share of a batch in so many parts
-    sort: int = 1  # so many batches are cut by length together: less padding
-    lr: float = 1e-4  # the highest learning rate, reached after the warm-up
-    warmup_steps: int = 10  # updates; then a cosine down to 0 at the end of the stage
+    micro_batches: int = 1  # parts in which a process does its share of a batch
+    sort: int = 1  # batches that are cut by length together: less padding
+    lr: float = 1e-4  # highest learning rate, reached after the warm-up
+    warmup_steps: int = 10  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
     grad_clip: float = 1.0  # largest norm of the gradient
-    dropout: float = 0.0  # share of each residual branch
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
     log_every: int = 10  # updates
-    eval_every: int = 0  # updates; 0: at the end of each stage only
+    eval_every: int = 0  # updates between evaluations; 0: only after each stage
     save_every: int = 40  # updates between checkpoints
 
 
-# ---- 1. Where the response comes from ----------------------------------------------
+# ---- 1. Where the response comes from ------------------------------------------------
 
 
 def get_responses(batch, tok, device):
     """The demonstrations themselves: int64 (B, R), and their mask, bool (B, R)."""
-    response, lengths = pad_right([demo_response(e, tok) for e in batch], tok.end, device)
+    response, lengths = data.pad_batch(data.demo_response, batch, tok, device)
     mask = torch.arange(response.size(1), device=device) < lengths[:, None]  # (B, R)
     return response, mask
 
 
-# ---- 2. What the student is pulled towards -----------------------------------------
+# ---- 2. What the student is pulled towards -------------------------------------------
 
 
 def compute_loss(student, batch, response, mask, tok, cfg):
-    """This part's share of the batch's loss, in nats per token; nothing else to record."""
-    bare = pad_right([student_prompt(e, tok) for e in batch], tok.end, mask.device)
+    """This part's share of the batch's loss, in nats per token; no more to record."""
+    bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
     states = response_states(student, *bare, response)[mask]  # (N, C)
-    # every response weighs the same, whatever its length and however the batch is split
+    # each response weighs the same, whatever its length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
 
     log_s = torch.log_softmax(student.head(states), dim=-1)  # (N, V)
@@ -77,12 +74,12 @@ def compute_loss(student, batch, response, mask, tok, cfg):
     return -(weight[mask] * log_s).sum(), {}
 
 
-# ---- 3. What happens to the teacher ------------------------------------------------
+# ---- 3. What happens to the teacher --------------------------------------------------
 #
 # SFT has no teacher.
 
 
-# ---- 4. What does not depend on the method -----------------------------------------
+# ---- 4. What does not depend on the method -------------------------------------------
 
 
 def make_optimizer(student, cfg):
@@ -103,19 +100,9 @@ def get_lr(t, cfg):
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def add_up(student, sums):
-    """Sum the gradients and the numbers to record over all processes, in place."""
-    if dist.is_initialized():
-        for p in student.parameters():
-            dist.all_reduce(p.grad)
-        values = torch.stack([sums[key] for key in sorted(sums)])
-        dist.all_reduce(values)
-        sums.update(zip(sorted(sums), values, strict=True))
-
-
 @torch.no_grad()
 def tally(sums, loss, response, mask, extra, tok, cfg):
-    """Add this part's share of what is recorded; all are sums, so any split will do."""
+    """Add this part's share of what is recorded: sums, so that any split will do."""
     share = {
         "loss": loss,
         "tokens": mask.sum().float(),
@@ -127,74 +114,76 @@ def tally(sums, loss, response, mask, extra, tok, cfg):
         sums[key] = sums.get(key, 0) + value
 
 
+def add_up(student, sums):
+    """Sum gradients and records over all processes, in place; no change if one."""
+    if dist.is_initialized():
+        for p in student.parameters():
+            dist.all_reduce(p.grad)
+        values = torch.stack([sums[key] for key in sorted(sums)])
+        dist.all_reduce(values)
+        sums.update(zip(sorted(sums), values, strict=True))
+
+
 def stop_unless_finite(loss, norm, step, batch, out_dir):
-    """Raise FloatingPointError, before the step, rather than train on NaN or infinity."""
+    """Raise FloatingPointError before the step, not train on NaN or infinity."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         saved = out_dir / "checkpoint.pt"
         raise FloatingPointError(
-            f"loss {float(loss)} and gradient norm {float(norm)} at step {step}, examples "
-            f"{sorted(e.id for e in batch)}; the step was not made; last good checkpoint: "
-            f"{saved if saved.exists() else 'none yet'}"
+            f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; the step "
+            f"was not made; its examples: {sorted(e.id for e in batch)}; last good "
+            f"checkpoint: {saved if saved.exists() else 'none yet'}"
         )
 
 
 @torch.no_grad()
 def evaluate(models, base, skill, tasks, tok, cfg):
-    """Accuracies (greedy) on all tasks; divergences on queries of the skill, in nats per
-    token: KL(student || base) and KL(teacher || base), each on its own responses, and
+    """Greedy accuracies on all tasks; on queries of the skill, in nats per token:
+    KL(student || base) and KL(teacher || base), each on responses of its own, and
     KL(teacher || student) at each position of the student's responses."""
     student, teacher, record = models["student"], models.get("teacher"), {}
     for group, benchmarks in tasks.items():
         record[group] = {
-            name: accuracy(student, name, examples, tok, cfg.max_new_tokens)
+            name: data.accuracy(student, name, examples, tok, cfg.max_new_tokens)
             for name, examples in benchmarks.items()
         }
     queries = tasks["new"][skill][:128]
     device = next(student.parameters()).device
-    u = get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)
-    bare = pad_right([student_prompt(e, tok) for e in queries], tok.end, device)
-    shown = pad_right([teacher_prompt(e, tok) for e in queries], tok.end, device)
+    u = data.get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)
+    bare = data.pad_batch(data.student_prompt, queries, tok, device)
+    response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)
+    kl = kl_models(student, bare, base, bare, response)  # KL(student || base), (B, R)
+    record["kl_student_base"] = data.mean_per_response(kl, mask)
     record["kl_teacher_base"] = None
-    for name, model, context in (("student", student, bare), ("teacher", teacher, shown)):
-        if model is None:
-            continue
-        response, mask = generate(model, *context, cfg.max_new_tokens, tok.end, u)
-        logits = response_logits(model, *context, response)  # (B, R, V)
-        kl = kl_reference(response_logits(base, *bare, response), logits)  # (model || base)
-        record[f"kl_{name}_base"] = ((kl * mask).sum(1) / mask.sum(1)).mean().item()
-        if name == "student" and teacher is not None:
-            kl = kl_reference(logits, response_logits(teacher, *shown, response))
-            by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
-            record["kl_teacher_student_by_position"] = by_position.tolist()
-    record["samples"] = sample_answers(student, skill, tasks, tok, cfg.max_new_tokens)
+    if teacher is not None:
+        shown = data.pad_batch(data.teacher_prompt, queries, tok, device)
+        # KL(teacher || student)
+        kl = kl_models(teacher, shown, student, bare, response)
+        by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
+        record["kl_teacher_student_by_position"] = by_position.tolist()
+        response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
+        kl = kl_models(teacher, shown, base, bare, response)  # KL(teacher || base)
+        record["kl_teacher_base"] = data.mean_per_response(kl, mask)
+    examples = [tasks["new"][skill][0], tasks["prior"]["knowledge"][0]]
+    record["samples"] = data.sample(student, examples, tok, cfg.max_new_tokens)
     return record
 
 
 def save_progress(out_dir, step, models, optimizer, evaluations, cfg):
     """All that a resume needs; everything random is derived from (seed, step)."""
-    write_checkpoint(
-        out_dir / "checkpoint.pt",
-        {
-            "step": step,
-            "config": asdict(cfg),
-            "models": {name: model.state_dict() for name, model in models.items()},
-            "optimizer": optimizer.state_dict(),
-            "evaluations": evaluations,
-        },
-    )
+    content = {
+        "step": step,
+        "config": asdict(cfg),
+        "models": {name: model.state_dict() for name, model in models.items()},
+        "optimizer": optimizer.state_dict(),
+        "evaluations": evaluations,
+    }
+    data.write_checkpoint(out_dir / "checkpoint.pt", content)
 
 
 def load_progress(out_dir, models, optimizer, cfg):
-    """Continue a run: returns its next step and its evaluations. Raises ValueError if it
-    was made with another configuration."""
-    saved = read_checkpoint(out_dir / "checkpoint.pt")
-    changed = [
-        f"{key}: {saved['config'].get(key)} -> {now}"
-        for key, now in asdict(cfg).items()
-        if saved["config"].get(key) != now
-    ]
-    if changed:
-        raise ValueError(f"{out_dir} was made with another {', '.join(changed)}")
+    """Put a saved run into models and optimizer; returns its step and evaluations."""
+    saved = data.read_checkpoint(out_dir / "checkpoint.pt")
+    data.check_same(out_dir, saved["config"], asdict(cfg))
     for name, model in models.items():
         model.load_state_dict(saved["models"][name])
     optimizer.load_state_dict(saved["optimizer"])
@@ -202,68 +191,68 @@ def load_progress(out_dir, models, optimizer, cfg):
 
 
 class Log:
-    """metrics.jsonl, one object a line, and the same on the screen; first process only."""
+    """metrics.jsonl, one object a line, and the same on the screen."""
 
     def __init__(self, out_dir, start):
-        self.path = out_dir / "metrics.jsonl"
-        self.seconds = time.perf_counter()
-        if is_first():  # a resumed run repeats from `start` on
-            old = self.path.read_text().splitlines() if start else []
+        self.path, self.clock = out_dir / "metrics.jsonl", time.perf_counter()
+        if data.is_first():  # a resumed run makes the lines from `start` on again
+            old = self.path.read_text().splitlines(keepends=True) if start else []
             kept = [line for line in old if json.loads(line)["step"] < start]
-            write_atomically(self.path, "".join(line + "\n" for line in kept).encode())
+            data.write_atomically(self.path, "".join(kept).encode())
 
     def write(self, record):
-        seconds, self.seconds = time.perf_counter() - self.seconds, time.perf_counter()
-        record["seconds"] = round(seconds, 3)  # since the record before
-        if is_first():
+        before, self.clock = self.clock, time.perf_counter()
+        record["seconds"] = round(self.clock - before, 3)  # since the last record
+        if data.is_first():
             with open(self.path, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            tqdm.write(describe(record))
+            tqdm.write(data.describe(record))
 
 
-# ---- 5. The training loop ----------------------------------------------------------
+# ---- 5. The training loop ------------------------------------------------------------
 
 
 def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
     """Fine-tune the student, in place, on one stage (skill) after the other.
 
     Args:
-        student: GPT, on its device; its weights are the base model's.
-        stages: name -> list of Example; each stage has an optimizer of its own.
+        student: GPT, on its device, with the weights of the base model.
+        stages: name -> list of Example; each stage gets an optimizer of its own.
         tasks: what to evaluate, see data.make_tasks; {} for nothing.
-        out_dir: folder of metrics.jsonl and checkpoint.pt, from which `resume` goes on.
-        stop: an object whose `signal` is 0 until the run shall end after a step.
-    Returns: the evaluations, a list of dicts: at the start, and at the end of each stage.
+        out_dir: folder of metrics.jsonl and of checkpoint.pt, where `resume` goes on.
+        stop: an object whose `signal` is 0 until the run is to stop after its step.
+    Returns: the evaluations, a list of dicts: the base's, then one after each stage.
     Raises: FloatingPointError before a step whose loss or gradient is not finite;
-        KeyboardInterrupt after a step in which `stop` was set, when all is saved.
+        KeyboardInterrupt after a step in which `stop` was set, with everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
-    base = copy.deepcopy(student)  # never trained: how far away is the student now?
+    base = copy.deepcopy(student)  # never trained: the student's distance is from here
     models = {"student": student}
     optimizer = make_optimizer(student, cfg)
     start, evaluations = 0, []
     if resume:
         start, evaluations = load_progress(out_dir, models, optimizer, cfg)
-    log = Log(out_dir, start)
-    total = cfg.steps * len(names)
-    for step in tqdm(range(start, total + 1), disable=None if is_first() else True):
-        stage, t = divmod(step, cfg.steps)  # t: updates made in this stage
+    log, total = Log(out_dir, start), cfg.steps * len(names)
+    quiet = None if data.is_first() else True  # None: a bar on a terminal only
+    bar = tqdm(range(start, total + 1), initial=start, total=total, disable=quiet)
+    for step in bar:
+        stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
         if tasks and (t == 0 or (cfg.eval_every and t % cfg.eval_every == 0)):
-            skill = names[max(0, step - 1) // cfg.steps]  # the one just trained
+            skill = names[max(0, step - 1) // cfg.steps]  # the last one trained
             record = {"step": step, "skill": skill, "stage_end": t == 0 and step > 0}
             record.update(evaluate(models, base, skill, tasks, tok, cfg))
             evaluations.append(record)
             log.write(record)
         if step == total:
-            break
+            return evaluations
         if t == 0:
             optimizer = make_optimizer(student, cfg)
         for group in optimizer.param_groups:
             group["lr"] = get_lr(t, cfg)
-        batch = get_batch(stages[names[stage]], cfg.batch_size, cfg.seed, step, cfg.sort)
+        examples = stages[names[stage]]
+        batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step, cfg.sort)
         sums = {"stop": torch.tensor(float(stop.signal if stop else 0), device=device)}
-        student.train()
-        for part in my_parts(batch, cfg.micro_batches):
+        for part in data.my_parts(batch, cfg.micro_batches):
             response, mask = get_responses(part, tok, device)
             loss, extra = compute_loss(student, part, response, mask, tok, cfg)
             loss.backward()
@@ -275,12 +264,11 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
         optimizer.zero_grad()
 
         stopped = int(sums.pop("stop"))
-        if step % cfg.log_every == 0 or t == cfg.steps - 1:
+        if step % cfg.log_every == 0:
             record = {"step": step, "skill": names[stage], "lr": get_lr(t, cfg)}
-            record.update(grad_norm=norm.item(), **{k: v.item() for k, v in sums.items()})
-            log.write(record)
-        if stopped or (step + 1) % cfg.save_every == 0 or t == cfg.steps - 1:
+            record.update({key: value.item() for key, value in sums.items()})
+            log.write({**record, "grad_norm": norm.item()})
+        if stopped or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
             save_progress(out_dir, step + 1, models, optimizer, evaluations, cfg)
         if stopped:
-            raise KeyboardInterrupt(f"signal {stopped} after step {step}")
-    return evaluations
+            raise KeyboardInterrupt(f"signal {stopped}, after step {step}")

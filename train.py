@@ -1,16 +1,16 @@
 """The command line: base model, teacher gate, fine-tuning, evaluation, results.
 
     python train.py                         # = --method sdft, everything by default
-    python train.py --method both           # SFT and SDFT from the same base, side by side
-    python train.py --quick                 # half a minute: does it run here?
+    python train.py --method both           # SFT and SDFT from the same base, side by
+    side python train.py --quick                 # half a minute: does it run here?
     python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
     python train.py --resume                # go on after Ctrl-C or a crash
     python train.py --sample "kitchen kettle: apple river stone"
     torchrun --standalone --nproc_per_node=2 train.py    # data parallel, CPU or GPU
 
 It writes <out>/<method>/metrics.jsonl and results.json; the base model stays in
-<out>/base for the next run. Exit codes: 0 done, 2 bad input, 3 a loss or gradient that is
-not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
+<out>/base for the next run. Exit codes: 0 done, 2 bad input, 3 a loss or gradient that
+is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -38,17 +39,31 @@ import data
 import model
 import sdft
 import sft
-from data import SKILLS, Tokenizer, World, accuracy, answer, is_first, make_rng, table
-from data import make_base_corpus, make_demos, make_tasks, read_checkpoint
-from data import student_prompt, teacher_prompt, write_atomically
+from data import (
+    SKILLS,
+    Tokenizer,
+    World,
+    accuracy,
+    answer,
+    is_first,
+    make_base_corpus,
+    make_demos,
+    make_rng,
+    make_tasks,
+    read_checkpoint,
+    student_prompt,
+    table,
+    teacher_prompt,
+    write_atomically,
+)
 from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: fewer, larger steps than fine-tuning, on a corpus of its own.
 BASE = sft.Config(
-    steps=2000, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95, weight_decay=0.1,
-    sort=8, log_every=200, save_every=500,
+    steps=1800, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95,
+    weight_decay=0.1, sort=8, log_every=200, save_every=300,
 )  # fmt: skip
 CORPUS_SIZE = 65_536  # examples
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
@@ -56,8 +71,8 @@ MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 # What a flag may be: lowest, highest, both allowed.
 RANGES = {
     "steps": (1, 10**7), "batch_size": (1, 10**6), "micro_batches": (1, 10**6),
-    "sort": (1, 10**6), "lr": (0, 1e3), "warmup_steps": (0, 10**7), "beta2": (0, 0.999999),
-    "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9), "dropout": (0, 0.9),
+    "sort": (1, 10**6), "lr": (0, 1e3), "warmup_steps": (0, 10**7),
+    "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
     "max_new_tokens": (1, 10**5), "log_every": (1, 10**7), "eval_every": (0, 10**7),
     "save_every": (1, 10**7), "seed": (0, 2**62), "ema_rate": (0, 1),
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
@@ -84,7 +99,7 @@ class UserError(ValueError):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise UserError(message, f"python {self.prog} --help lists every flag and range")
+        raise UserError(message, f"python {self.prog} --help lists every flag")
 
 
 def number(name, kind):
@@ -98,15 +113,18 @@ def number(name, kind):
             value = math.nan
         if not low <= value <= high:  # false for nan, too
             what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high}")
+            message = f"{text!r} is not {what} from {low} to {high}"
+            raise argparse.ArgumentTypeError(message)
         return value
 
     return parse
 
 
 def add_flags(group, config, names):
-    """A --flag for each named field of a dataclass; its trailing comment is the help."""
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(config), re.M))
+    """A --flag for each named field of a dataclass; its trailing comment is the
+    help."""
+    source = inspect.getsource(config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(config):
         if field.name not in names:
             continue
@@ -122,7 +140,7 @@ def add_flags(group, config, names):
 def make_parser():
     parser = Parser(
         prog="train.py",
-        description="SDFT and SFT on three skills in a row, from a base model made here.",
+        description="SDFT and SFT on three skills in a row, from a base made here.",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=96),
     )
@@ -135,7 +153,7 @@ def make_parser():
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--plot", action="store_true", help="draw the accuracies (needs matplotlib)")
     add("--sample", metavar="PROMPT", help="no training: what base and --method answer")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
     add("--debug", action="store_true", help="show the traceback of an error")
@@ -143,7 +161,7 @@ def make_parser():
     for flag, default, text in (
         ("--demos", 512, "demonstrations for each skill"),
         ("--eval-size", 400, "held-out queries for each accuracy"),
-        ("--gate-margin", 0.2, "what the demonstration must add to the base's accuracy"),
+        ("--gate-margin", 0.2, "what a demonstration must add to the base's accuracy"),
         ("--base-steps", BASE.steps, "updates that make the base model"),
     ):
         kind = number(flag[2:].replace("-", "_"), type(default))
@@ -182,7 +200,8 @@ def parse_args(argv):
 
 
 class Stop:
-    """The first Ctrl-C or SIGTERM asks to stop after the step, the second stops at once."""
+    """The first Ctrl-C or SIGTERM asks to stop after the step, the second stops at
+    once."""
 
     def __init__(self):
         self.signal = 0
@@ -206,32 +225,34 @@ def choose_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name!r} is no device", "try auto, cpu or cuda") from None
-    n_cuda = torch.cuda.device_count()
+        raise UserError(f"--device {name}: no such device", "try cpu or cuda") from None
+    n_cuda, hint = torch.cuda.device_count(), "try --device cpu, or leave it out"
     if device.type == "cuda" and not (device.index or 0) < n_cuda:
-        raise UserError(f"--device {name}: {n_cuda} CUDA devices found", "try --device cpu")
+        raise UserError(f"--device {name}: {n_cuda} CUDA devices found", hint)
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here", "try --device cpu")
+        raise UserError("--device mps: not available here", hint)
     if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: not supported", "try auto, cpu, cuda or mps")
+        raise UserError(f"--device {name}: not supported", hint)
     return device, "asked for"
 
 
 def choose_dtype(name, device):
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-        return torch.bfloat16 if fast else torch.float32
-    return getattr(torch, name)
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if fast else torch.float32
 
 
 def start_processes(args):
-    """Join the process group if torchrun started us; returns the number of processes."""
+    """Join the process group if torchrun started us; returns the number of
+    processes."""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 1
-    missing = [n for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-               if n not in os.environ]  # fmt: skip
+    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if name not in os.environ]
     if missing:
-        raise UserError(f"{', '.join(missing)} not set", "start with torchrun --standalone")
+        message = f"started as one of several processes, but {missing} not set"
+        raise UserError(message, "torchrun --standalone --nproc_per_node=2 train.py")
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -243,13 +264,14 @@ def check_batches(name, cfg, world, n_examples):
     parts = world * cfg.micro_batches
     if cfg.batch_size % parts:
         raise UserError(
-            f"{name}: a batch of {cfg.batch_size} cannot be cut into {world} processes x "
-            f"{cfg.micro_batches} micro-batches of equal size",
+            f"{name}: a batch of {cfg.batch_size} cannot be cut into equal parts for "
+            f"{world} processes x {cfg.micro_batches} micro-batches",
             f"make the batch size a multiple of {parts}",
         )
     if cfg.batch_size * cfg.sort > n_examples:
         raise UserError(
-            f"{name}: batch size {cfg.batch_size} x sort {cfg.sort} > {n_examples} examples",
+            f"{name}: batch size {cfg.batch_size} x sort {cfg.sort} > {n_examples} "
+            "examples",
             "a smaller --batch-size or --sort, or more --demos",
         )
 
@@ -259,7 +281,8 @@ def check_batches(name, cfg, world, n_examples):
 
 def base_key(config, cfg):
     """What decides the base model, as a name: configurations, corpus and code."""
-    code = [ast.dump(ast.parse(inspect.getsource(module))) for module in (data, model, sft)]
+    sources = [inspect.getsource(module) for module in (data, model, sft)]
+    code = [ast.dump(ast.parse(source)) for source in sources]  # comments do not count
     text = repr((asdict(config), asdict(cfg), CORPUS_SIZE, torch.__version__, code))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -280,7 +303,8 @@ def get_base(args, device, dtype, tok, stop, world):
     checkpoint, clock = folder / "checkpoint.pt", folder / "seconds.json"
     folder.mkdir(parents=True, exist_ok=True)
     if clock.exists():
-        student.load_state_dict(read_checkpoint(checkpoint, device)["models"]["student"])
+        saved = read_checkpoint(checkpoint, device)
+        student.load_state_dict(saved["models"]["student"])
         say(f"base model: found in {folder}")
         return student, json.loads(clock.read_text())["seconds"]
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
@@ -298,19 +322,22 @@ def get_base(args, device, dtype, tok, stop, world):
 def teacher_gate(base, tasks, tok, cfg, margin):
     """Does a demonstration help? Accuracies on held-out queries of the three skills,
     without one (the student's context) and with one (the teacher's)."""
-    def mean(context):
-        scores = [accuracy(base, skill, tasks["new"][skill], tok, cfg.max_new_tokens, context)
-                  for skill in SKILLS]  # fmt: skip
+
+    def mean(prompt):
+        scores = [
+            accuracy(base, skill, queries, tok, cfg.max_new_tokens, prompt)
+            for skill, queries in tasks["new"].items()
+        ]
         return sum(scores) / len(scores)
 
     gate = {"student": mean(student_prompt), "teacher": mean(teacher_prompt)}
-    say(f"teacher gate: the base answers {gate['student']:.2f} of the new skills' queries "
-        f"without a demonstration, {gate['teacher']:.2f} with one")
+    say(f"teacher gate: of queries of the new skills the base answers "
+        f"{gate['student']:.2f} without a demonstration, {gate['teacher']:.2f} with")
     if gate["teacher"] - gate["student"] < margin:
         raise UserError(
-            f"the demonstration does not help enough: {gate['teacher']:.2f} - "
-            f"{gate['student']:.2f} < --gate-margin {margin}; there is nothing to distil",
-            "make the base longer (--base-steps), or lower --gate-margin to see it fail",
+            f"a demonstration does not help enough: {gate['teacher']:.2f} - "
+            f"{gate['student']:.2f} < --gate-margin {margin}: nothing to distil",
+            "train the base longer (--base-steps), or lower --gate-margin to see why",
         )
     return gate
 
@@ -336,34 +363,50 @@ def open_folder(args, method):
 
 
 def fine_tune(method, args, base, stages, tasks, tok, stop):
-    """Run one method on the three skills; returns its evaluations and its seconds."""
+    """Run one method on the three skills; returns its Config and evaluations."""
     trainer, folder = METHODS[method], open_folder(args, method)
     names = [field.name for field in fields(trainer.Config)]
     cfg = trainer.Config(**{name: getattr(args, name) for name in names})
     resume = args.resume and (folder / "checkpoint.pt").exists()
-    say(f"\n{method}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items())}")
+    say(f"\n{method}: " + ", ".join(
+        f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
+        for key, value in asdict(cfg).items()
+    ))
     student = GPT(base.config).to(next(base.parameters()).device)
     student.load_state_dict(base.state_dict())
     student.dtype = base.dtype
-    start = time.perf_counter()
-    evaluations = trainer.train(student, stages, tasks, tok, cfg, folder, resume, stop)
-    return cfg, evaluations, time.perf_counter() - start
+    return cfg, trainer.train(student, stages, tasks, tok, cfg, folder, resume, stop)
 
 
-def write_results(folder, method, cfg, gate, evaluations, seconds):
-    keys = ("new", "prior", "kl_student_base", "kl_teacher_base")
-    stages = [
-        {"skill": e["skill"], **{k: e[k] for k in keys}, "seconds": e["seconds"]}
-        for e in evaluations if e["stage_end"]
-    ]  # fmt: skip
+def read_metrics(out, method):
+    lines = (Path(out) / method / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def write_results(out, method, cfg, gate, evaluations, base_seconds):
+    """results.json from what is recorded; returns the seconds of fine-tuning, those
+    before a resume included."""
+    spent = {}
+    for record in read_metrics(out, method):
+        spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
+    keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
     results = {
-        "method": method, "seed": cfg.seed, "config": asdict(cfg), "seconds": seconds,
-        "teacher_gate": gate, "base": {k: evaluations[0][k] for k in ("new", "prior")},
-        "stages": stages,
-    }  # fmt: skip
+        "method": method,
+        "seed": cfg.seed,
+        "config": asdict(cfg),
+        "seconds": {"base": base_seconds, "fine_tune": sum(spent.values())},
+        "teacher_gate": gate,
+        "base": {key: evaluations[0][key] for key in ("new", "prior")},
+        "stages": [
+            {key: row[key] for key in keys} | {"seconds": spent[row["skill"]]}
+            for row in evaluations
+            if row["stage_end"]
+        ],
+    }
     if is_first():
-        text = json.dumps(results, indent=1)
-        write_atomically(folder / "results.json", text.encode())
+        path = Path(out) / method / "results.json"
+        write_atomically(path, json.dumps(results, indent=1).encode())
+    return sum(spent.values())
 
 
 def show_sample(args, device, dtype, tok):
@@ -391,16 +434,17 @@ def plot(out, methods):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(methods), figsize=(5 * len(methods), 3.5), sharey=True,
-                                squeeze=False)
+    size = (5 * len(methods), 3.5)
+    figure, axes = plt.subplots(1, len(methods), figsize=size, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
-        lines = (Path(out) / method / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if "new" in row]
+        rows = [row for row in read_metrics(out, method) if "new" in row]
         x = [row["step"] for row in rows]
         for name in rows[0]["new"]:
-            axis.plot(x, [r["new"][name] for r in rows], marker="o", label=f"skill {name}")
+            y = [row["new"][name] for row in rows]
+            axis.plot(x, y, marker="o", label=f"skill {name}")
         for name in rows[0]["prior"]:
-            axis.plot(x, [r["prior"][name] for r in rows], "--", label=name, alpha=0.7)
+            y = [row["prior"][name] for row in rows]
+            axis.plot(x, y, "--", label=name, alpha=0.7)
         axis.set(title=method.upper(), xlabel="updates", ylim=(-0.03, 1.03))
     axes[0][0].set_ylabel("accuracy, held-out queries")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
@@ -429,8 +473,8 @@ def run(args):
     if args.sample is not None:
         return show_sample(args, device, dtype, tok)
     if args.quick:
-        say("--quick: far too short for the base to read a demonstration, so the gate is "
-            "not enforced and no effect will show")
+        say("--quick: far too short for the base to read a demonstration; the gate is not "
+            "enforced, and no effect will show")
     methods = ["sft", "sdft"] if args.method == "both" else [args.method]
     check_batches("fine-tuning", args, world_size, args.demos)
     stop = Stop()
@@ -445,20 +489,19 @@ def run(args):
     gate = teacher_gate(base, tasks, tok, args, args.gate_margin)
     final = {}
     for method in methods:
-        cfg, evaluations, seconds = fine_tune(method, args, base, stages, tasks, tok, stop)
-        seconds = {"base": base_seconds, "fine_tune": seconds}
-        folder = Path(args.out) / method
-        write_results(folder, method, cfg, gate, evaluations, seconds)
-        final[method] = [row for row in evaluations if row["stage_end"]]
-        rows = [evaluations[0], *final[method]]
-        say(f"\n{method}, {seconds['fine_tune']:.0f} s:\n{table(rows)}")
+        cfg, evaluations = fine_tune(method, args, base, stages, tasks, tok, stop)
+        seconds = write_results(
+            args.out, method, cfg, gate, evaluations, base_seconds
+        )
+        rows = [row for row in evaluations if row["stage_end"] or not row["step"]]
+        final[method] = rows[-1]
+        say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
     if len(methods) == 2:
-        say(f"\nafter all three skills (first line SFT, second SDFT):\n"
-            f"{table([rows[-1] for rows in final.values()])}")
+        say(f"\nafter all three skills, SFT above SDFT:\n{table([*final.values()])}")
     if args.plot and is_first():
         plot(args.out, methods)
     for method in methods:
-        say(f"files: {Path(args.out) / method / 'results.json'}, metrics.jsonl beside it")
+        say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")
 
 
 def main(argv):
@@ -477,8 +520,8 @@ def main(argv):
         return 3
     except KeyboardInterrupt as error:
         number_ = int(re.search(r"\d+", f"{error} 2")[0])
-        command = " ".join(arg for arg in argv if arg != "--resume")
-        print(f"stopped; go on with: python train.py {command} --resume", file=sys.stderr)
+        command = shlex.join([arg for arg in argv if arg != "--resume"])
+        print(f"stopped; to go on: python train.py {command} --resume", file=sys.stderr)
         return 128 + number_
     finally:
         if dist.is_initialized():
