@@ -393,6 +393,7 @@ def generate(
 # round.) Eq. 2 of the paper is printed without the weight p_s, which reverse needs.
 
 KLS = ("forward", "reverse", "jsd")
+LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
 
 
 def kl_reference(student_logits, teacher_logits, kl="forward"):
@@ -401,9 +402,10 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
     Args: student_logits and teacher_logits (..., V); kl, one of KLS.
     Returns: (...), differentiable in student_logits.
     """
-    log_s = torch.log_softmax(student_logits, dim=-1)
+    dtype = torch.promote_types(student_logits.dtype, torch.float32)
+    log_s = torch.log_softmax(student_logits, -1, dtype).clamp(min=LOG_ZERO)
     with torch.no_grad():
-        log_t = torch.log_softmax(teacher_logits, dim=-1)
+        log_t = torch.log_softmax(teacher_logits, -1, dtype).clamp(min=LOG_ZERO)
     if kl == "forward":  # KL(teacher || student)
         return (log_t.exp() * (log_t - log_s)).sum(-1)
     if kl == "reverse":  # KL(student || teacher)
@@ -437,8 +439,8 @@ def kl_rows(s, t, weight, kl, grad=True):
     for i in range(0, N, block):
         x, y, w = s[i : i + block], t[i : i + block], weight[i : i + block]
         log_s, log_t, log_m = (buffer[: len(x)] for buffer in scratch)
-        torch.log_softmax(x, dim=-1, out=log_s)
-        torch.log_softmax(y, dim=-1, out=log_t)
+        torch.log_softmax(x, dim=-1, out=log_s).clamp_(min=LOG_ZERO)
+        torch.log_softmax(y, dim=-1, out=log_t).clamp_(min=LOG_ZERO)
         if kl == "forward":
             torch.sub(log_t, log_s, out=x)
             p_t = log_t.exp_()
@@ -474,17 +476,19 @@ class FusedKL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, kl):
         V = student_logits.size(-1)
-        s = student_logits.reshape(-1, V).clone()  # not over the caller's own logits
-        t = teacher_logits.reshape(-1, V)
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        s = student_logits.reshape(-1, V).to(dtype, copy=True)  # the caller's stay
+        t = teacher_logits.reshape(-1, V).to(dtype)
         value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])
         ctx.save_for_backward(s)
+        ctx.dtype = student_logits.dtype
         return value.view(student_logits.shape[:-1])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (s,) = ctx.saved_tensors
-        return (s.view(*grad.shape, -1) * grad[..., None]), None, None
+        return (s.view(*grad.shape, -1) * grad[..., None]).to(ctx.dtype), None, None
 
 
 def fused_kl(student_logits, teacher_logits, kl="forward"):

@@ -60,12 +60,11 @@ from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
 
-# The base model: fewer, larger steps than fine-tuning, on a corpus of its own.
+# The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
     steps=1800, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, sort=8, log_every=200, save_every=300,
 )  # fmt: skip
-CORPUS_SIZE = 65_536  # examples
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 
 # What a flag may be: lowest, highest, both allowed.
@@ -283,7 +282,7 @@ def base_key(config, cfg):
     """What decides the base model, as a name: configurations, corpus and code."""
     sources = [inspect.getsource(module) for module in (data, model, sft)]
     code = [ast.dump(ast.parse(source)) for source in sources]  # comments do not count
-    text = repr((asdict(config), asdict(cfg), CORPUS_SIZE, torch.__version__, code))
+    text = repr((asdict(config), asdict(cfg), torch.__version__, code))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -296,7 +295,8 @@ def get_base(args, device, dtype, tok, stop, world):
         BASE, seed=args.seed, steps=args.base_steps,
         warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
     )  # fmt: skip
-    check_batches("base model", cfg, world, CORPUS_SIZE)
+    n_examples = cfg.batch_size * max(cfg.steps, cfg.sort)
+    check_batches("base model", cfg, world, n_examples)
     student = GPT(config, make_rng(args.seed, "weights")).to(device)
     student.dtype = dtype
     folder = Path(args.out) / "base" / base_key(config, cfg)
@@ -310,7 +310,7 @@ def get_base(args, device, dtype, tok, stop, world):
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {folder} for the next run")
     start = time.perf_counter()
-    corpus = make_base_corpus(World(args.seed), tok, CORPUS_SIZE, args.seed)
+    corpus = make_base_corpus(World(args.seed), tok, n_examples, args.seed)
     begun = checkpoint.exists()
     sft.train(student, {"base": corpus}, {}, tok, cfg, folder, begun, stop)
     seconds = time.perf_counter() - start
@@ -473,8 +473,8 @@ def run(args):
     if args.sample is not None:
         return show_sample(args, device, dtype, tok)
     if args.quick:
-        say("--quick: far too short for the base to read a demonstration; the gate is not "
-            "enforced, and no effect will show")
+        say("--quick: far too short for the base to read a demonstration; the gate is "
+            "not enforced, and no effect will show")
     methods = ["sft", "sdft"] if args.method == "both" else [args.method]
     check_batches("fine-tuning", args, world_size, args.demos)
     stop = Stop()

@@ -1,0 +1,307 @@
+"""The paper's experiments in the tiny world: many runs of train.py, a table, pictures.
+
+    python tests/bench/paper.py forgetting              # run what is missing; draw
+    python tests/bench/paper.py forgetting --seeds 0 1  # other seeds
+    python tests/bench/paper.py forgetting --draw       # only draw
+
+A cell is one run of train.py: flags and a seed. Finished cells are not run again; each
+runs on one core (or one GPU), as many at a time as there are. Results and pictures
+stand beside each other in tests/bench/results/. Needs matplotlib for the pictures.
+"""
+
+import argparse
+import json
+import os
+import platform
+import queue
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from statistics import mean
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "tests" / "bench" / "results"
+
+# ---- The table of experiments ------------------------------------------------------
+#
+# name -> seeds, and rows of (label, flags of train.py). A label is a curve or a point.
+
+SFT, SDFT = "--method sft", "--method sdft"
+EXPERIMENTS = {
+    "forgetting": {
+        "seeds": (10, 11, 12, 13, 14),
+        "rows": [
+            *((f"sft {lr}", f"{SFT} --steps 160 --lr {lr}")
+              for lr in ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3")),
+            *((f"sdft {lr}", f"{SDFT} --lr {lr}")
+              for lr in ("2e-5", "5e-5", "1e-4", "2e-4", "5e-4")),
+            ("sft own", f"{SFT} --distance own"),
+            ("sdft own", f"{SDFT} --distance own"),
+            ("sft known", f"{SFT} --distance known"),
+            ("sdft known", f"{SDFT} --distance known"),
+            ("sdft reverse", f"{SDFT} --kl reverse"),
+            ("sdft frozen", f"{SDFT} --teacher frozen"),
+            ("sdft live", f"{SDFT} --teacher live"),
+            ("sft curve", f"{SFT} --steps 160 --lr 2e-4 --eval-every 20"),
+            ("sdft curve", f"{SDFT} --eval-every 10"),
+        ],
+    },
+}  # fmt: skip
+
+
+# ---- Running -----------------------------------------------------------------------
+
+
+def run_cell(work, seed, label, flags, devices):
+    """One run of train.py in a folder of its own, with the base of its seed."""
+    folder = work / f"seed{seed}" / label.replace(" ", "_")
+    base = work / f"seed{seed}" / "base"
+    folder.mkdir(parents=True, exist_ok=True)
+    base.mkdir(exist_ok=True)
+    if not (folder / "base").exists():
+        (folder / "base").symlink_to(base.resolve())
+    command = [sys.executable, str(ROOT / "train.py"), *flags.split()]
+    command += ["--seed", str(seed), "--out", str(folder)]
+    method = flags.split()[1]
+    if (folder / method / "checkpoint.pt").exists():
+        command.append("--resume")
+    device = devices.get()
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if device is not None:
+        env["CUDA_VISIBLE_DEVICES"] = str(device)
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+    finally:
+        devices.put(device)
+    if done.returncode:
+        raise RuntimeError(f"{label}, seed {seed}: {done.stderr.strip()[-400:]}")
+    lines = (folder / method / "metrics.jsonl").read_text().splitlines()
+    results = json.loads((folder / method / "results.json").read_text())
+    results["evaluations"] = [
+        {key: row[key] for key in ("step", "new", "prior")}
+        for row in map(json.loads, lines)
+        if "new" in row
+    ]
+    return {"label": label, "flags": flags, "seed": seed, **results}
+
+
+def run_missing(name, seeds, work, jobs):
+    """Run the cells that have no result yet; returns all, {"label seed": result}."""
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text())["cells"] if path.exists() else {}
+    cells = {
+        f"{label} {seed}": (seed, label, flags)
+        for seed in seeds
+        for label, flags in EXPERIMENTS[name]["rows"]
+    }
+    todo = {
+        key: cell
+        for key, cell in cells.items()
+        if known.get(key, {}).get("flags") != cell[2]
+    }
+    gpus = torch.cuda.device_count()
+    devices = queue.Queue()
+    for i in range(jobs or gpus or os.cpu_count()):
+        devices.put(i % gpus if gpus else None)
+    # a seed's base must be made once, before the other cells of the seed use it
+    first = {cell[0]: key for key, cell in reversed(todo.items())}
+    phases = [set(first.values()), set(todo) - set(first.values())]
+    bar = tqdm(total=len(todo), desc=name, smoothing=0)
+    for phase in phases:
+        with ThreadPoolExecutor(devices.qsize()) as pool:
+            jobs = {
+                pool.submit(run_cell, work, *todo[key], devices): key
+                for key in todo
+                if key in phase
+            }
+            for job in as_completed(jobs):
+                known[jobs[job]] = job.result()
+                save(path, name, known)
+                bar.update()
+    return known
+
+
+def save(path, name, cells):
+    RESULTS.mkdir(exist_ok=True)
+    content = {
+        "command": f"python tests/bench/paper.py {name}",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one for each run",
+        "torch": torch.__version__,
+        "cells": cells,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+
+
+# ---- What a row says ---------------------------------------------------------------
+
+
+def summary(cell):
+    """The numbers of a run that the tables and pictures use."""
+    stages, base = cell["stages"], cell["base"]
+    final = stages[-1]
+    own = [stage["new"][stage["skill"]] for stage in stages]
+    prior = mean(final["prior"].values())
+    return {
+        "after own stage": mean(own),
+        "worst own stage": min(own),
+        "new": mean(final["new"].values()),
+        "worst skill": min(final["new"].values()),
+        "prior": prior,
+        "prior / base": prior / mean(base["prior"].values()),
+        "KL(student || base)": final["kl_student_base"],
+    }
+
+
+def spread(values):
+    """mean (lowest to highest)"""
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def rows_of(name, cells, seeds):
+    """label -> the summaries of its seeds, in the order of the table."""
+    labels = [label for label, _ in EXPERIMENTS[name]["rows"]]
+    keys = {label: [f"{label} {seed}" for seed in seeds] for label in labels}
+    return {
+        label: [summary(cells[key]) for key in keys[label]]
+        for label in labels
+        if all(key in cells for key in keys[label])
+    }
+
+
+def print_table(rows):
+    first = next(iter(rows.values()))[0]
+    print("| run | " + " | ".join(first) + " |")
+    print("|---|" + "---|" * len(first))
+    for label, runs in rows.items():
+        cells = [spread([run[key] for run in runs]) for key in first]
+        print(f"| {label} | " + " | ".join(cells) + " |")
+
+
+# ---- Pictures ----------------------------------------------------------------------
+
+COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
+
+
+def draw_curves(plt, name, cells, seeds):
+    """New skills up, prior kept: mean and range over seeds, for the three stages."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    for axis, method in zip(axes, ("sft", "sdft"), strict=True):
+        runs = [cells[f"{method} curve {seed}"] for seed in seeds]
+        steps = [row["step"] for row in runs[0]["evaluations"]]
+        x = [step / runs[0]["config"]["steps"] for step in steps]
+        lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
+        lines.append(("prior", "", ""))
+        for label, group, skill in lines:
+            ys = [
+                [row[group][skill] if group else mean(row["prior"].values())
+                 for row in run["evaluations"]]
+                for run in runs
+            ]  # fmt: skip
+            columns = list(zip(*ys, strict=True))
+            style = {"color": "black", "lw": 2.5} if label == "prior" else {}
+            (line,) = axis.plot(x, [mean(c) for c in columns], label=label, **style)
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+        for stage in (1, 2):
+            axis.axvline(stage, color="gray", lw=0.8, ls=":")
+        axis.set(title=method.upper(), xlabel="stages (one for each skill)")
+        axis.set_ylim(-0.03, 1.03)
+    axes[0].set_ylabel("accuracy on held-out queries")
+    axes[1].legend(loc="lower right")
+    figure.savefig(RESULTS / f"{name}_curves.png", dpi=130, bbox_inches="tight")
+
+
+def draw_tradeoff(plt, name, rows):
+    """Prior against new, one point for each rate, the frontier of each method."""
+    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    for method, color in COLORS.items():
+        points = []
+        for label, runs in rows.items():
+            parts = label.split()
+            if parts[0] == method and parts[1][0].isdigit():
+                x = [run["new"] for run in runs]
+                y = [run["prior / base"] for run in runs]
+                points.append((mean(x), mean(y)))
+                dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
+                dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
+                axis.errorbar(*points[-1], dy, dx, "o", color=color, alpha=0.7)
+                axis.annotate(parts[1], points[-1], (4, 4), textcoords="offset points")
+
+        def beaten(p, points=points):
+            return any(q[0] > p[0] and q[1] > p[1] for q in points)
+
+        best = [point for point in points if not beaten(point)]
+        axis.plot(*zip(*sorted(best), strict=True), color=color, label=method.upper())
+    axis.set(xlabel="new: mean of the three skills after A, B, C",
+             ylabel="prior, as a share of the base's")  # fmt: skip
+    axis.legend()
+    figure.savefig(RESULTS / f"{name}_tradeoff.png", dpi=130, bbox_inches="tight")
+
+
+def draw_distance(plt, name, rows, default):
+    """What each method keeps against the distance of the demonstrations."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    distances = ("own", "known", "terms")
+    for axis, key in zip(axes, ("new", "prior / base"), strict=True):
+        for i, (method, color) in enumerate(COLORS.items()):
+            labels = [f"{method} {d}" for d in distances[:2]] + [default[method]]
+            runs = [[run[key] for run in rows[label]] for label in labels]
+            y = [mean(r) for r in runs]
+            low = [mean(r) - min(r) for r in runs]
+            high = [max(r) - mean(r) for r in runs]
+            x = [j + 0.06 * (i - 0.5) for j in range(3)]
+            label = method.upper()
+            axis.errorbar(x, y, [low, high], fmt="o-", color=color, label=label)
+        axis.set_xticks(range(3), ["own manner", "known manner", "own terms"])
+        axis.set_title(key)
+        axis.set_xlabel("distance of the demonstrations")
+    axes[0].set_ylabel("after A, B, C")
+    axes[0].legend()
+    figure.savefig(RESULTS / f"{name}_distance.png", dpi=130, bbox_inches="tight")
+
+
+def draw(name, cells, seeds, rows):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    def have(*labels):
+        return all(label in rows for label in labels)
+
+    default = {"sft": "sft curve", "sdft": "sdft curve"}
+    if have(*default.values()):
+        draw_curves(plt, name, cells, seeds)
+    if any(label[:5] == "sft 1" for label in rows):
+        draw_tradeoff(plt, name, rows)
+    if have("sft own", "sft known", "sdft own", "sdft known", *default.values()):
+        draw_distance(plt, name, rows, default)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", choices=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--work", default=str(ROOT / "out-paper"), help="folder of runs")
+    parser.add_argument("--jobs", type=int, help="runs at a time (all cores or GPUs)")
+    parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
+    args = parser.parse_args()
+    seeds = args.seeds or EXPERIMENTS[args.experiment]["seeds"]
+    path = RESULTS / f"{args.experiment}.json"
+    if args.draw:
+        cells = json.loads(path.read_text())["cells"]
+    else:
+        cells = run_missing(args.experiment, seeds, Path(args.work), args.jobs)
+    rows = rows_of(args.experiment, cells, seeds)
+    print_table(rows)
+    draw(args.experiment, cells, seeds, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,837 @@
+"""The model, the shift and the sampler, beside what plain loops say of them.
+
+The models are small, in float64, and have weights large enough for the logits to
+depend on every token: with nanoGPT's small ones all tokens are nearly as likely.
+"""
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from model import (
+    GPT,
+    GPTConfig,
+    KVCache,
+    generate,
+    kl_models,
+    response_logits,
+    response_states,
+    rotate,
+    rotation_tables,
+    sample_token,
+)
+
+V, END, NEVER = 11, 7, 11  # NEVER is no token: with it as the end, no response ends
+SMALL = {
+    "block_size": 40,
+    "vocab_size": V,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_kv_head": 2,
+    "n_embd": 16,
+    "n_inner": 24,
+    "rope_theta": 50.0,
+}
+every_grouping = pytest.mark.parametrize("n_kv_head", (4, 2, 1))
+
+
+def make_rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def make_model(seed=0, scale=0.35, **changes):
+    model = GPT(GPTConfig(**{**SMALL, **changes}))
+    rng = make_rng(seed)
+    for p in model.parameters():
+        noise = scale * torch.randn(p.shape, generator=rng)
+        p.copy_(noise if p.dim() == 2 else p + noise)
+    model.double().dtype = torch.float64
+    return model
+
+
+def draw_tokens(*shape, seed=0):
+    return torch.randint(0, V, shape, generator=make_rng(seed))
+
+
+def draw_prompts(lengths, seed=0):
+    return [draw_tokens(n, seed=seed + i).tolist() for i, n in enumerate(lengths)]
+
+
+def draw_uniform(*shape, seed=0):
+    return torch.rand(shape, generator=make_rng(seed))
+
+
+def pad(prompts, fill=END, more=0):
+    """Lists of tokens -> int64 (B, P + more), padded on the right, and lengths (B,)."""
+    P = max(len(prompt) for prompt in prompts) + more
+    rows = [prompt + [fill] * (P - len(prompt)) for prompt in prompts]
+    return torch.tensor(rows), torch.tensor([len(prompt) for prompt in prompts])
+
+
+def full_logits(model, tokens):
+    """(T, V) of one list of tokens, no cache, no batch, no padding."""
+    return model(torch.tensor([tokens]))[0]
+
+
+def responses_of(response, mask):
+    """The tokens under the mask, as lists."""
+    return [
+        row[:n] for row, n in zip(response.tolist(), mask.sum(1).tolist(), strict=True)
+    ]
+
+
+def sample_by_hand(logits, u, temperature=1.0):
+    """The first token whose cumulative probability exceeds u."""
+    powers = [math.exp(x / temperature) for x in logits]
+    total = 0.0
+    for v, power in enumerate(powers):
+        total += power / sum(powers)
+        if total > u:
+            return v
+
+
+def generate_by_hand(model, prompt, u, end, temperature=1.0):
+    """One response: the whole sequence goes through the model for each token."""
+    tokens = list(prompt)
+    for x in u.tolist():
+        logits = full_logits(model, tokens)[-1]
+        tokens.append(sample_by_hand(logits.tolist(), x, temperature))
+        if tokens[-1] == end:
+            break
+    return tokens[len(prompt) :]
+
+
+def chi_squared(counts, probabilities):
+    n = sum(counts)
+    return sum(
+        (count - n * p) ** 2 / (n * p)
+        for count, p in zip(counts, probabilities, strict=True)
+    )
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+# ---- The model ---------------------------------------------------------------------
+
+
+def norm_by_hand(x, weight, eps):
+    return weight * x / (x.pow(2).sum() / len(x) + eps).sqrt()
+
+
+def rotate_by_hand(x, position, theta):
+    """Channels i and i + D/2 as a complex number, turned by position * frequency."""
+    half = len(x) // 2
+    angles = [position * theta ** (-i / half) for i in range(half)]
+    turned = [
+        complex(x[i], x[i + half]) * complex(math.cos(a), math.sin(a))
+        for i, a in enumerate(angles)
+    ]
+    return torch.tensor([z.real for z in turned] + [z.imag for z in turned]).double()
+
+
+def attention_by_hand(xs, w, layer, config):
+    """One query, one head at a time."""
+    D, size = config.n_embd // config.n_head, config.n_head // config.n_kv_head
+    start = f"h.{layer}.attn."
+    weights = [w[f"{start}{name}_proj.weight"] for name in "qkv"]
+    biases = [w[f"{start}{name}_proj.bias"] for name in "qkv"]
+    q, k, v = ([W @ x + b for x in xs] for W, b in zip(weights, biases, strict=True))
+    ys = []
+    for i in range(len(xs)):
+        heads = []
+        for h in range(config.n_head):
+            mine, group = slice(h * D, h * D + D), h // size
+            kv = slice(group * D, group * D + D)
+            query = rotate_by_hand(q[i][mine].tolist(), i, config.rope_theta)
+            scores = []
+            for j in range(i + 1):
+                key = rotate_by_hand(k[j][kv].tolist(), j, config.rope_theta)
+                scores.append(math.exp(float(query @ key) / math.sqrt(D)))
+            seen = range(i + 1)
+            heads.append(sum(scores[j] / sum(scores) * v[j][kv] for j in seen))
+        ys.append(w[f"{start}o_proj.weight"] @ torch.cat(heads))
+    return ys
+
+
+def mlp_by_hand(x, w, layer):
+    gate = w[f"h.{layer}.mlp.gate_proj.weight"] @ x
+    up = w[f"h.{layer}.mlp.up_proj.weight"] @ x
+    return w[f"h.{layer}.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+
+
+@every_grouping
+def test_logits_equal_the_formulas_written_out(n_kv_head):
+    """Norms, rotation, groups, scale, SwiGLU and residuals, token by token."""
+    model = make_model(n_kv_head=n_kv_head)
+    config, w, tokens = model.config, model.state_dict(), draw_tokens(6).tolist()
+    xs = [w["wte.weight"][token] for token in tokens]
+    for layer in range(config.n_layer):
+        ln_1, ln_2 = w[f"h.{layer}.ln_1.weight"], w[f"h.{layer}.ln_2.weight"]
+        normed = [norm_by_hand(x, ln_1, config.norm_eps) for x in xs]
+        ys = attention_by_hand(normed, w, layer, config)
+        xs = [x + y for x, y in zip(xs, ys, strict=True)]
+        normed = [norm_by_hand(x, ln_2, config.norm_eps) for x in xs]
+        xs = [x + mlp_by_hand(n, w, layer) for x, n in zip(xs, normed, strict=True)]
+    last = [norm_by_hand(x, w["ln_f.weight"], config.norm_eps) for x in xs]
+    logits = torch.stack([w["lm_head.weight"] @ x for x in last])
+    close(full_logits(model, tokens), logits, 1e-5)  # the model's cos is float32
+
+
+def test_the_future_is_masked():
+    model, idx = make_model(), draw_tokens(2, 9)
+    for j in range(9):
+        other = idx.clone()
+        other[:, j] = (idx[:, j] + 1) % V
+        change = (model(other) - model(idx)).abs().amax(-1)  # (B, T)
+        assert change[:, :j].sum() == 0
+        assert change[:, j:].min() > 1e-6
+
+
+def test_order_of_the_past_matters():
+    model = make_model(n_layer=1)
+    swapped = full_logits(model, [2, 1, 3])[-1] - full_logits(model, [1, 2, 3])[-1]
+    assert swapped.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("n_kv_head", (2, 1))
+def test_grouped_heads_equal_repeated_heads(n_kv_head):
+    grouped, repeated = make_model(n_kv_head=n_kv_head), make_model(n_kv_head=4)
+    weights, D = grouped.state_dict(), 4
+    for name, p in weights.items():
+        if ".k_proj." in name or ".v_proj." in name:
+            heads = p.view(n_kv_head, D, -1).repeat_interleave(4 // n_kv_head, dim=0)
+            weights[name] = heads.reshape(4 * D, *p.shape[1:])
+    repeated.load_state_dict(weights)
+    idx = draw_tokens(3, 8)
+    close(grouped(idx), repeated(idx))
+    u, lengths = draw_uniform(3, 6), torch.tensor([8, 3, 1])
+    response, _ = generate(grouped, idx, lengths, 6, NEVER, u)
+    assert torch.equal(response, generate(repeated, idx, lengths, 6, NEVER, u)[0])
+
+
+def test_rotation_depends_on_distance_only():
+    cos, sin = (x.double() for x in rotation_tables(GPTConfig(**SMALL)))
+    q, k = torch.randn(2, 1, 1, 1, 4, generator=make_rng(0)).double()
+
+    def score(i, j):
+        a, b = rotate(q, cos[[i]], sin[[i]]), rotate(k, cos[[j]], sin[[j]])
+        return (a * b).sum()
+
+    assert rotate(q, cos[[9]], sin[[9]]).norm().item() == pytest.approx(q.norm().item())
+    close(score(0, 0), (q * k).sum(), 1e-6)
+    for distance in (0, 1, 5):
+        for shift in (1, 7, 30):
+            close(score(distance + shift, shift), score(distance, 0), 1e-5)
+    assert (score(3, 0) - score(2, 0)).abs() > 1e-2
+    assert (score(3, 0) - score(0, 3)).abs() > 1e-2
+
+
+def test_attention_depends_on_distance_only():
+    model = make_model()
+    attention = model.h[0].attn
+    x = torch.randn(2, 6, 16, generator=make_rng(0)).double()
+    here = attention(x, model.cos[:6], model.sin[:6])
+    there = attention(x, model.cos[20:26], model.sin[20:26])
+    close(here, there, 1e-5)
+    wider = attention(x, model.cos[0:12:2], model.sin[0:12:2])
+    assert (here - wider).abs().max() > 1e-2
+
+
+def test_tied_head_is_one_parameter():
+    tied, untied = make_model(), make_model(tie_weights=False)
+    assert tied.lm_head.weight is tied.wte.weight
+    assert untied.lm_head.weight is not untied.wte.weight
+    assert untied.num_params() - tied.num_params() == V * 16
+    assert sum(p is tied.wte.weight for p in tied.parameters()) == 1
+    copied = copy.deepcopy(tied)
+    assert copied.lm_head.weight is copied.wte.weight
+    assert copied.wte.weight is not tied.wte.weight
+
+
+def test_tied_head_collects_both_gradients():
+    tied, untied = make_model(), make_model(tie_weights=False)
+    untied.load_state_dict(tied.state_dict())
+    idx = draw_tokens(2, 5)
+    for model in (tied, untied):
+        model(idx).log_softmax(-1)[..., 3].sum().backward()
+    close(tied.wte.weight.grad, untied.wte.weight.grad + untied.lm_head.weight.grad)
+
+
+@pytest.mark.parametrize("tie_weights", (True, False))
+def test_state_dict_round_trip(tie_weights):
+    one = make_model(seed=0, tie_weights=tie_weights)
+    other = make_model(seed=1, tie_weights=tie_weights)
+    idx = draw_tokens(2, 9)
+    assert not torch.equal(one(idx), other(idx))
+    names = other.load_state_dict(one.state_dict())
+    assert not names.missing_keys and not names.unexpected_keys
+    assert torch.equal(one(idx), other(idx))
+    assert (other.lm_head.weight is other.wte.weight) == tie_weights
+    assert not {"cos", "sin"} & set(one.state_dict())
+
+
+def test_first_weights_come_from_the_generator_alone():
+    first = GPT(GPTConfig(**SMALL), make_rng(5)).state_dict()
+    torch.rand(3)
+    again = GPT(GPTConfig(**SMALL), make_rng(5)).state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    other = GPT(GPTConfig(**SMALL), make_rng(6)).state_dict()
+    assert not torch.equal(first["wte.weight"], other["wte.weight"])
+
+
+def test_logits_are_float32_when_activations_are_bfloat16():
+    model = make_model().float()
+    idx = draw_tokens(2, 9)
+    model.dtype = torch.float32
+    exact = model(idx)
+    model.dtype = torch.bfloat16
+    states = model.states(idx)
+    assert states.dtype == torch.bfloat16
+    assert model(idx).dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    close(model.head(states), states.float() @ model.lm_head.weight.T, 1e-6)
+    assert 0 < (model(idx) - exact).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    (
+        ({"n_embd": 18}, "n_embd 18 .* n_head 4"),
+        ({"n_kv_head": 3}, "n_head 4.* n_kv_head 3"),
+        ({"n_embd": 12}, "head size 3 must be even"),
+    ),
+)
+def test_impossible_sizes_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GPTConfig(**{**SMALL, **changes})
+
+
+# ---- The shift ---------------------------------------------------------------------
+
+
+def make_oracle():
+    """Looks like a model; its logits at j are certain of token j + 1 of the row."""
+
+    def states(idx):
+        following = torch.roll(idx, -1, dims=1)
+        return 100 * torch.nn.functional.one_hot(following, V).double()
+
+    config = SimpleNamespace(block_size=60)
+    return SimpleNamespace(config=config, states=states, head=lambda states: states)
+
+
+def test_oracle_of_the_next_token_is_right_about_every_response_token():
+    """Invariants 20, 21: student and teacher, prompts of any length, the end too."""
+    response = draw_tokens(4, 5)
+    response[:, -1] = END
+    for lengths in ((3, 3, 3, 3), (1, 2, 7, 4), (19, 1, 30, 6)):
+        prompts = pad(draw_prompts(lengths), fill=2, more=1)
+        logits = response_logits(make_oracle(), *prompts, response)
+        log_p = logits.log_softmax(-1).gather(-1, response[..., None])
+        assert log_p.abs().max() < 1e-10
+
+
+def test_token_zero_is_predicted_at_the_last_prompt_token():
+    """Invariant 21: and token t at the place length + t - 1."""
+
+    def states(idx):
+        return torch.arange(idx.size(1)).expand(idx.size(0), -1)[..., None]
+
+    model = SimpleNamespace(config=SimpleNamespace(block_size=60), states=states)
+    prompts, lengths = pad(draw_prompts((1, 2, 7)))
+    places = response_states(model, prompts, lengths, draw_tokens(3, 4))[..., 0]
+    assert places.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [6, 7, 8, 9]]
+
+
+def test_response_stands_right_behind_its_own_prompt():
+    """Invariants 20, 27: what the model is shown, read back."""
+    shown = []
+
+    def states(idx):
+        shown.append(idx)
+        return torch.zeros(*idx.shape, 1)
+
+    model = SimpleNamespace(config=SimpleNamespace(block_size=60), states=states)
+    prompts, response = draw_prompts((1, 5, 3)), draw_tokens(3, 4, seed=9)
+    response_states(model, *pad(prompts), response)
+    for row, prompt, tokens in zip(
+        shown[0].tolist(), prompts, response.tolist(), strict=True
+    ):
+        assert row[: len(prompt) + 4] == prompt + tokens
+
+
+def test_response_logits_equal_one_full_forward_of_each_row():
+    """Invariants 20, 27, 28."""
+    model, prompts = make_model(), draw_prompts((1, 6, 3))
+    response = draw_tokens(3, 5, seed=9)
+    logits = response_logits(model, *pad(prompts), response)
+    for i, prompt in enumerate(prompts):
+        row = full_logits(model, prompt + response[i].tolist())
+        close(logits[i], row[len(prompt) - 1 : -1])
+
+
+@pytest.mark.parametrize("more", (1, 5, 17))
+@pytest.mark.parametrize("fill", (0, 4, END))
+def test_pads_change_no_logits(more, fill):
+    """Invariants 27, 31: neither their number nor the token they are made of."""
+    model, prompt, response = make_model(), draw_prompts((6,)), draw_tokens(1, 5)
+    alone = response_logits(model, *pad(prompt), response)
+    close(response_logits(model, *pad(prompt, fill, more), response), alone)
+
+
+def test_loss_of_a_row_does_not_depend_on_the_other_rows():
+    """Invariant 28."""
+    model, response = make_model(), draw_tokens(4, 5, seed=9)
+
+    def loss(prompts, response):
+        log_p = response_logits(model, *pad(prompts), response).log_softmax(-1)
+        return -log_p.gather(-1, response[..., None])[..., 0].sum(1)
+
+    prompts = draw_prompts((4, 1, 8, 3))
+    losses = loss(prompts, response)
+    others = draw_prompts((9, 2, 5, 7), seed=20)
+    for i in range(4):
+        mixed, tokens = list(others), draw_tokens(4, 5, seed=30)
+        mixed[i], tokens[i] = prompts[i], response[i]
+        close(loss(mixed, tokens)[i], losses[i])
+        close(loss([prompts[i]], response[[i]])[0], losses[i])
+
+
+def test_garbage_after_the_end_leaves_loss_and_gradient_bit_identical():
+    """Invariant 30."""
+    prompts, lengths = draw_prompts((4, 1, 8)), torch.tensor([5, 2, 3])
+    mask = torch.arange(5) < lengths[:, None]
+    losses, gradients = [], []
+    for seed in (50, 51):
+        response = torch.where(mask, draw_tokens(3, 5), draw_tokens(3, 5, seed=seed))
+        model = make_model()
+        log_p = response_logits(model, *pad(prompts), response)[mask].log_softmax(-1)
+        loss = -log_p.gather(-1, response[mask][:, None]).sum()
+        losses.append(loss.item())
+        gradients.append(torch.autograd.grad(loss, list(model.parameters())))
+    assert losses[0] == losses[1]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0])
+
+
+def test_what_does_not_fit_is_refused_with_its_lengths():
+    """Invariant 24: nothing is cut; block_size itself still fits."""
+    model, prompts = make_model(block_size=12), draw_prompts((4, 9))
+    numbers = "prompt of 9 tokens and .*4 .*need 13 .*> block_size 12"
+    with pytest.raises(ValueError, match=numbers):
+        response_logits(model, *pad(prompts), draw_tokens(2, 4))
+    with pytest.raises(ValueError, match=numbers):
+        generate(model, *pad(prompts), 4, END, draw_uniform(2, 4))
+    with pytest.raises(ValueError, match="13 tokens > block_size 12"):
+        model(draw_tokens(1, 13))
+    assert response_logits(model, *pad(prompts), draw_tokens(2, 3)).shape == (2, 3, V)
+    response, _ = generate(model, *pad(prompts), 3, NEVER, draw_uniform(2, 3))
+    assert response.shape == (2, 3)
+
+
+def test_kl_models_is_of_the_first_from_the_second_each_after_its_own_prompt():
+    p, q = make_model(seed=0), make_model(seed=1)
+    p_prompts, q_prompts = draw_prompts((7, 4)), draw_prompts((2, 3), seed=5)
+    response = draw_tokens(2, 3, seed=9)
+    kl = kl_models(p, pad(p_prompts), q, pad(q_prompts), response)
+    assert not kl.requires_grad
+    for i, tokens in enumerate(response.tolist()):
+        log_p = full_logits(p, p_prompts[i] + tokens).log_softmax(-1).tolist()
+        log_q = full_logits(q, q_prompts[i] + tokens).log_softmax(-1).tolist()
+        for t in range(3):
+            row_p = log_p[len(p_prompts[i]) + t - 1]
+            row_q = log_q[len(q_prompts[i]) + t - 1]
+            by_hand = sum(
+                math.exp(a) * (a - b) for a, b in zip(row_p, row_q, strict=True)
+            )
+            assert kl[i, t].item() == pytest.approx(by_hand, rel=1e-9)
+
+
+# ---- The cache ---------------------------------------------------------------------
+
+
+@every_grouping
+def test_cached_decoding_equals_full_forward(n_kv_head):
+    """Invariant 29: ragged prompts, down to a single token."""
+    model, R = make_model(n_kv_head=n_kv_head), 7
+    rows = draw_prompts((1, 6, 3, 1))
+    prompts, lengths = pad(rows)
+    response = draw_tokens(4, R, seed=9)
+    cache = KVCache(model.config, 4, 6 + R, "cpu", torch.float64)
+    logits = model(prompts, cache=cache)
+    for i, row in enumerate(rows):
+        close(logits[i, : len(row)], full_logits(model, row))
+    for t in range(R):
+        cache.span = 6 + t + 1
+        logits = model(response[:, t : t + 1], lengths + t, cache)
+        assert logits.shape == (4, 1, V)
+        for i, row in enumerate(rows):
+            tokens = row + response[i, : t + 1].tolist()
+            close(logits[i, 0], full_logits(model, tokens)[-1])
+
+
+def test_rows_that_leave_the_cache_change_no_other():
+    """Invariant 29."""
+    model, rows = make_model(), draw_prompts((2, 5, 3, 4))
+    prompts, lengths = pad(rows)
+    cache = KVCache(model.config, 4, 7, "cpu", torch.float64)
+    model(prompts, cache=cache)
+    cache.span = 6
+    model(draw_tokens(4, 1, seed=9), lengths, cache)
+    kept = torch.tensor([3, 1])
+    cache.keep(kept)
+    cache.span = 7
+    logits = model(draw_tokens(2, 1, seed=10), lengths[kept] + 1, cache)[:, 0]
+    for i, row in enumerate(kept.tolist()):
+        tokens = rows[row] + draw_tokens(4, 1, seed=9)[row].tolist()
+        tokens += draw_tokens(2, 1, seed=10)[i].tolist()
+        close(logits[i], full_logits(model, tokens)[-1])
+
+
+def test_cache_that_overflows_raises():
+    """Invariant 29."""
+    model = make_model()
+    cache = KVCache(model.config, 1, 4, "cpu", torch.float64)
+    with pytest.raises(AssertionError, match="5 tokens > a cache of 4"):
+        model(draw_tokens(1, 5), cache=cache)
+    model(draw_tokens(1, 4), cache=cache)
+    cache.span = 5
+    with pytest.raises((AssertionError, IndexError)):
+        model(draw_tokens(1, 1), torch.tensor([4]), cache)
+
+
+# ---- Responses ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.6))
+@every_grouping
+def test_sampling_equals_a_full_forward_for_each_token(n_kv_head, temperature):
+    """Invariants 29, 33: rows end at different times, and leave the batch."""
+    model = make_model(n_kv_head=n_kv_head)
+    prompts, u = draw_prompts((1, 6, 3, 1, 9, 2, 4, 5)), draw_uniform(8, 10, seed=3)
+    response, mask = generate(model, *pad(prompts), 10, END, u, temperature)
+    by_hand = [
+        generate_by_hand(model, prompt, row, END, temperature)
+        for prompt, row in zip(prompts, u, strict=True)
+    ]
+    assert responses_of(response, mask) == by_hand
+    assert len({len(row) for row in by_hand}) > 2
+
+
+def test_greedy_is_the_argmax_of_the_full_forward():
+    """Invariants 29, 34: and needs no random numbers."""
+    model, prompts = make_model(), draw_prompts((1, 6, 3, 1, 9))
+    response, mask = generate(model, *pad(prompts), 8, END, temperature=0)
+    for prompt, row in zip(prompts, responses_of(response, mask), strict=True):
+        for t, token in enumerate(row):
+            assert token == full_logits(model, prompt + row[:t])[-1].argmax()
+        assert len(row) == 8 or row[-1] == END
+
+
+def test_oracle_that_counts_goes_on_from_the_last_token_of_each_prompt():
+    """Invariant 21, for the sampler: no model, so no cache, takes part."""
+
+    def states(idx, positions=None, cache=None):
+        return torch.nn.functional.one_hot((idx + 1) % V, V).double()
+
+    oracle = SimpleNamespace(
+        config=GPTConfig(**SMALL),
+        dtype=torch.float64,
+        training=False,
+        eval=lambda: None,
+        train=lambda mode: None,
+        states=states,
+        head=lambda states: states,
+    )
+    prompts = pad([[3, 9, 2], [5], [0, 6], [8]])
+    response, mask = generate(oracle, *prompts, 5, END, temperature=0)
+    expected = [[3, 4, 5, 6, 7], [6, 7], [7], [9, 10, 0, 1, 2]]
+    assert responses_of(response, mask) == expected
+
+
+@pytest.mark.parametrize("more", (1, 5, 17))
+@pytest.mark.parametrize("fill", (0, 4, END))
+def test_pads_change_no_response(more, fill):
+    """Invariants 27, 31."""
+    model, prompts = make_model(), draw_prompts((6, 2, 4))
+    u = draw_uniform(3, 8, seed=1)
+    response, mask = generate(model, *pad(prompts), 8, END, u)
+    padded, padded_mask = generate(model, *pad(prompts, fill, more), 8, END, u)
+    assert torch.equal(response, padded)
+    assert torch.equal(mask, padded_mask)
+
+
+def test_ragged_prompts_equal_one_by_one():
+    """Invariants 27, 28: the sampler."""
+    model, prompts = make_model(), draw_prompts((1, 6, 3, 12))
+    u = draw_uniform(4, 9, seed=2)
+    together = responses_of(*generate(model, *pad(prompts), 9, END, u))
+    for i in range(4):
+        alone = generate(model, *pad([prompts[i]]), 9, END, u[[i]])
+        assert responses_of(*alone) == [together[i]]
+
+
+def test_sample_of_a_row_depends_on_its_own_numbers_only():
+    """Invariant 28: other neighbours, other numbers for them, another order."""
+    model, prompts = make_model(), draw_prompts((4, 1, 8, 3))
+    u = draw_uniform(4, 9, seed=2)
+    rows = responses_of(*generate(model, *pad(prompts), 9, END, u))
+    order = [2, 0, 3, 1]
+    moved = generate(model, *pad([prompts[i] for i in order]), 9, END, u[order])
+    assert responses_of(*moved) == [rows[i] for i in order]
+    others, changed = draw_prompts((2, 1, 5, 7), seed=40), 0
+    for i in range(4):
+        mixed, numbers = list(others), draw_uniform(4, 9, seed=60)
+        mixed[i], numbers[i] = prompts[i], u[i]
+        mixed_rows = responses_of(*generate(model, *pad(mixed), 9, END, numbers))
+        assert mixed_rows[i] == rows[i]
+        changed += sum(a != b for a, b in zip(mixed_rows, rows, strict=True))
+    assert changed > 6
+
+
+def test_end_inside_a_prompt_is_a_token_like_any_other():
+    """Invariant 31: masks come from lengths; here the pads are made of the end."""
+    model = make_model()
+    prompts = [[3, END, 5], [END], [2, 8, END, END], [1, 4, 4, 6, 9]]
+    u = draw_uniform(4, 9, seed=5)
+    rows = responses_of(*generate(model, *pad(prompts), 9, END, u))
+    for prompt, row, numbers in zip(prompts, rows, u, strict=True):
+        assert row == generate_by_hand(model, prompt, numbers, END)
+    cut = responses_of(*generate(model, *pad([[3], [END], [2, 8]]), 9, END, u[:3]))
+    assert cut[1] == rows[1]
+    assert cut[0] != rows[0] and cut[2] != rows[2]
+    response = torch.tensor([[END, 3, END, 2]] * 4)
+    logits = response_logits(model, *pad(prompts), response)
+    for i, prompt in enumerate(prompts):
+        full = full_logits(model, prompt + response[i].tolist())
+        close(logits[i], full[len(prompt) - 1 : -1])
+
+
+def test_mask_is_true_up_to_and_including_the_first_end():
+    """Invariants 21, 36: behind it stands the end; who never ends keeps all tokens."""
+    model, prompts = make_model(), draw_prompts([3] * 40)
+    u = draw_uniform(40, 12, seed=4)
+    endless, full_mask = generate(model, *pad(prompts), 12, NEVER, u)
+    assert endless.shape == (40, 12)
+    assert full_mask.all()
+    response, mask = generate(model, *pad(prompts), 12, END, u)
+    for row, tokens, on in zip(
+        endless.tolist(), response.tolist(), mask.tolist(), strict=True
+    ):
+        n = row.index(END) + 1 if END in row else 12
+        assert tokens == row[:n] + [END] * (12 - n)
+        assert on == [True] * n + [False] * (12 - n)
+    assert 0 < mask.all(1).sum() < 40
+    assert mask.dtype == torch.bool
+
+
+def test_responses_are_as_wide_as_the_longest_of_them():
+    """Invariant 36: of at most R tokens."""
+    model, prompts = make_model(), draw_prompts((3, 3, 3, 3))
+    u = draw_uniform(4, 12, seed=4)
+    for i in range(4):
+        rows = [i, (i + 1) % 4]
+        few = pad([prompts[j] for j in rows])
+        response, mask = generate(model, *few, 12, END, u[rows])
+        longest = max(
+            len(generate_by_hand(model, prompts[j], u[j], END)) for j in rows
+        )
+        assert response.shape == mask.shape == (2, longest)
+    one, mask = generate(model, *pad(prompts), 1, END, u[:, :1])
+    assert one.shape == (4, 1)
+    assert mask.all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32))
+def test_logits_of_the_sampler_are_those_of_the_trainer(dtype, monkeypatch):
+    """Invariant 32: with finished rows, at a temperature."""
+    model, used = make_model().to(dtype), []
+    model.dtype = dtype
+
+    def spy(logits, *rest):
+        used.append(logits)
+        return sample_token(logits, *rest)
+
+    monkeypatch.setattr("model.sample_token", spy)
+    prompts, u = pad(draw_prompts((1, 6, 3, 1, 9))), draw_uniform(5, 10, seed=2)
+    response, mask = generate(model, *prompts, 10, END, u, 0.8)
+    logits = response_logits(model, *prompts, response)
+    assert not mask.all()
+    for t in range(mask.size(1)):
+        tokens = response[mask[:, t], t][:, None]
+        sampler = (used[t] / 0.8).log_softmax(-1).gather(1, tokens)
+        trainer = (logits[mask[:, t], t] / 0.8).log_softmax(-1).gather(1, tokens)
+        close(sampler, trainer, 1e-10 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_generating_leaves_the_model_as_it_was(training):
+    """Invariants 29, 35: its mode, its weights, and no cache that a next call sees."""
+    model = make_model().train(training)
+    before = copy.deepcopy(model.state_dict())
+    prompts, u = pad(draw_prompts((4, 2))), draw_uniform(2, 6)
+    first, _ = generate(model, *prompts, 6, NEVER, u)
+    generate(model, *pad(draw_prompts((7, 3), seed=8)), 6, END, u)
+    assert torch.equal(generate(model, *prompts, 6, NEVER, u)[0], first)
+    assert model.training == training
+    assert all(block.training == training for block in model.h)
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_responses_carry_no_gradient_and_can_be_trained_on(monkeypatch):
+    """Invariant 35: no_grad, but no tensors of inference_mode."""
+    model, prompts, used = make_model(), pad(draw_prompts((4, 2))), []
+
+    def spy(logits, *rest):
+        used.append(logits.requires_grad)
+        return sample_token(logits, *rest)
+
+    monkeypatch.setattr("model.sample_token", spy)
+    response, mask = generate(model, *prompts, 6, END, draw_uniform(2, 6))
+    assert used and not any(used)
+    assert not response.requires_grad
+    assert not response.is_inference() and not mask.is_inference()
+    assert torch.is_grad_enabled()
+    response_logits(model, *prompts, response)[mask].logsumexp(-1).sum().backward()
+    assert model.wte.weight.grad.abs().max() > 0
+
+
+def test_responses_come_from_the_weights_as_they_are_now():
+    """Invariant 35: same numbers, other weights, other responses."""
+    model, prompts, u = make_model(), draw_prompts((4, 2)), draw_uniform(2, 9)
+    before, _ = generate(model, *pad(prompts), 9, NEVER, u)
+    with torch.no_grad():
+        model.wte.weight.mul_(-1)
+    after, _ = generate(model, *pad(prompts), 9, NEVER, u)
+    assert not torch.equal(before, after)
+    for prompt, row, numbers in zip(prompts, after.tolist(), u, strict=True):
+        assert row == generate_by_hand(model, prompt, numbers, NEVER)
+
+
+def test_one_random_number_for_each_row_and_place():
+    model, prompts = make_model(), pad(draw_prompts((4, 2)))
+    with pytest.raises(AssertionError, match="one number for each row"):
+        generate(model, *prompts, 6, END, draw_uniform(2, 5))
+
+
+# ---- Drawing a token ---------------------------------------------------------------
+
+TOY = (1.0, -0.5, 0.3, 2.0, -1.5)  # logits
+
+
+def probabilities_by_hand(logits, temperature=1.0):
+    powers = [math.exp(x / temperature) for x in logits]
+    return [power / sum(powers) for power in powers]
+
+
+def count(logits, u, **options):
+    """How often each token is drawn from one distribution with the numbers u."""
+    rows = torch.tensor(logits, dtype=torch.float32).expand(len(u), -1)
+    token = sample_token(rows, u, **options)
+    return torch.bincount(token, minlength=len(logits)).tolist()
+
+
+def spread(n):
+    """n numbers in [0, 1), evenly spaced."""
+    return (torch.arange(n) + 0.5) / n
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.5, 2.0))
+def test_samples_follow_the_softmax(temperature):
+    """Invariants 33, 34: chi-squared with 4 degrees exceeds 18.5 once in 1000."""
+    counts = count(TOY, draw_uniform(20_000), temperature=temperature)
+    assert chi_squared(counts, probabilities_by_hand(TOY, temperature)) < 18.5
+    assert chi_squared(counts, probabilities_by_hand(TOY, 0.9 * temperature)) > 18.5
+
+
+def test_generated_tokens_follow_the_softmax_at_the_temperature():
+    """Invariants 33, 34: chi-squared with 10 degrees exceeds 29.6 once in 1000."""
+    model, prompt, n = make_model(scale=0.25), [3, 1, 4], 4000
+    logits = full_logits(model, prompt)[-1].tolist()
+    for temperature in (0.7, 1.5):
+        rows = pad([prompt] * n)
+        token, _ = generate(model, *rows, 1, END, draw_uniform(n, 1), temperature)
+        counts = torch.bincount(token[:, 0], minlength=V).tolist()
+        p = probabilities_by_hand(logits, temperature)
+        assert chi_squared(counts, p) < 29.6
+        assert chi_squared(counts, probabilities_by_hand(logits)) > 29.6
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.5, 2.0))
+def test_evenly_spaced_numbers_give_each_token_its_share(temperature):
+    """Invariants 33, 34: sharper than any chi-squared, within one of n * p."""
+    counts = count(TOY, spread(10_000), temperature=temperature)
+    shares = probabilities_by_hand(TOY, temperature)
+    for times, p in zip(counts, shares, strict=True):
+        assert abs(times - 10_000 * p) < 1.5
+
+
+def test_temperature_divides_states_as_it_divides_logits():
+    """Invariant 33: the loss divides the states, the sampler the logits."""
+    model = make_model()
+    states = model.states(draw_tokens(2, 5))
+    close(model.head(states / 0.7), model.head(states) / 0.7)
+
+
+@pytest.mark.parametrize("temperature", (0, 1e-4))
+def test_at_temperature_zero_the_most_likely_token_is_taken(temperature):
+    """Invariant 34."""
+    u = draw_uniform(50)
+    assert count(TOY, u, temperature=temperature) == [0, 0, 0, 50, 0]
+    assert sample_token(torch.tensor([TOY]), None, temperature=0).tolist() == [3]
+
+
+def test_largest_and_smallest_numbers_draw_possible_tokens():
+    """0 and the float32 below 1: a token without probability is never drawn."""
+    logits = (-math.inf, 0.3, -math.inf, 0.1, -math.inf, -200.0)
+    edges = torch.tensor([0.0, 1 - 2**-24])
+    assert count(logits, edges) == [0, 1, 0, 1, 0, 0]
+    for seed in range(200):
+        row = torch.randn(1, 50, generator=make_rng(seed))
+        row[0, 30:] = -math.inf
+        assert sample_token(row, edges[1:]).item() < 30
+
+
+@pytest.mark.parametrize("k", (1, 2, 3, 5, 9))
+def test_top_k_keeps_the_k_most_likely(k):
+    p = probabilities_by_hand(TOY)
+    kept = sorted(range(5), key=lambda v: -p[v])[:k]
+    total = sum(p[v] for v in kept)
+    counts = count(TOY, spread(10_000), top_k=k)
+    for v in range(5):
+        share = p[v] / total if v in kept else 0
+        assert abs(counts[v] - 10_000 * share) < 1.5
+        assert v in kept or counts[v] == 0
+
+
+@pytest.mark.parametrize("top_p", (0.01, 0.5, 0.6, 0.75, 0.86, 0.95, 0.99, 1.0))
+def test_top_p_keeps_the_fewest_that_hold_p(top_p):
+    p = probabilities_by_hand(TOY)
+    kept = []
+    for v in sorted(range(5), key=lambda v: -p[v]):
+        if sum(p[v] for v in kept) < top_p:
+            kept.append(v)
+    total = sum(p[v] for v in kept)
+    counts = count(TOY, spread(10_000), top_p=top_p)
+    for v in range(5):
+        share = p[v] / total if v in kept else 0
+        assert abs(counts[v] - 10_000 * share) < 1.5
+        assert v in kept or counts[v] == 0
+
+
+def test_top_k_and_top_p_reach_the_sampler_from_generate():
+    model, prompts, u = make_model(), pad(draw_prompts((4, 2))), draw_uniform(2, 9)
+    greedy, _ = generate(model, *prompts, 9, NEVER, temperature=0)
+    sampled, _ = generate(model, *prompts, 9, NEVER, u)
+    assert not torch.equal(greedy, sampled)
+    assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_k=1)[0], greedy)
+    assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_p=1e-6)[0], greedy)
+    assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_k=V)[0], sampled)
