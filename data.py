@@ -30,7 +30,8 @@ import hashlib
 import io
 import os
 import random
-from dataclasses import dataclass
+import shutil
+from dataclasses import asdict, dataclass
 
 import tiktoken
 import torch
@@ -104,10 +105,10 @@ NAMES_PER_SKILL = 8
 class Tokenizer:
     """Whole words are tokens, everything else falls back to bytes.
 
-    Ids: 0-255 the bytes, then the words of the world, then two special tokens, then
-    unused ids up to vocab_size. A text gets one leading space when it is encoded and
-    loses it when decoded, so that a word is the same token wherever it stands;
-    decode(encode(x)) == x for any x. Special tokens cannot come from a text.
+    Ids: 0-255 the bytes, then the words of the world, then two special tokens. A text
+    gets one leading space when it is encoded and loses it when decoded, so that a word
+    is the same token wherever it stands; decode(encode(x)) == x for any x. Special
+    tokens cannot come from a text.
     """
 
     vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
@@ -506,21 +507,57 @@ def describe(record):
     return f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)
 
 
-def check_same(folder, saved, now):
-    """Raise ValueError, naming each difference, if two settings are not the same."""
+@torch.no_grad()
+def settings_of(cfg, student, stages):
+    """All that decides a run, as plain values: a resume must find the same."""
+    weights = hashlib.sha256()
+    for p in student.parameters():
+        weights.update(p.cpu().numpy().tobytes())
+    examples = hashlib.sha256(repr(stages).encode())
+    return {
+        **asdict(cfg),
+        **asdict(student.config),
+        "first weights": weights.hexdigest()[:12],
+        "examples": examples.hexdigest()[:12],
+    }
+
+
+def machine_of(student):
+    """What rounding depends on: with the same values a resume is exact to the bit."""
+    return {
+        "device": next(student.parameters()).device.type,
+        "dtype": str(student.dtype),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),  # a str subclass, which a load would refuse
+    }
+
+
+def differences(saved, now):
+    """The entries in which two dicts differ, as "key: saved -> now", with commas."""
     keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    if keys:
-        changes = ", ".join(f"{k}: {saved.get(k)} -> {now.get(k)}" for k in keys)
-        raise ValueError(f"{folder} holds another run (saved -> now): {changes}")
+    return ", ".join(f"{key}: {saved.get(key)} -> {now.get(key)}" for key in keys)
 
 
-def write_atomically(path, content):
-    """Write beside the target, sync, rename: there is the old file or the new one."""
+def write_atomically(path, content, keep=False):
+    """Write beside the target, sync, rename: there is the old file or the new one.
+    keep: the old one stays as <name>.previous. Raises OSError, with the path and the
+    bytes that it takes, when the disk is full; the old file is as it was."""
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"{path} not written: {error.strerror}; it takes {len(content)} bytes, the "
+            f"disk has {free}"
+        ) from None
+    if keep and path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk
@@ -534,10 +571,8 @@ def write_checkpoint(path, content):
         return
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
-    if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
-    write_atomically(path, f"sdft {digest}\n".encode() + buffer.getvalue())
+    head = f"sdft {hashlib.sha256(buffer.getbuffer()).hexdigest()}\n".encode()
+    write_atomically(path, head + buffer.getvalue(), keep=True)
 
 
 def read_checkpoint(path, device="cpu"):
@@ -552,4 +587,7 @@ def read_checkpoint(path, device="cpu"):
             f"{path}: {path.stat().st_size} bytes, checksum differs, not loaded"
             + (f"; the one before it is {previous}" if previous.exists() else "")
         )
-    return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+    except Exception:  # the unpickler's own kinds: whatever it met, it was not ours
+        raise ValueError(f"{path} is not one of our checkpoints; not loaded") from None

@@ -1,6 +1,6 @@
 """A GPT language model, its KV-cached sampler and the KL divergence, all in this file.
 
-    logits   = GPT(tokens)                                  # what comes next, anywhere
+    logits   = GPT(tokens)                                  # what comes next
     response ~ generate(model, prompts)                     # token by token, cached
     KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
              = fused_kl(student_logits, teacher_logits)     # the same, less memory
@@ -51,8 +51,7 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """Float32 weights, used in the dtype of the activations: the cast is visible
-    here."""
+    """Float32 weights, used in the dtype of the activations: see the cast."""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -80,8 +79,7 @@ def rotation_tables(config):
 
 
 def rotate(x, cos, sin):
-    """Turn channel i and channel i + D/2 of x (B, H, T, D) by the angle of their
-    place."""
+    """Turn channels i and i + D/2 of x (B, H, T, D) by the angle of their place."""
     a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each; halves, not pairs
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
@@ -279,9 +277,8 @@ def response_logits(model, prompts, lengths, response):
 
 @torch.no_grad()
 def kl_models(p, p_prompts, q, q_prompts, response):
-    """KL(p || q) in nats at each token of the response, for two models p and q, each
-    after
-    prompts (and their lengths) of its own: (B, R)."""
+    """KL(p || q) in nats at each token of the response, (B, R), for two models p and q,
+    each after (prompts, lengths) of its own."""
     p_logits = response_logits(p, *p_prompts, response)  # (B, R, V)
     return kl_reference(response_logits(q, *q_prompts, response), p_logits, "forward")
 
@@ -379,14 +376,14 @@ def generate(
 
 # ---- KL(teacher || student) and its kin --------------------------------------------
 #
-# s and t: the logits of student and teacher at one token, p = softmax of either.
+# s and t are the logits of student and teacher at one token, p_s and p_t their softmax;
+# m = 1/2 p_t + 1/2 p_s.
 #
-#   --kl      value                                      gradient over s
-#   forward   KL(teacher || student)                     p_s - p_t
-#   reverse   KL(student || teacher)                     p_s * (log p_s - log p_t -
-# value)   jsd       1/2 KL(teacher || m) + 1/2 KL(student || m), with m = 1/2 p_t + 1/2
-# p_s                                                        1/2 p_s * (log p_s - log m
-#                                                                   - KL(student || m))
+#   --kl      value, in nats                     gradient over s
+#   forward   KL(teacher || student)             p_s - p_t
+#   reverse   KL(student || teacher)             p_s (log p_s - log p_t - value)
+#   jsd       1/2 KL(teacher || m)               1/2 p_s (log p_s - log m
+#             + 1/2 KL(student || m)                      - KL(student || m))
 #
 # The teacher never gets a gradient. student [.5, .5] and teacher [.9, .1] give 0.36806
 # nats forward and 0.51083 reverse. (Not F.kl_div, whose arguments are the other way
@@ -492,8 +489,7 @@ class FusedKL(torch.autograd.Function):
 
 
 def fused_kl(student_logits, teacher_logits, kl="forward"):
-    """The same values and gradients as kl_reference, keeping one tensor and not
-    five."""
+    """The same values and gradients as kl_reference; keeps one tensor, not five."""
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
     return FusedKL.apply(student_logits, teacher_logits, kl)

@@ -20,7 +20,7 @@ import copy
 import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -204,11 +204,12 @@ def evaluate(models, base, skill, tasks, tok, cfg):
     return record
 
 
-def save_progress(out_dir, step, models, optimizer, evaluations, cfg):
+def save_progress(out_dir, step, models, optimizer, evaluations, settings):
     """All that a resume needs; everything random is derived from (seed, step)."""
     content = {
         "step": step,
-        "config": asdict(cfg),
+        "settings": settings,
+        "machine": data.machine_of(models["student"]),
         "models": {name: model.state_dict() for name, model in models.items()},
         "optimizer": optimizer.state_dict(),
         "evaluations": evaluations,
@@ -216,10 +217,13 @@ def save_progress(out_dir, step, models, optimizer, evaluations, cfg):
     data.write_checkpoint(out_dir / "checkpoint.pt", content)
 
 
-def load_progress(out_dir, models, optimizer, cfg):
+def load_progress(out_dir, models, optimizer, settings):
     """Put a saved run into models and optimizer; returns its step and evaluations."""
     saved = data.read_checkpoint(out_dir / "checkpoint.pt")
-    data.check_same(out_dir, saved["config"], asdict(cfg))
+    if other := data.differences(saved["settings"], settings):
+        raise ValueError(f"{out_dir} holds another run (saved -> now): {other}")
+    if other := data.differences(saved["machine"], data.machine_of(models["student"])):
+        print(f"resumed, but not to the bit (saved -> now): {other}")
     for name, model in models.items():
         model.load_state_dict(saved["models"][name])
     optimizer.load_state_dict(saved["optimizer"])
@@ -266,9 +270,10 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
     teacher = make_teacher(student)
     models = {"student": student, "teacher": teacher}
     optimizer = make_optimizer(student, cfg)
+    settings = data.settings_of(cfg, student, stages)
     start, evaluations = 0, []
     if resume:
-        start, evaluations = load_progress(out_dir, models, optimizer, cfg)
+        start, evaluations = load_progress(out_dir, models, optimizer, settings)
     log, total = Log(out_dir, start), cfg.steps * len(names)
     quiet = None if data.is_first() else True  # None: a bar on a terminal only
     bar = tqdm(range(start, total + 1), initial=start, total=total, disable=quiet)
@@ -309,6 +314,6 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
             record.update({key: value.item() for key, value in sums.items()})
             log.write({**record, "grad_norm": norm.item()})
         if stopped or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
-            save_progress(out_dir, step + 1, models, optimizer, evaluations, cfg)
+            save_progress(out_dir, step + 1, models, optimizer, evaluations, settings)
         if stopped:
             raise KeyboardInterrupt(f"signal {stopped}, after step {step}")

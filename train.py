@@ -1,8 +1,8 @@
 """The command line: base model, teacher gate, fine-tuning, evaluation, results.
 
     python train.py                         # = --method sdft, everything by default
-    python train.py --method both           # SFT and SDFT from the same base, side by
-    side python train.py --quick                 # half a minute: does it run here?
+    python train.py --method both           # SFT and SDFT from one base, side by side
+    python train.py --quick                 # half a minute: does it run here?
     python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
     python train.py --resume                # go on after Ctrl-C or a crash
     python train.py --sample "kitchen kettle: apple river stone"
@@ -16,6 +16,7 @@ is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
 import argparse
 import ast
 import difflib
+import fcntl
 import hashlib
 import importlib.util
 import inspect
@@ -39,23 +40,6 @@ import data
 import model
 import sdft
 import sft
-from data import (
-    SKILLS,
-    Tokenizer,
-    World,
-    accuracy,
-    answer,
-    is_first,
-    make_base_corpus,
-    make_demos,
-    make_rng,
-    make_tasks,
-    read_checkpoint,
-    student_prompt,
-    table,
-    teacher_prompt,
-    write_atomically,
-)
 from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
@@ -120,8 +104,7 @@ def number(name, kind):
 
 
 def add_flags(group, config, names):
-    """A --flag for each named field of a dataclass; its trailing comment is the
-    help."""
+    """A --flag for each named field of a dataclass; the field's comment is its help."""
     source = inspect.getsource(config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(config):
@@ -199,8 +182,7 @@ def parse_args(argv):
 
 
 class Stop:
-    """The first Ctrl-C or SIGTERM asks to stop after the step, the second stops at
-    once."""
+    """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once."""
 
     def __init__(self):
         self.signal = 0
@@ -243,8 +225,7 @@ def choose_dtype(name, device):
 
 
 def start_processes(args):
-    """Join the process group if torchrun started us; returns the number of
-    processes."""
+    """Join the process group if torchrun started us; how many processes are there?"""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 1
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -297,25 +278,25 @@ def get_base(args, device, dtype, tok, stop, world):
     )  # fmt: skip
     n_examples = cfg.batch_size * max(cfg.steps, cfg.sort)
     check_batches("base model", cfg, world, n_examples)
-    student = GPT(config, make_rng(args.seed, "weights")).to(device)
+    student = GPT(config, data.make_rng(args.seed, "weights")).to(device)
     student.dtype = dtype
     folder = Path(args.out) / "base" / base_key(config, cfg)
     checkpoint, clock = folder / "checkpoint.pt", folder / "seconds.json"
     folder.mkdir(parents=True, exist_ok=True)
     if clock.exists():
-        saved = read_checkpoint(checkpoint, device)
+        saved = data.read_checkpoint(checkpoint, device)
         student.load_state_dict(saved["models"]["student"])
         say(f"base model: found in {folder}")
         return student, json.loads(clock.read_text())["seconds"]
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {folder} for the next run")
     start = time.perf_counter()
-    corpus = make_base_corpus(World(args.seed), tok, n_examples, args.seed)
+    corpus = data.make_base_corpus(data.World(args.seed), tok, n_examples, args.seed)
     begun = checkpoint.exists()
     sft.train(student, {"base": corpus}, {}, tok, cfg, folder, begun, stop)
     seconds = time.perf_counter() - start
-    if is_first():
-        write_atomically(clock, json.dumps({"seconds": seconds}).encode())
+    if data.is_first():
+        data.write_atomically(clock, json.dumps({"seconds": seconds}).encode())
     return student, seconds
 
 
@@ -325,12 +306,12 @@ def teacher_gate(base, tasks, tok, cfg, margin):
 
     def mean(prompt):
         scores = [
-            accuracy(base, skill, queries, tok, cfg.max_new_tokens, prompt)
+            data.accuracy(base, skill, queries, tok, cfg.max_new_tokens, prompt)
             for skill, queries in tasks["new"].items()
         ]
         return sum(scores) / len(scores)
 
-    gate = {"student": mean(student_prompt), "teacher": mean(teacher_prompt)}
+    gate = {"student": mean(data.student_prompt), "teacher": mean(data.teacher_prompt)}
     say(f"teacher gate: of queries of the new skills the base answers "
         f"{gate['student']:.2f} without a demonstration, {gate['teacher']:.2f} with")
     if gate["teacher"] - gate["student"] < margin:
@@ -345,10 +326,28 @@ def teacher_gate(base, tasks, tok, cfg, margin):
 # ---- One run -----------------------------------------------------------------------
 
 
+def lock(folder):
+    """Refuse a folder that another run is using. The operating system lets go of the
+    lock when its process ends, however it ends: keep the returned file open."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        message = f"{folder} is in use by another run, process {file.read()}"
+        raise UserError(message, "wait for it, or choose another --out") from None
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
+    for stale in folder.rglob("*.tmp.*"):  # of a process that was killed in a write
+        stale.unlink()
+    return file
+
+
 def open_folder(args, method):
     """The folder of one method's files. Loses nothing that is there."""
     folder = Path(args.out) / method
-    if is_first() and not args.resume and (folder / "checkpoint.pt").exists():
+    if data.is_first() and not args.resume and (folder / "checkpoint.pt").exists():
         if not (folder / "results.json").exists():
             raise UserError(
                 f"{folder} holds a run that was not finished",
@@ -403,9 +402,9 @@ def write_results(out, method, cfg, gate, evaluations, base_seconds):
             if row["stage_end"]
         ],
     }
-    if is_first():
+    if data.is_first():
         path = Path(out) / method / "results.json"
-        write_atomically(path, json.dumps(results, indent=1).encode())
+        data.write_atomically(path, json.dumps(results, indent=1).encode())
     return sum(spent.values())
 
 
@@ -421,9 +420,10 @@ def show_sample(args, device, dtype, tok):
                     f"no run of {method} in {args.out}",
                     f"python train.py --method {method} --out {args.out} makes one",
                 )
-            base.load_state_dict(read_checkpoint(path, device)["models"]["student"])
+            saved = data.read_checkpoint(path, device)
+            base.load_state_dict(saved["models"]["student"])
         ids = [tok.encode(args.sample) + [tok.answer]]
-        text = answer(base, ids, tok, args.max_new_tokens)[0]
+        text = data.answer(base, ids, tok, args.max_new_tokens)[0]
         say(f"{method or 'base':5s} {text}")
 
 
@@ -453,7 +453,7 @@ def plot(out, methods):
 
 
 def say(text):
-    if is_first():
+    if data.is_first():
         print(text, flush=True)
 
 
@@ -469,7 +469,7 @@ def run(args):
     say(f"device {device} ({reason}), activations {str(dtype)[6:]}, seed {args.seed}, "
         f"processes {world_size}, threads {torch.get_num_threads()}, "
         f"torch {torch.__version__}")
-    tok = Tokenizer()
+    tok = data.Tokenizer()
     if args.sample is not None:
         return show_sample(args, device, dtype, tok)
     if args.quick:
@@ -477,14 +477,14 @@ def run(args):
             "not enforced, and no effect will show")
     methods = ["sft", "sdft"] if args.method == "both" else [args.method]
     check_batches("fine-tuning", args, world_size, args.demos)
-    stop = Stop()
+    stop, _lock = Stop(), lock(Path(args.out)) if data.is_first() else None
     base, base_seconds = get_base(args, device, dtype, tok, stop, world_size)
 
-    world = World(args.seed)
-    tasks = make_tasks(world, args.eval_size, args.seed, args.distance)
+    world = data.World(args.seed)
+    tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
     stages = {
-        skill: make_demos(world, skill, args.demos, args.seed, args.distance)
-        for skill in SKILLS
+        skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
+        for skill in data.SKILLS
     }
     gate = teacher_gate(base, tasks, tok, args, args.gate_margin)
     final = {}
@@ -495,10 +495,10 @@ def run(args):
         )
         rows = [row for row in evaluations if row["stage_end"] or not row["step"]]
         final[method] = rows[-1]
-        say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
+        say(f"\n{method}, {seconds:.0f} s:\n{data.table(rows)}")
     if len(methods) == 2:
-        say(f"\nafter all three skills, SFT above SDFT:\n{table([*final.values()])}")
-    if args.plot and is_first():
+        say(f"\nafter all skills, SFT above SDFT:\n{data.table([*final.values()])}")
+    if args.plot and data.is_first():
         plot(args.out, methods)
     for method in methods:
         say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")

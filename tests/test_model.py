@@ -502,7 +502,7 @@ def test_cache_that_overflows_raises():
         model(draw_tokens(1, 5), cache=cache)
     model(draw_tokens(1, 4), cache=cache)
     cache.span = 5
-    with pytest.raises((AssertionError, IndexError)):
+    with pytest.raises(AssertionError, match="5 > a cache of 4"):
         model(draw_tokens(1, 1), torch.tensor([4]), cache)
 
 
@@ -825,6 +825,13 @@ def test_top_p_keeps_the_fewest_that_hold_p(top_p):
         share = p[v] / total if v in kept else 0
         assert abs(counts[v] - 10_000 * share) < 1.5
         assert v in kept or counts[v] == 0
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    p = sorted(probabilities_by_hand(TOY))[::-1]
+    assert p[0] < 0.72 < p[0] / (p[0] + p[1])
+    assert count(TOY, spread(1000), top_k=2, top_p=0.72) == [0, 0, 0, 1000, 0]
+    assert count(TOY, spread(1000), top_p=0.72)[0] > 0
 
 
 def test_top_k_and_top_p_reach_the_sampler_from_generate():

@@ -103,7 +103,7 @@ def test_the_screen_shows_gate_table_samples_and_files(finished):
     out, text = finished
     assert "teacher gate" in text and "without a demonstration" in text
     assert text.count("after   new A") >= 9 and "  ->  " in text
-    assert "after all three skills" in text and f"{out}/sdft/results.json" in text
+    assert "after all skills" in text and f"{out}/sdft/results.json" in text
 
 
 def test_the_base_is_found_again_and_a_finished_run_is_kept(finished, tmp_path):

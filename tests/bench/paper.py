@@ -288,7 +288,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=list(EXPERIMENTS))
     parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--work", default=str(ROOT / "out-paper"), help="folder of runs")
+    parser.add_argument("--work", default=str(ROOT / "out-paper"), help="for the runs")
     parser.add_argument("--jobs", type=int, help="runs at a time (all cores or GPUs)")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     args = parser.parse_args()
