@@ -99,8 +99,7 @@ class KVCache:
         self.span = 0
 
     def write(self, layer, k, v, positions):
-        """Store k and v (B, G, T, D); return all keys and values so far, (B, G, span,
-        D).
+        """Store k and v (B, G, T, D); return all so far, both (B, G, span, D).
 
         positions None: a prompt, columns 0..T-1. Else (B,): one token for each row, at
         the row's own position, over the pads that may stand there.
@@ -211,8 +210,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
     def states(self, idx, positions=None, cache=None):
-        """The final hidden states, before the head: (B, T, C) in the activations'
-        dtype.
+        """The final states, before the head: (B, T, C) in the activations' dtype.
 
         Args:
             idx: tokens, int64 (B, T).
@@ -241,8 +239,7 @@ class GPT(nn.Module):
 
 
 def response_states(model, prompts, lengths, response):
-    """The states from which each token of the response is predicted. The shift, only
-    here.
+    """The states that predict each token of the response. The shift by one, only here.
 
     The state *at* a token predicts the *next* one, so token t of the response (it
     stands at position length + t) is predicted at position length + t - 1: token 0 at
@@ -333,15 +330,14 @@ def generate(
         temperature, top_k, top_p: see sample_token.
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
         The mask is true up to and *including* the end; behind it the response holds
-        `end`.
-        A response that never ends keeps all its R tokens: its mask has no false.
+        `end`. A response that never ends keeps all its R tokens: its mask has no false.
     Raises: ValueError if prompt and response do not fit into block_size.
     """
     B, P = prompts.size()
     R, S = max_new_tokens, prompts.size(1) + max_new_tokens
     if S > model.config.block_size:
         raise ValueError(
-            f"a prompt of {P} tokens and {R} new ones need {S} tokens "
+            f"a prompt of {P} tokens and a response of {R} need {S} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
     assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
@@ -416,12 +412,10 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
 
 
 def kl_rows(s, t, weight, kl, grad=True):
-    """The row kernel on the CPU: the divergence of each row, its gradient in place of
-    s.
+    """The row kernel on the CPU: the divergence of each row, its gradient over s.
 
-    Works on blocks of rows that stay in the processor's cache: a whole formula is run
-    on one block before the next is read, so that main memory is read twice and written
-    once.
+    Works on blocks of rows that stay in the processor's cache: the whole formula is run
+    on one block before the next is read, so main memory is read once and written once.
 
     Args:
         s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
@@ -533,8 +527,8 @@ def fused_linear_kl(states, head, teacher_states, teacher_head, weight, kl):
     Memory: two chunks of logits, plus the gradient of the head, for any number of rows.
 
     Args:
-        student_states (N, C), teacher_states (N, C'): rows that carry loss, and no
-        others. head (V, C), teacher_head (V, C'): float32 weights.
+        states (N, C), teacher_states (N, C'): the rows that carry loss, no others.
+        head (V, C), teacher_head (V, C'): float32 weights.
         weight: float32 (N,), what each row counts in the loss; masked rows have 0.
         kl: one of KLS.
     Returns: the loss, a scalar, differentiable in states and head; and the divergence
