@@ -165,6 +165,21 @@ class MLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
 
 
+def make_dropout(p, seed, device):
+    """A function x -> x that drops a share p of the entries, as the seed decides."""
+    if p == 0:
+        return lambda x: x
+    rng = torch.Generator(device).manual_seed(seed)
+    cut = round(256 * p)  # random bytes are the cheapest noise on a CPU
+
+    def drop(x):
+        noise = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
+        keep = (noise.random_(generator=rng) >= cut).to(x.dtype)
+        return x * (keep / (1 - cut / 256))
+
+    return drop
+
+
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -173,21 +188,24 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, *where):
-        x = x + self.attn(self.ln_1(x), *where)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, drop, *where):
+        x = x + drop(self.attn(self.ln_1(x), *where))
+        return x + drop(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
     """tokens (B, T) -> logits (B, T, V).
 
-    `dtype` is that of the activations; the parameters are float32 always. No dropout,
-    so train and eval mode are the same.
+    `dtype` is that of the activations; the parameters are float32 always. `dropout` is
+    the share of each residual branch that is dropped in train mode, decided by
+    `dropout_seed`: the base model is made with it, and is far harder to disturb for it;
+    fine-tuning leaves it at 0.
     """
 
     def __init__(self, config, generator=None):
         super().__init__()
         self.config, self.dtype = config, torch.float32
+        self.dropout, self.dropout_seed = 0.0, 0
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
@@ -226,8 +244,10 @@ class GPT(nn.Module):
             cos = self.cos[positions][:, None, None]
             sin = self.sin[positions][:, None, None]
         x = self.wte(idx).to(self.dtype)  # (B, T, C)
+        p = self.dropout if self.training else 0.0
+        drop = make_dropout(p, self.dropout_seed, idx.device)
         for layer, block in enumerate(self.h):
-            x = block(x, cos, sin, positions, cache, layer)
+            x = block(x, drop, cos, sin, positions, cache, layer)
         return self.ln_f(x)
 
     def head(self, states):

@@ -44,6 +44,7 @@ class Config:
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
     grad_clip: float = 1.0  # largest norm of the gradient
+    dropout: float = 0.0  # share of each residual branch; the base is made with some
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
@@ -176,7 +177,7 @@ def evaluate(models, base, skill, tasks, tok, cfg):
     """Greedy accuracies on all tasks; on queries of the skill, in nats per token:
     KL(student || base) and KL(teacher || base), each on responses of its own, and
     KL(teacher || student) at each position of the student's responses."""
-    student, teacher, record = models["student"], models.get("teacher"), {}
+    student, teacher, record = models["student"].eval(), models.get("teacher"), {}
     for group, benchmarks in tasks.items():
         record[group] = {
             name: data.accuracy(student, name, examples, tok, cfg.max_new_tokens)
@@ -192,8 +193,7 @@ def evaluate(models, base, skill, tasks, tok, cfg):
     record["kl_teacher_base"] = None
     if teacher is not None:
         shown = data.pad_batch(data.teacher_prompt, queries, tok, device)
-        # KL(teacher || student)
-        kl = kl_models(teacher, shown, student, bare, response)
+        kl = kl_models(teacher, shown, student, bare, response)  # (teacher || student)
         by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
         record["kl_teacher_student_by_position"] = by_position.tolist()
         response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
@@ -266,7 +266,8 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
         KeyboardInterrupt after a step in which `stop` was set, with everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
-    base = copy.deepcopy(student)  # never trained: the student's distance is from here
+    base = copy.deepcopy(student).eval()  # never trained: distances are from here
+    student.dropout = cfg.dropout
     teacher = make_teacher(student)
     models = {"student": student, "teacher": teacher}
     optimizer = make_optimizer(student, cfg)
@@ -275,9 +276,8 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
     if resume:
         start, evaluations = load_progress(out_dir, models, optimizer, settings)
     log, total = Log(out_dir, start), cfg.steps * len(names)
-    quiet = None if data.is_first() else True  # None: a bar on a terminal only
-    bar = tqdm(range(start, total + 1), initial=start, total=total, disable=quiet)
-    for step in bar:
+    hidden = None if data.is_first() else True  # None: a bar on a terminal only
+    for step in tqdm(range(start, total + 1), f"{total} steps", disable=hidden):
         stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
         if tasks and (t == 0 or (cfg.eval_every and t % cfg.eval_every == 0)):
             skill = names[max(0, step - 1) // cfg.steps]  # the last one trained
@@ -295,6 +295,7 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
         batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step, cfg.sort)
         sums = {"stop": torch.tensor(float(stop.signal if stop else 0), device=device)}
         for part in data.my_parts(batch, cfg.micro_batches):
+            student.train().dropout_seed = data.derive_seed(cfg.seed, step, part[0].id)
             response, mask = get_responses(student, teacher, part, tok, cfg, step)
             loss, extra = compute_loss(
                 student, teacher, part, response, mask, tok, cfg, step

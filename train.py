@@ -47,7 +47,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
     steps=1800, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95,
-    weight_decay=0.1, sort=8, log_every=200, save_every=300,
+    weight_decay=0.1, dropout=0.1, sort=8, log_every=200, save_every=300,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 
@@ -56,6 +56,7 @@ RANGES = {
     "steps": (1, 10**7), "batch_size": (1, 10**6), "micro_batches": (1, 10**6),
     "sort": (1, 10**6), "lr": (0, 1e3), "warmup_steps": (0, 10**7),
     "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
+    "dropout": (0, 0.9),
     "max_new_tokens": (1, 10**5), "log_every": (1, 10**7), "eval_every": (0, 10**7),
     "save_every": (1, 10**7), "seed": (0, 2**62), "ema_rate": (0, 1),
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),

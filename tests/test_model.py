@@ -17,6 +17,7 @@ from model import (
     KVCache,
     generate,
     kl_models,
+    make_dropout,
     response_logits,
     response_states,
     rotate,
@@ -842,3 +843,20 @@ def test_top_k_and_top_p_reach_the_sampler_from_generate():
     assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_k=1)[0], greedy)
     assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_p=1e-6)[0], greedy)
     assert torch.equal(generate(model, *prompts, 9, NEVER, u, top_k=V)[0], sampled)
+
+
+def test_dropout_drops_its_share_as_its_seed_decides_and_only_in_train_mode():
+    x = torch.ones(200, 500)
+    one, same, other = (make_dropout(0.1, seed, "cpu")(x) for seed in (1, 1, 2))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    assert ((one == 0).float().mean() - 26 / 256).abs() < 5 * (0.09 / x.numel()) ** 0.5
+    assert (one.mean() - 1).abs() < 0.01  # those that stay make up for those that go
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=48))
+    ids = torch.arange(8)[None]
+    model.dropout = 0.5
+    states = [model.train(mode).states(ids) for mode in (True, True, False)]
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+    model.dropout_seed = 1
+    assert not torch.equal(model.train().states(ids), states[0])
+    model.dropout = 0.0
+    assert torch.equal(model.states(ids), states[2])

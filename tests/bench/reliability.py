@@ -1,0 +1,154 @@
+"""Kills, damaged files, bad inputs and memory, counted: the figures of the README.
+
+    python tests/bench/reliability.py            # about ten minutes on one core
+    python tests/bench/reliability.py --quick    # about one minute
+
+Prints a table and writes it to tests/bench/results/reliability.json. The short
+versions of the same run with the tests, in tests/test_reliability.py.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import test_reliability as short  # noqa: E402
+from test_train import BAD, SMALL, start  # noqa: E402
+
+import train  # noqa: E402
+
+RESULTS = ROOT / "tests" / "bench" / "results"
+EACH = "--save-every", "1"
+MEASURE = (
+    "import resource, sys, train; code = train.main(sys.argv[2:]); "
+    "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+)
+
+
+def succeed(process):
+    code, text, err = short.finish(process)
+    assert code == 0, err
+    return text
+
+
+def killed_and_resumed(part, folder, whole, rng, in_write):
+    """Kill one run in one part, at random or in a write, and resume it: is it then
+    the uninterrupted one? And did the kill leave half a file?"""
+    method = "sft" if part == "base model" else part
+    steps = 40 if part == "base model" else 18
+    moment = part, rng.randrange(3, steps - 5), rng.uniform(0, 0.03)
+    out = folder / "out"
+    if part != "base model":
+        short.with_base(out, whole)
+    process = short.begin(out, *EACH, "--method", method)
+    short.kill_at(process, *moment, writing=out if in_write else None)
+    half = bool(list(out.rglob("*.tmp.*")))
+    succeed(short.begin(out, *EACH, "--method", method, "--resume"))
+    folders = [short.base_folder(out).relative_to(out), method]
+    same = all(short.digests(out / f) == short.digests(whole / f) for f in folders)
+    return same, half
+
+
+def count_kills(part, kills, whole, work, rng):
+    same = halves = 0
+    for i in tqdm(range(kills), desc=f"kills, {part}"):
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            result = killed_and_resumed(part, Path(folder), whole, rng, i % 2 == 1)
+            same, halves = same + result[0], halves + result[1]
+    return same, halves
+
+
+def is_refused(flags, small, work):
+    """Does a bad input get an error that names it, a hint and exit code 2?"""
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        os.symlink(small / "base", Path(folder) / "base")
+        argv = [] if "--n-" in flags else SMALL
+        argv = [*argv, "--out", folder, *shlex.split(flags)]
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = train.main(argv)
+    lines = err.getvalue().strip().splitlines()[-2:]
+    told = [line.split(":")[0] for line in lines] == ["error", "hint"]
+    clean = "Traceback" not in out.getvalue() + err.getvalue()
+    return code == 2 and told and clean and BAD[flags] in err.getvalue()
+
+
+def peak_memory(out, *args):
+    """MiB of a process at its largest, with a model of the usual size."""
+    few = "--device cpu --method sdft --base-steps 8 --steps 4 --gate-margin -1"
+    launcher = [sys.executable, "-c", MEASURE]
+    process = start(
+        *few.split(), "--out", out, *args, launcher=launcher, PYTHONPATH=str(ROOT)
+    )
+    return int(re.search(r"peak (\d+)", succeed(process))[1]) / 1024
+
+
+def measure(quick, work):
+    """The rows of the table: what was done, and the figure."""
+    rng, rows = random.Random(0), []
+    whole, small = work / "whole", work / "small"
+    succeed(short.begin(whole, *EACH))
+    kills = {"base model": 1, "sft": 2, "sdft": 2} if quick else {
+        "base model": 10, "sft": 20, "sdft": 20,
+    }  # fmt: skip
+    for part, n in kills.items():
+        same, halves = count_kills(part, n, whole, work, rng)
+        what = f"`kill -9` of {part}, {halves} of {n} left half a file; resumed"
+        rows.append((what, f"{same}/{n} equal to the bit"))
+    n, path = (20 if quick else 100), work / "saves" / "checkpoint.pt"
+    path.parent.mkdir()
+    unreadable, halves, _ = short.kill_in_saves(path, n, seed=1)
+    what = f"`kill -9` inside a loop that only saves, {halves} of {n} left half a file"
+    rows.append((what, f"{unreadable}/{n} unreadable"))
+    flips, cuts = (40, 10) if quick else (200, 50)
+    source = whole / "sdft" / "checkpoint.pt"
+    refused = short.count_refused(source, work / "checkpoint.pt", flips, cuts, seed=1)
+    what = f"{flips} flipped bits and {cuts} cut files"
+    rows.append((what, f"{refused}/{flips + cuts} refused"))
+    succeed(start(*SMALL, "--method", "both", "--out", small))
+    refused = sum(is_refused(flags, small, work) for flags in BAD)
+    what = "bad inputs: an error that names it, a hint, exit code 2"
+    rows.append((what, f"{refused}/{len(BAD)}"))
+    peak_memory(work / "memory")
+    shutil.rmtree(work / "memory" / "sdft")
+    fresh = peak_memory(work / "memory")
+    again = peak_memory(work / "memory", "--resume")
+    what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
+    rows.append((what, f"{again:.0f} MiB, {again / fresh:.2f} times"))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="a tenth of the kills")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as work:
+        rows = measure(args.quick, Path(work))
+    print("| what | figure |\n|---|---|")
+    for row in rows:
+        print(f"| {row[0]} | {row[1]} |")
+    machine = {"machine": platform.machine(), "python": platform.python_version(),
+               "torch": str(torch.__version__), "quick": args.quick}  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / "reliability.json"
+    path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
