@@ -40,7 +40,7 @@ class Config:
     micro_batches: int = 1  # parts in which a process does its share of a batch
     sort: int = 1  # batches that are cut by length together: less padding
     lr: float = 1e-4  # highest learning rate, reached after the warm-up
-    warmup_steps: int = 10  # updates; then a cosine to 0 at the end of the stage
+    warmup_steps: int = 40  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
     grad_clip: float = 1.0  # largest norm of the gradient
@@ -55,7 +55,7 @@ class Config:
     # self-distillation
     kl: str = "forward"  # KL(teacher || student); reverse: KL(student || teacher); jsd
     teacher: str = "ema"  # average of the student; frozen: the base; live: the student
-    ema_rate: float = 0.02  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
+    ema_rate: float = 0.01  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
     temperature: float = 1.0  # of rollouts and of both distributions in the loss
     skip_first_tokens: int = 0  # of each response, left out of the loss (official: 3)
     generate_from: str = "student"  # whose responses; teacher: off-policy, an ablation

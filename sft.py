@@ -37,7 +37,7 @@ class Config:
     micro_batches: int = 1  # parts in which a process does its share of a batch
     sort: int = 1  # batches that are cut by length together: less padding
     lr: float = 1e-4  # highest learning rate, reached after the warm-up
-    warmup_steps: int = 10  # updates; then a cosine to 0 at the end of the stage
+    warmup_steps: int = 40  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
     grad_clip: float = 1.0  # largest norm of the gradient
