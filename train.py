@@ -46,7 +46,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=4000, batch_size=32, lr=1.5e-3, warmup_steps=100, beta2=0.95,
+    steps=3400, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.1, sort=8, log_every=400, save_every=500,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
@@ -61,7 +61,8 @@ RANGES = {
     "save_every": (1, 10**7), "seed": (0, 2**62), "ema_rate": (0, 1),
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
     "base_steps": (1, 10**7), "demos": (8, 10**7), "eval_size": (8, 10**7),
-    "gate_margin": (-1, 1), **{name: (1, 10**6) for name in MODEL_FLAGS},
+    "gate_margin": (-1, 1), "threads": (0, 1024),
+    **{name: (1, 10**6) for name in MODEL_FLAGS},
 }  # fmt: skip
 CHOICES = {
     "kl": model.KLS,
@@ -139,6 +140,9 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
+    add("--threads", type=number("threads", int), default=2, metavar="N",
+        help="on a CPU; more do not help so small a model, and a fixed number gives the "
+        "same rounding on any machine (0: all cores; default: 2)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (
@@ -464,6 +468,8 @@ def run(args):
             "--plot needs matplotlib",
             f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
         )
+    if args.threads:  # torchrun's processes share the cores: one thread each
+        torch.set_num_threads(1 if "RANK" in os.environ else args.threads)
     world_size = start_processes(args)
     device, reason = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)

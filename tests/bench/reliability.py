@@ -1,7 +1,7 @@
 """Kills, damaged files, bad inputs and memory, counted: the figures of the README.
 
     python tests/bench/reliability.py            # about ten minutes on one core
-    python tests/bench/reliability.py --quick    # about one minute
+    python tests/bench/reliability.py --quick    # about two minutes
 
 Prints a table and writes it to tests/bench/results/reliability.json. The short
 versions of the same run with the tests, in tests/test_reliability.py.
@@ -88,13 +88,17 @@ def is_refused(flags, small, work):
     return code == 2 and told and clean and BAD[flags] in err.getvalue()
 
 
-def peak_memory(out, *args):
-    """MiB of a process at its largest, with a model of the usual size."""
+def start_usual(out, *args):
+    """A short run with a model of the usual size, that tells its peak at its end."""
     few = "--device cpu --method sdft --base-steps 8 --steps 4 --gate-margin -1"
+    few += " --log-every 1 --save-every 1"
     launcher = [sys.executable, "-c", MEASURE]
-    process = start(
-        *few.split(), "--out", out, *args, launcher=launcher, PYTHONPATH=str(ROOT)
-    )
+    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return start(*few.split(), "--out", out, *args, launcher=launcher, **environment)
+
+
+def peak_memory(process):
+    """In MiB."""
     return int(re.search(r"peak (\d+)", succeed(process))[1]) / 1024
 
 
@@ -124,10 +128,13 @@ def measure(quick, work):
     refused = sum(is_refused(flags, small, work) for flags in BAD)
     what = "bad inputs: an error that names it, a hint, exit code 2"
     rows.append((what, f"{refused}/{len(BAD)}"))
-    peak_memory(work / "memory")
-    shutil.rmtree(work / "memory" / "sdft")
-    fresh = peak_memory(work / "memory")
-    again = peak_memory(work / "memory", "--resume")
+    out = work / "memory"
+    succeed(start_usual(out))  # makes the base
+    shutil.rmtree(out / "sdft")
+    fresh = peak_memory(start_usual(out))
+    shutil.rmtree(out / "sdft")
+    short.kill_at(start_usual(out), "sdft", 5)
+    again = peak_memory(start_usual(out, "--resume"))
     what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
     rows.append((what, f"{again:.0f} MiB, {again / fresh:.2f} times"))
     return rows
