@@ -508,17 +508,16 @@ def describe(record):
 
 
 @torch.no_grad()
-def settings_of(cfg, student, stages):
+def settings_of(cfg, student, examples):
     """All that decides a run, as plain values: a resume must find the same."""
     weights = hashlib.sha256()
     for p in student.parameters():
         weights.update(p.cpu().numpy().tobytes())
-    examples = hashlib.sha256(repr(stages).encode())
     return {
         **asdict(cfg),
         **asdict(student.config),
         "first weights": weights.hexdigest()[:12],
-        "examples": examples.hexdigest()[:12],
+        "examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:12],
     }
 
 
@@ -562,6 +561,15 @@ def write_atomically(path, content, keep=False):
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk
     os.close(folder)
+
+
+def append_line(path, line):
+    """Add a line to a file. Raises OSError, with the path, when the disk is full."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(f"{path} not written: {error.strerror}") from None
 
 
 def write_checkpoint(path, content):

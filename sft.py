@@ -186,7 +186,8 @@ def load_progress(out_dir, models, optimizer, settings):
     saved = data.read_checkpoint(out_dir / "checkpoint.pt")
     if other := data.differences(saved["settings"], settings):
         raise ValueError(f"{out_dir} holds another run (saved -> now): {other}")
-    if other := data.differences(saved["machine"], data.machine_of(models["student"])):
+    other = data.differences(saved["machine"], data.machine_of(models["student"]))
+    if other and data.is_first():
         print(f"resumed, but not to the bit (saved -> now): {other}")
     for name, model in models.items():
         model.load_state_dict(saved["models"][name])
@@ -201,6 +202,7 @@ class Log:
         self.path, self.clock = out_dir / "metrics.jsonl", time.perf_counter()
         if data.is_first():  # a resumed run makes the lines from `start` on again
             old = self.path.read_text().splitlines(keepends=True) if start else []
+            old = [line for line in old if line.endswith("\n")]  # not cut by a kill
             kept = [line for line in old if json.loads(line)["step"] < start]
             data.write_atomically(self.path, "".join(kept).encode())
 
@@ -208,8 +210,7 @@ class Log:
         before, self.clock = self.clock, time.perf_counter()
         record["seconds"] = round(self.clock - before, 3)  # since the last record
         if data.is_first():
-            with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
+            data.append_line(self.path, json.dumps(record))
             tqdm.write(data.describe(record))
 
 
@@ -234,10 +235,9 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
     student.dropout = cfg.dropout
     models = {"student": student}
     optimizer = make_optimizer(student, cfg)
-    settings = data.settings_of(cfg, student, stages)
-    start, evaluations = 0, []
-    if resume:
-        start, evaluations = load_progress(out_dir, models, optimizer, settings)
+    settings = data.settings_of(cfg, student, (stages, tasks))
+    run = out_dir, models, optimizer, settings
+    start, evaluations = load_progress(*run) if resume else (0, [])
     log, total = Log(out_dir, start), cfg.steps * len(names)
     hidden = None if data.is_first() else True  # None: a bar on a terminal only
     for step in tqdm(range(start, total + 1), f"{total} steps", disable=hidden):

@@ -46,7 +46,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=3400, batch_size=64, lr=1.5e-3, warmup_steps=100, beta2=0.95,
+    steps=4000, batch_size=32, lr=1.5e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.1, sort=8, log_every=400, save_every=500,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
@@ -140,9 +140,9 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
-    add("--threads", type=number("threads", int), default=2, metavar="N",
-        help="on a CPU; more do not help so small a model, and a fixed number gives the "
-        "same rounding on any machine (0: all cores; default: 2)")
+    add("--threads", type=number("threads", int), default=1, metavar="N",
+        help="on a CPU; more hardly help so small a model, and a fixed number rounds "
+        "alike on any machine (0: all cores; default: 1)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (
@@ -293,6 +293,8 @@ def get_base(args, device, dtype, tok, stop, world):
         student.load_state_dict(saved["models"]["student"])
         say(f"base model: found in {folder}")
         return student, json.loads(clock.read_text())["seconds"]
+    if stop is None:
+        raise UserError(f"no base model in {args.out}", "run without --sample first")
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {folder} for the next run")
     start = time.perf_counter()
@@ -346,6 +348,9 @@ def lock(folder):
     print(os.getpid(), end="", file=file, flush=True)
     for stale in folder.rglob("*.tmp.*"):  # of a process that was killed in a write
         stale.unlink()
+    for previous in folder.rglob("checkpoint.pt.previous"):  # or between two renames
+        if not previous.with_suffix("").exists():
+            os.replace(previous, previous.with_suffix(""))
     return file
 
 
@@ -468,8 +473,8 @@ def run(args):
             "--plot needs matplotlib",
             f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
         )
-    if args.threads:  # torchrun's processes share the cores: one thread each
-        torch.set_num_threads(1 if "RANK" in os.environ else args.threads)
+    if args.threads:
+        torch.set_num_threads(args.threads)
     world_size = start_processes(args)
     device, reason = choose_device(args.device)
     dtype = choose_dtype(args.dtype, device)

@@ -463,8 +463,7 @@ def test_a_resume_of_another_method_s_file_is_refused_by_name(unfinished, capsys
 
 def test_a_resume_with_other_threads_says_so_and_goes_on(unfinished, capsys):
     """r12"""
-    torch.set_num_threads(2)
-    assert go_on(unfinished, "--resume", "--method", "sdft") == 0
+    assert go_on(unfinished, "--resume", "--method", "sdft", "--threads", 2) == 0
     text = capsys.readouterr().out
     assert text.count("not to the bit (saved -> now): threads: 1 -> 2") == 1
     assert (unfinished / "sdft" / "results.json").exists()
