@@ -26,6 +26,7 @@ the paper:
 Everything random comes from make_rng(seed, purpose, ...): a pure function.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -204,6 +205,11 @@ def make_rng(seed, *purpose):
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
+@functools.lru_cache(maxsize=2)  # a shuffle serves a whole epoch
+def get_order(size, seed, epoch):
+    return torch.randperm(size, generator=make_rng(seed, "order", epoch)).tolist()
+
+
 def get_batch(examples, batch_size, seed, step, sort=1):
     """The examples of one step: a function of (seed, step), the same for each method.
 
@@ -213,10 +219,10 @@ def get_batch(examples, batch_size, seed, step, sort=1):
     group, part = divmod(step, sort)
     size = batch_size * sort
     epoch, i = divmod(group, max(1, len(examples) // size))
-    order = torch.randperm(len(examples), generator=make_rng(seed, "order", epoch))
-    batch = [examples[j] for j in order[i * size : (i + 1) * size].tolist()]
+    order = get_order(len(examples), seed, epoch)
+    batch = [examples[j] for j in order[i * size : (i + 1) * size]]
     if sort > 1:
-        batch.sort(key=lambda e: len(e.prompt) + len(e.demo))
+        batch.sort(key=lambda e: len(e.prompt.split()) + len(e.demo.split()))
     return batch[part * batch_size : (part + 1) * batch_size]
 
 

@@ -173,9 +173,10 @@ def make_dropout(p, seed, device):
     cut = round(256 * p)  # random bytes are the cheapest noise on a CPU
 
     def drop(x):
-        noise = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-        keep = (noise.random_(generator=rng) >= cut).to(x.dtype)
-        return x * (keep / (1 - cut / 256))
+        noise = torch.empty(x.numel() // 4 + 1, dtype=torch.int32, device=x.device)
+        noise.random_(-(2**31), 2**31, generator=rng)  # four bytes from each draw
+        keep = noise.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
+        return x * (keep.to(x.dtype) / (1 - cut / 256))
 
     return drop
 
@@ -258,38 +259,42 @@ class GPT(nn.Module):
         return self.head(self.states(idx, positions, cache))
 
 
-def response_states(model, prompts, lengths, response):
-    """The states that predict each token of the response. The shift by one, only here.
+def response_states(model, prompts, lengths, response, mask):
+    """The states that predict tokens of the response. The shift by one, only here.
 
     The state *at* a token predicts the *next* one, so token t of the response (it
     stands at position length + t) is predicted at position length + t - 1: token 0 at
     the last token of the prompt, whatever the length of the row's prompt. Student and
-    teacher see prompts of different lengths and the same response; row by row, token by
-    token, their results of this function stand side by side.
+    teacher see prompts of different lengths and the same response; token by token,
+    their results of this function stand side by side.
 
     Args:
         prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
         response: int64 (B, R), padded on the right with any token.
-    Returns: (B, R, C).
+        mask: bool (B, R), the N tokens that are wanted.
+    Returns: (N, C), row after row.
     Raises: ValueError if the longest row has more than block_size tokens.
     """
     B, R = response.size()
-    T = prompts.size(1) + R
-    if T > model.config.block_size:
+    row, t = mask.nonzero(as_tuple=True)  # (N,) each: which token of which response
+    at = lengths[row] + t - 1  # (N,)
+    T = max(at.tolist(), default=0) + 1  # nothing behind is wanted: less than P + R
+    if T >= model.config.block_size:
         raise ValueError(
-            f"a prompt of {prompts.size(1)} tokens and a response of {R} need {T} "
+            f"a prompt of up to {prompts.size(1)} tokens and its response need {T + 1} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response right behind its own prompt
-    states = model.states(idx)  # (B, P + R, C)
-    return states.gather(1, (place - 1)[..., None].expand(-1, -1, states.size(-1)))
+    return model.states(idx[:, :T])[row, at]
 
 
 def response_logits(model, prompts, lengths, response):
     """Logits that predict each token of the response, float32 (B, R, V)."""
-    return model.head(response_states(model, prompts, lengths, response))
+    mask = torch.ones_like(response, dtype=torch.bool)  # (B, R)
+    logits = model.head(response_states(model, prompts, lengths, response, mask))
+    return logits.view(*response.shape, -1)
 
 
 @torch.no_grad()

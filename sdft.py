@@ -86,9 +86,9 @@ def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
     shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)
     place = torch.arange(mask.size(1), device=mask.device)  # (R,)
     mask = mask & (place >= cfg.skip_first_tokens)  # attention still sees those skipped
-    states = response_states(student, *bare, response)[mask]  # (N, C)
+    states = response_states(student, *bare, response, mask)  # (N, C)
     with torch.no_grad():  # another context, the same response: the rows agree
-        teacher_states = response_states(teacher, *shown, response)[mask]  # (N, C)
+        teacher_states = response_states(teacher, *shown, response, mask)
     # each response weighs the same, whatever its length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
 

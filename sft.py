@@ -66,7 +66,7 @@ def get_responses(batch, tok, device):
 def compute_loss(student, batch, response, mask, tok, cfg):
     """This part's share of the batch's loss, in nats per token; no more to record."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
-    states = response_states(student, *bare, response)[mask]  # (N, C)
+    states = response_states(student, *bare, response, mask)  # (N, C)
     # each response weighs the same, whatever its length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
 

@@ -47,7 +47,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
     steps=4000, batch_size=32, lr=1.5e-3, warmup_steps=100, beta2=0.95,
-    weight_decay=0.1, dropout=0.1, sort=8, log_every=400, save_every=500,
+    weight_decay=0.1, dropout=0.1, sort=16, log_every=400, save_every=500,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 

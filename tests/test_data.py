@@ -431,7 +431,7 @@ def test_each_epoch_is_a_permutation(sort):
 
 
 def test_sorting_changes_who_stands_beside_whom_and_not_who_is_drawn():
-    examples = [Example("x" * ((7 * i) % 64), "y", "", id=i) for i in range(64)]
+    examples = [Example("x " * ((7 * i) % 64), "y", "", id=i) for i in range(64)]
     for group in range(4):
         steps = range(4 * group, 4 * group + 4)
         plain = sum((ids_of(get_batch(examples, 4, 0, s)) for s in steps), [])

@@ -319,8 +319,8 @@ def test_impossible_sizes_are_refused(changes, message):
 def make_oracle():
     """Looks like a model; its logits at j are certain of token j + 1 of the row."""
 
-    def states(idx):
-        following = torch.roll(idx, -1, dims=1)
+    def states(idx):  # the longest row is cut before its last token, the end
+        following = torch.cat([idx[:, 1:], torch.full_like(idx[:, :1], END)], dim=1)
         return 100 * torch.nn.functional.one_hot(following, V).double()
 
     config = SimpleNamespace(block_size=60)
@@ -346,8 +346,14 @@ def test_token_zero_is_predicted_at_the_last_prompt_token():
 
     model = SimpleNamespace(config=SimpleNamespace(block_size=60), states=states)
     prompts, lengths = pad(draw_prompts((1, 2, 7)))
-    places = response_states(model, prompts, lengths, draw_tokens(3, 4))[..., 0]
-    assert places.tolist() == [[0, 1, 2, 3], [1, 2, 3, 4], [6, 7, 8, 9]]
+    response = draw_tokens(3, 4)
+    every = response_states(model, prompts, lengths, response, response >= 0)[:, 0]
+    assert every.tolist() == [0, 1, 2, 3, 1, 2, 3, 4, 6, 7, 8, 9]
+    mask = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]).bool()
+    some = response_states(model, prompts, lengths, response, mask)[:, 0]
+    assert some.tolist() == [0, 1, 2, 3]
+    none = response_states(model, prompts, lengths, response, mask & False)
+    assert none.shape == (0, 1)
 
 
 def test_response_stands_right_behind_its_own_prompt():
@@ -360,11 +366,12 @@ def test_response_stands_right_behind_its_own_prompt():
 
     model = SimpleNamespace(config=SimpleNamespace(block_size=60), states=states)
     prompts, response = draw_prompts((1, 5, 3)), draw_tokens(3, 4, seed=9)
-    response_states(model, *pad(prompts), response)
+    response_states(model, *pad(prompts), response, response >= 0)
+    assert shown[0].shape == (3, 8), "no column behind the last state that is wanted"
     for row, prompt, tokens in zip(
         shown[0].tolist(), prompts, response.tolist(), strict=True
     ):
-        assert row[: len(prompt) + 4] == prompt + tokens
+        assert row[: len(prompt) + 4] == (prompt + tokens)[:8]
 
 
 def test_response_logits_equal_one_full_forward_of_each_row():
@@ -424,7 +431,7 @@ def test_garbage_after_the_end_leaves_loss_and_gradient_bit_identical():
 def test_what_does_not_fit_is_refused_with_its_lengths():
     """Invariant 24: nothing is cut; block_size itself still fits."""
     model, prompts = make_model(block_size=12), draw_prompts((4, 9))
-    numbers = "prompt of 9 tokens and .*4 .*need 13 .*> block_size 12"
+    numbers = "prompt of .*9 tokens and .* need 13 .*> block_size 12"
     with pytest.raises(ValueError, match=numbers):
         response_logits(model, *pad(prompts), draw_tokens(2, 4))
     with pytest.raises(ValueError, match=numbers):
