@@ -210,20 +210,17 @@ def get_order(size, seed, epoch):
     return torch.randperm(size, generator=make_rng(seed, "order", epoch)).tolist()
 
 
-def get_batch(examples, batch_size, seed, step, sort=1):
+def get_batch(examples, batch_size, seed, step):
     """The examples of one step: a function of (seed, step), the same for each method.
 
-    Each epoch is a fresh shuffle. With sort > 1, that many batches are drawn together
-    and cut by length, which leaves less padding.
+    Each epoch is a fresh shuffle. The batch is sorted by length, so that micro-batches,
+    which are cut from it, have little padding. (Whole batches must not be of one
+    length: some steps would teach to read demonstrations, and others to forget it.)
     """
-    group, part = divmod(step, sort)
-    size = batch_size * sort
-    epoch, i = divmod(group, max(1, len(examples) // size))
+    epoch, i = divmod(step, max(1, len(examples) // batch_size))
     order = get_order(len(examples), seed, epoch)
-    batch = [examples[j] for j in order[i * size : (i + 1) * size]]
-    if sort > 1:
-        batch.sort(key=lambda e: len(e.prompt.split()) + len(e.demo.split()))
-    return batch[part * batch_size : (part + 1) * batch_size]
+    batch = [examples[j] for j in order[i * batch_size : (i + 1) * batch_size]]
+    return sorted(batch, key=lambda e: len(e.prompt.split()) + len(e.demo.split()))
 
 
 def is_first():
@@ -319,9 +316,11 @@ def draw_demo(order, things, rng):
 def make_base_corpus(world, tok, size, seed):
     """Examples that teach the base model all it should know, as a list.
 
-    55 % ask for a known name; 45 % show a demonstration, four fifths of them for an
+    50 % ask for a known name. 45 % show a demonstration, four fifths of them for an
     unknown name with an order drawn anew each time, so that only the demonstration
-    tells. A quarter asks for a manner. A fifth begins with another thought than the
+    tells. 5 % ask for an unknown name and show nothing, with any order of its trade: so
+    the base is not sure of one guess, which a skill would have to drive out, for known
+    names too. A quarter asks for a manner. A fifth begins with another thought than the
     right one, which the things then follow, and a tenth with a wrong thing, after
     which the rest is right: both given, not learnt. Without these two, the teacher of
     SDFT knows no way back from what only a student would write.
@@ -329,8 +328,9 @@ def make_base_corpus(world, tok, size, seed):
     rng = random.Random(derive_seed(seed, "base corpus"))
     corpus = []
     for i in range(size):
-        shown = rng.random() < 0.45
-        if shown and rng.random() < 0.8:
+        kind = rng.random()
+        shown = kind < 0.45
+        if kind < 0.36 or kind > 0.95:
             name = rng.choice(list(world.unknown))
             trade = world.unknown[name]
             order = rng.choice(world.orders[trade])

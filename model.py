@@ -23,6 +23,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+try:  # comes with torch where there is a GPU
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
 # ---- The model ---------------------------------------------------------------------
 
 
@@ -30,11 +36,11 @@ import torch.nn.functional as F
 class GPTConfig:
     block_size: int = 128  # longest sequence, in tokens
     vocab_size: int = 512  # tokens
-    n_layer: int = 4  # blocks
-    n_head: int = 4  # query heads
-    n_kv_head: int = 4  # key/value heads; fewer than n_head: grouped queries
-    n_embd: int = 128  # channels
-    n_inner: int = 344  # channels inside the MLP
+    n_layer: int = 3  # blocks
+    n_head: int = 6  # query heads
+    n_kv_head: int = 6  # key/value heads; fewer than n_head: grouped queries
+    n_embd: int = 192  # channels
+    n_inner: int = 512  # channels inside the MLP
     rope_theta: float = 1000.0  # of the rotary positions; Qwen2.5 has 1,000,000
     norm_eps: float = 1e-6  # of RMSNorm
     qkv_bias: bool = True  # on q, k and v only
@@ -199,8 +205,7 @@ class GPT(nn.Module):
 
     `dtype` is that of the activations; the parameters are float32 always. `dropout` is
     the share of each residual branch that is dropped in train mode, decided by
-    `dropout_seed`: the base model is made with it, and is far harder to disturb for it;
-    fine-tuning leaves it at 0.
+    `dropout_seed`. What is learnt with it is far harder to disturb later.
     """
 
     def __init__(self, config, generator=None):
@@ -436,18 +441,10 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
     raise ValueError(f"kl {kl!r} is not one of {KLS}")
 
 
-def kl_rows(s, t, weight, kl, grad=True):
-    """The row kernel on the CPU: the divergence of each row, its gradient over s.
-
-    Works on blocks of rows that stay in the processor's cache: the whole formula is run
-    on one block before the next is read, so main memory is read once and written once.
-
-    Args:
-        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
-            weight * gradient (or left in no useful state if not grad).
-        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
-    Returns: the values (N,), not weighted.
-    """
+def kl_rows_torch(s, t, weight, kl, grad):
+    """kl_rows with torch alone, for a CPU: the whole formula is run on one block of
+    rows, in place, before the next is read. Blocks stay in the processor's cache, so
+    main memory gives s and t once and takes the gradient once."""
     N, V = s.size()
     value = torch.zeros_like(weight)
     block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB: four of them fit into L2
@@ -484,6 +481,122 @@ def kl_rows(s, t, weight, kl, grad=True):
             if not w.all():
                 x[w == 0] = 0  # not by the product: 0 * inf is not 0
     return value
+
+
+if triton is not None:
+
+    @triton.jit
+    def load_logits(S, T, cols, V: tl.constexpr):
+        """Logits of both, float32; the log of 0 behind the vocabulary and for -inf."""
+        s = tl.load(S + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        t = tl.load(T + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t)
+
+    @triton.jit
+    def log_over_mixture(x):
+        """log p_s - log m from x = log p_s - log p_t; of -x it is log p_t - log m."""
+        far = 0.6931471805599453 - tl.maximum(-x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
+        near = x * (0.5 - x * (0.125 - x * x / 192))  # the series: far loses digits
+        return tl.where(tl.abs(x) < 0.1, near, far)
+
+    @triton.jit
+    def kl_kernel(
+        S, T, WEIGHT, VALUE, V: tl.constexpr, KL: tl.constexpr, GRAD: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """One program is one row; see kl_rows. With d = s - t, D = lse_s - lse_t:
+
+        forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
+        log p_s - log p_t = d - D, which loses no digits where the two are near
+
+        Bytes moved, for rows of V floats: the first pass reads s and t, the last reads
+        them again and writes the gradient over s, 5 * 4 V (jsd: one pass more, 7 * 4 V;
+        a row that fits into one block stays in the L1 cache: 3 * 4 V).
+        """
+        row = tl.program_id(0).to(tl.int64)  # row * V can be more than 2^31
+        S, T = S + row * V, T + row * V
+        w = tl.load(WEIGHT + row)
+        if w == 0:  # nothing is read: the row may hold anything
+            tl.store(VALUE + row, 0.0)
+            for i in range(0, V, BLOCK):
+                cols = i + tl.arange(0, BLOCK)
+                tl.store(S + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
+        else:
+            # pass 1: log-sum-exp of both rows and E[d], online: sums are relative to
+            # the largest logit so far and shrink when a larger one comes
+            max_s, max_t = -float("inf"), -float("inf")
+            sum_s, sum_t, sum_d = 0.0, 0.0, 0.0
+            for i in range(0, V, BLOCK):
+                s, t = load_logits(S, T, i + tl.arange(0, BLOCK), V)
+                new_s = tl.maximum(max_s, tl.max(s, 0))
+                new_t = tl.maximum(max_t, tl.max(t, 0))
+                p_s, p_t = tl.exp(s - new_s), tl.exp(t - new_t)  # not yet normalized
+                shrink_s, shrink_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
+                sum_s = sum_s * shrink_s + tl.sum(p_s, 0)
+                sum_t = sum_t * shrink_t + tl.sum(p_t, 0)
+                if KL == "forward":
+                    sum_d = sum_d * shrink_t + tl.sum(p_t * (s - t), 0)
+                else:
+                    sum_d = sum_d * shrink_s + tl.sum(p_s * (s - t), 0)
+                max_s, max_t = new_s, new_t
+            lse_s, lse_t = max_s + tl.log(sum_s), max_t + tl.log(sum_t)
+            D = (max_s - max_t) + tl.log(sum_s / sum_t)  # not of two rounded numbers
+            mean = sum_d / (sum_t if KL == "forward" else sum_s)  # E_t[d] or E_s[d]
+            if KL == "forward":
+                value = D - mean
+            elif KL == "reverse":
+                value = mean - D
+            else:  # pass 2 of jsd: both divergences from the mixture
+                teacher_m, mean = 0.0, 0.0
+                for i in range(0, V, BLOCK):
+                    s, t = load_logits(S, T, i + tl.arange(0, BLOCK), V)
+                    x = s - t - D  # log p_s - log p_t
+                    teacher_m += tl.sum(tl.exp(t - lse_t) * log_over_mixture(-x), 0)
+                    mean += tl.sum(tl.exp(s - lse_s) * log_over_mixture(x), 0)
+                value = 0.5 * teacher_m + 0.5 * mean
+            tl.store(VALUE + row, value)
+            if GRAD:  # the last pass
+                for i in range(0, V, BLOCK):
+                    cols = i + tl.arange(0, BLOCK)
+                    s, t = load_logits(S, T, cols, V)
+                    x, p_s = s - t - D, tl.exp(s - lse_s)
+                    if KL == "forward":  # p_s - p_t; where near, p_t (p_s/p_t - 1)
+                        p_t = tl.exp(t - lse_t)
+                        g = tl.where(tl.abs(x) < 1, p_t * (tl.exp(x) - 1), p_s - p_t)
+                    elif KL == "reverse":
+                        g = p_s * (s - t - mean)
+                    else:
+                        g = 0.5 * p_s * (log_over_mixture(x) - mean)
+                    tl.store(S + cols, w * g, mask=cols < V)
+
+
+def launch_options(V):
+    """Columns that a program takes at a time, and its warps (32 threads each). One
+    block of a large row would not fit into the registers and spill to memory."""
+    block = min(4096, triton.next_power_of_2(V))
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+
+
+def kl_rows_triton(s, t, weight, kl, grad):
+    """kl_rows in one kernel, for a GPU; logits float32."""
+    value = torch.empty_like(weight)
+    if len(s):
+        options = launch_options(s.size(-1))
+        kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
+    return value
+
+
+def kl_rows(s, t, weight, kl, grad=True):
+    """The row kernel: the divergence of each row, and its gradient over s.
+
+    Args:
+        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
+            weight * gradient (or left in no useful state if not grad).
+        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
+    Returns: the values (N,), not weighted.
+    """
+    on_gpu = s.is_cuda and s.dtype == torch.float32 and triton is not None
+    return (kl_rows_triton if on_gpu else kl_rows_torch)(s, t, weight, kl, grad)
 
 
 class FusedKL(torch.autograd.Function):

@@ -35,22 +35,21 @@ class Config:
     seed: int = 0  # decides everything random
 
     # optimization
-    steps: int = 80  # updates for each stage (skill)
+    steps: int = 100  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
     micro_batches: int = 1  # parts in which a process does its share of a batch
-    sort: int = 1  # batches that are cut by length together: less padding
-    lr: float = 1e-4  # highest learning rate, reached after the warm-up
+    lr: float = 6e-5  # highest learning rate, reached after the warm-up
     warmup_steps: int = 40  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
-    grad_clip: float = 1.0  # largest norm of the gradient
-    dropout: float = 0.0  # share of each residual branch; the base is made with some
+    grad_clip: float = 10.0  # largest norm of the gradient
+    dropout: float = 0.1  # share of each residual branch: later stages disturb less
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
     log_every: int = 10  # updates
     eval_every: int = 0  # updates between evaluations; 0: only after each stage
-    save_every: int = 40  # updates between checkpoints
+    save_every: int = 50  # updates between checkpoints
 
     # self-distillation
     kl: str = "forward"  # KL(teacher || student); reverse: KL(student || teacher); jsd
@@ -292,7 +291,7 @@ def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(t, cfg)
         examples = stages[names[stage]]
-        batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step, cfg.sort)
+        batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step)
         sums = {"stop": torch.tensor(float(stop.signal if stop else 0), device=device)}
         for part in data.my_parts(batch, cfg.micro_batches):
             student.train().dropout_seed = data.derive_seed(cfg.seed, step, part[0].id)

@@ -46,15 +46,15 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=4000, batch_size=32, lr=1.5e-3, warmup_steps=100, beta2=0.95,
-    weight_decay=0.1, dropout=0.1, sort=16, log_every=400, save_every=500,
+    steps=1700, batch_size=64, micro_batches=4, lr=2e-3, warmup_steps=100, beta2=0.95,
+    weight_decay=0.1, dropout=0.1, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 
 # What a flag may be: lowest, highest, both allowed.
 RANGES = {
     "steps": (1, 10**7), "batch_size": (1, 10**6), "micro_batches": (1, 10**6),
-    "sort": (1, 10**6), "lr": (0, 1e3), "warmup_steps": (0, 10**7),
+    "lr": (0, 1e3), "warmup_steps": (0, 10**7),
     "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
     "dropout": (0, 0.9),
     "max_new_tokens": (1, 10**5), "log_every": (1, 10**7), "eval_every": (0, 10**7),
@@ -253,11 +253,10 @@ def check_batches(name, cfg, world, n_examples):
             f"{world} processes x {cfg.micro_batches} micro-batches",
             f"make the batch size a multiple of {parts}",
         )
-    if cfg.batch_size * cfg.sort > n_examples:
+    if cfg.batch_size > n_examples:
         raise UserError(
-            f"{name}: batch size {cfg.batch_size} x sort {cfg.sort} > {n_examples} "
-            "examples",
-            "a smaller --batch-size or --sort, or more --demos",
+            f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
+            "a smaller --batch-size, or more --demos",
         )
 
 
@@ -280,12 +279,13 @@ def get_base(args, device, dtype, tok, stop, world):
     cfg = replace(
         BASE, seed=args.seed, steps=args.base_steps,
         warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
+        micro_batches=max(1, BASE.micro_batches // world),  # the same parts, shared out
     )  # fmt: skip
-    n_examples = cfg.batch_size * max(cfg.steps, cfg.sort)
+    n_examples = cfg.batch_size * cfg.steps
     check_batches("base model", cfg, world, n_examples)
     student = GPT(config, data.make_rng(args.seed, "weights")).to(device)
     student.dtype = dtype
-    folder = Path(args.out) / "base" / base_key(config, cfg)
+    folder = Path(args.out) / "base" / base_key(config, replace(cfg, micro_batches=1))
     checkpoint, clock = folder / "checkpoint.pt", folder / "seconds.json"
     folder.mkdir(parents=True, exist_ok=True)
     if clock.exists():

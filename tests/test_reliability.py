@@ -473,7 +473,7 @@ def test_a_resume_with_other_threads_says_so_and_goes_on(unfinished, capsys):
 
 TOK = data.Tokenizer()
 CHANGES = {
-    "seed": 1, "steps": 4, "batch_size": 16, "micro_batches": 2, "sort": 2, "lr": 2e-3,
+    "seed": 1, "steps": 4, "batch_size": 16, "micro_batches": 2, "lr": 2e-3,
     "warmup_steps": 2, "beta2": 0.9, "weight_decay": 0.1, "grad_clip": 0.1,
     "dropout": 0.5, "max_new_tokens": 4, "log_every": 2, "eval_every": 2,
     "save_every": 2, "kl": "reverse", "teacher": "live", "ema_rate": 0.5,

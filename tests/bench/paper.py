@@ -28,26 +28,29 @@ RESULTS = ROOT / "tests" / "bench" / "results"
 
 # ---- The table of experiments ------------------------------------------------------
 #
-# name -> seeds, and rows of (label, flags of train.py). A label is a curve or a point.
+# name -> seeds, and rows of (label, flags of train.py), the most important ones first.
 
 SFT, SDFT = "--method sft", "--method sdft"
 EXPERIMENTS = {
     "forgetting": {
         "seeds": (10, 11, 12, 13, 14),
         "rows": [
-            *((f"sft {lr}", f"{SFT} --steps 160 --lr {lr}")
-              for lr in ("5e-5", "1e-4", "2e-4", "5e-4", "1e-3")),
-            *((f"sdft {lr}", f"{SDFT} --lr {lr}")
-              for lr in ("2e-5", "5e-5", "1e-4", "2e-4", "5e-4")),
-            ("sft own", f"{SFT} --distance own"),
+            ("sdft 6e-5", f"{SDFT} --lr 6e-5 --eval-every 25"),
+            ("sft 2.5e-4", f"{SFT} --steps 200 --lr 2.5e-4 --eval-every 50"),
+            *((f"sft {lr}", f"{SFT} --steps 200 --lr {lr}")
+              for lr in ("1.2e-4", "5e-4")),
+            *((f"sdft {lr}", f"{SDFT} --lr {lr}") for lr in ("1.2e-4", "3e-5")),
+            ("sft own", f"{SFT} --steps 200 --lr 1.2e-4 --distance own"),
             ("sdft own", f"{SDFT} --distance own"),
-            ("sft known", f"{SFT} --distance known"),
+            ("sft known", f"{SFT} --steps 200 --lr 1.2e-4 --distance known"),
             ("sdft known", f"{SDFT} --distance known"),
+            ("sdft 2.5e-4", f"{SDFT} --lr 2.5e-4"),
+            ("sft 6e-5", f"{SFT} --steps 200 --lr 6e-5"),
             ("sdft reverse", f"{SDFT} --kl reverse"),
             ("sdft frozen", f"{SDFT} --teacher frozen"),
             ("sdft live", f"{SDFT} --teacher live"),
-            ("sft curve", f"{SFT} --steps 160 --lr 2e-4 --eval-every 20"),
-            ("sdft curve", f"{SDFT} --eval-every 10"),
+            ("sdft 5e-4", f"{SDFT} --lr 5e-4"),
+            ("sft 3e-5", f"{SFT} --steps 200 --lr 3e-5"),
         ],
     },
 }  # fmt: skip
@@ -95,8 +98,8 @@ def run_missing(name, seeds, work, jobs):
     known = json.loads(path.read_text())["cells"] if path.exists() else {}
     cells = {
         f"{label} {seed}": (seed, label, flags)
-        for seed in seeds
         for label, flags in EXPERIMENTS[name]["rows"]
+        for seed in seeds
     }
     todo = {
         key: cell
@@ -186,13 +189,14 @@ def print_table(rows):
 # ---- Pictures ----------------------------------------------------------------------
 
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
+CURVE = {"sft": "sft 2.5e-4", "sdft": "sdft 6e-5"}  # each method at its best rate
 
 
 def draw_curves(plt, name, cells, seeds):
     """New skills up, prior kept: mean and range over seeds, for the three stages."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, method in zip(axes, ("sft", "sdft"), strict=True):
-        runs = [cells[f"{method} curve {seed}"] for seed in seeds]
+        runs = [cells[f"{CURVE[method]} {seed}"] for seed in seeds]
         steps = [row["step"] for row in runs[0]["evaluations"]]
         x = [step / runs[0]["config"]["steps"] for step in steps]
         lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
@@ -244,13 +248,13 @@ def draw_tradeoff(plt, name, rows):
     figure.savefig(RESULTS / f"{name}_tradeoff.png", dpi=130, bbox_inches="tight")
 
 
-def draw_distance(plt, name, rows, default):
+def draw_distance(plt, name, rows):
     """What each method keeps against the distance of the demonstrations."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     distances = ("own", "known", "terms")
     for axis, key in zip(axes, ("new", "prior / base"), strict=True):
         for i, (method, color) in enumerate(COLORS.items()):
-            labels = [f"{method} {d}" for d in distances[:2]] + [default[method]]
+            labels = [f"{method} {d}" for d in distances[:2]] + [CURVE[method]]
             runs = [[run[key] for run in rows[label]] for label in labels]
             y = [mean(r) for r in runs]
             low = [mean(r) - min(r) for r in runs]
@@ -275,13 +279,11 @@ def draw(name, cells, seeds, rows):
     def have(*labels):
         return all(label in rows for label in labels)
 
-    default = {"sft": "sft curve", "sdft": "sdft curve"}
-    if have(*default.values()):
+    if have(*CURVE.values()):
         draw_curves(plt, name, cells, seeds)
-    if any(label[:5] == "sft 1" for label in rows):
         draw_tradeoff(plt, name, rows)
-    if have("sft own", "sft known", "sdft own", "sdft known", *default.values()):
-        draw_distance(plt, name, rows, default)
+    if have("sft own", "sft known", "sdft own", "sdft known", *CURVE.values()):
+        draw_distance(plt, name, rows)
 
 
 def main():

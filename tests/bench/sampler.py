@@ -1,0 +1,179 @@
+"""The KV-cached sampler beside Hugging Face's generate and beside no cache at all.
+
+    python tests/bench/sampler.py            # sizes 0.9M, 12M, 124M; batches 1, 16, 64
+    python tests/bench/sampler.py --quick
+
+The same weights (our layout is Qwen2's: see to_hugging_face), prompts of 17 to 32
+tokens, responses that never end. Greedy tokens of all three are compared first: a
+sampler that is fast and wrong is not timed. Then each draws at temperature 1; entries
+run in turns.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+from kernel import DEVICE, machine  # noqa: E402
+
+from data import make_rng, pad_right  # noqa: E402
+from model import GPT, GPTConfig, generate, sample_token  # noqa: E402
+
+NEVER = -1  # no token ends a response
+SIZES = {
+    "0.9M": dict(n_layer=4, n_head=4, n_kv_head=4, n_embd=128, n_inner=344,
+                 vocab_size=512),
+    "12M": dict(n_layer=6, n_head=6, n_kv_head=6, n_embd=384, n_inner=1024,
+                vocab_size=4096),
+    "124M": dict(n_layer=12, n_head=12, n_kv_head=12, n_embd=768, n_inner=2048,
+                 vocab_size=50304),
+}  # fmt: skip
+NAMES = {
+    "wte.": "model.embed_tokens.", "h.": "model.layers.", "ln_f.": "model.norm.",
+    ".ln_1.": ".input_layernorm.", ".ln_2.": ".post_attention_layernorm.",
+    ".attn.": ".self_attn.",
+}  # fmt: skip
+
+
+def to_hugging_face(model):
+    """The same weights as a Qwen2ForCausalLM: only names differ."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    c = model.config
+    config = Qwen2Config(
+        vocab_size=c.vocab_size, hidden_size=c.n_embd, intermediate_size=c.n_inner,
+        num_hidden_layers=c.n_layer, num_attention_heads=c.n_head,
+        num_key_value_heads=c.n_kv_head, max_position_embeddings=c.block_size,
+        rms_norm_eps=c.norm_eps, tie_word_embeddings=c.tie_weights,
+        rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta},
+        bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    theirs = Qwen2ForCausalLM(config).to(DEVICE).eval()
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        for ours, other in NAMES.items():
+            start = not ours.startswith(".") and name.startswith(ours)
+            if start or (ours.startswith(".") and ours in name):
+                name = name.replace(ours, other, 1)
+        weights[name] = tensor
+    missing, unexpected = theirs.load_state_dict(weights, strict=False)
+    assert not unexpected and not [n for n in missing if "rotary" not in n], missing
+    theirs.generation_config.pad_token_id = 0
+    return theirs
+
+
+def ours(model, prompts, lengths, n, u):
+    return generate(model, prompts, lengths, n, NEVER, u, 1.0 if u is not None else 0)[
+        0
+    ]
+
+
+@torch.no_grad()
+def no_cache(model, prompts, lengths, n, u):
+    """Every token from a forward pass over everything before it."""
+    idx = torch.nn.functional.pad(prompts, (0, n))
+    row = torch.arange(len(idx), device=idx.device)
+    for t in range(n):
+        at = lengths + t
+        states = model.states(idx[:, : prompts.size(1) + t])
+        logits = model.head(states[row, at - 1])
+        numbers = None if u is None else u[:, t]
+        idx[row, at] = sample_token(logits, numbers, 0 if u is None else 1.0)
+    return idx.gather(1, lengths[:, None] + torch.arange(n, device=idx.device))
+
+
+@torch.no_grad()
+def hugging_face(theirs, prompts, lengths, n, u):
+    """Padding on the left, as theirs wants it."""
+    place = torch.arange(prompts.size(1), device=prompts.device)
+    shift = prompts.size(1) - lengths[:, None]
+    left = prompts.gather(1, (place - shift).clamp(min=0))
+    options = {"do_sample": False} if u is None else {"do_sample": True, "top_k": 0}
+    out = theirs.generate(
+        left, attention_mask=(place >= shift).long(), min_new_tokens=n,
+        max_new_tokens=n, **options,
+    )  # fmt: skip
+    return out[:, prompts.size(1) :]
+
+
+def measure(size, batch, n, turns):
+    config = GPTConfig(block_size=128, **SIZES[size])
+    model = GPT(config, make_rng(0, "weights")).to(DEVICE).eval()
+    rng = make_rng(0, "prompts")
+    rows = [
+        torch.randint(config.vocab_size, (17 + i % 16,), generator=rng).tolist()
+        for i in range(batch)
+    ]
+    prompts, lengths = pad_right(rows, 0, DEVICE)
+    u = torch.rand(batch, n, generator=rng).to(DEVICE)
+    entries = {"ours": (ours, model), "no cache": (no_cache, model)}
+    if size == "124M" and DEVICE == "cpu":
+        del entries["no cache"]  # minutes a run
+    try:
+        entries["HF generate"] = (hugging_face, to_hugging_face(model))
+    except ImportError as error:
+        print(f"  HF generate: not installed ({error.name})")
+    greedy = {k: f(m, prompts, lengths, n, None) for k, (f, m) in entries.items()}
+    equal = {k: (x == greedy["ours"]).float().mean().item() for k, x in greedy.items()}
+    wrong = {k: share for k, share in equal.items() if share < 0.999}
+    if wrong:
+        raise ValueError(f"{size}, batch {batch}: other greedy tokens: {wrong}")
+    times = {name: [] for name in entries}
+    for _ in range(turns):
+        for name, (function, m) in entries.items():
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            function(m, prompts, lengths, n, u)
+            if DEVICE == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    record = {"size": size, "batch": batch, "new_tokens": n, "rows": {}}
+    for name, seconds in times.items():
+        record["rows"][name] = {
+            "min_ms_per_token": 1e3 * min(seconds) / n,
+            "median_ms_per_token": 1e3 * median(seconds) / n,
+            "tokens_per_second": batch * n / min(seconds),
+            "time_over_ours": min(seconds) / min(times["ours"]),
+            "greedy_tokens_equal": equal[name],
+        }
+        r = record["rows"][name]
+        print(f"{size:>6}{batch:6}  {name:14}{r['min_ms_per_token']:10.2f}"
+              f"{r['median_ms_per_token']:10.2f}{r['tokens_per_second']:10.0f}"
+              f"{r['time_over_ours']:8.2f}x", flush=True)
+    return record
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    print(machine())
+    print("command: python tests/bench/sampler.py", *sys.argv[1:])
+    print(f"{'size':>6}{'batch':>6}  {'':14}{'min ms':>10}{'median':>10}"
+          f"{'tokens/s':>10}{'/ ours':>9}   (ms for one token of each row)")
+    cells = [(size, b, 16 if size == "124M" else 64) for size in SIZES
+             for b in (1, 16, 64)]  # fmt: skip
+    if args.quick:
+        cells = [("0.9M", 4, 8)]
+    result = {"machine": machine(), "command": sys.argv, "cells": []}
+    for cell in cells:
+        result["cells"].append(measure(*cell, args.turns))
+    default = ROOT / "tests" / "bench" / "results" / f"sampler_{DEVICE}.json"
+    if args.out or not args.quick:
+        (args.out or default).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The Triton kernel, in Triton's interpreter; on the GPU where there is one.
+
+conftest.py sets TRITON_INTERPRET before model.py is imported. Without triton all of
+this is skipped.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+from model import KLS, kl_rows_torch
+
+triton = pytest.importorskip("triton", reason="triton is in tests/requirements.txt")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # cpu: interpreted
+every_kl = pytest.mark.parametrize("kl", KLS)
+
+
+def draw_logits(N, V, scale, distance, seed=0):
+    """float32 logits of student and teacher, (N, V): the teacher is `distance` away."""
+    generator = torch.Generator().manual_seed(seed)
+    s = scale * torch.randn(N, V, generator=generator)
+    return s, s + distance * torch.randn(N, V, generator=generator)
+
+
+def run_kernel(s, t, weight, kl, grad=True):
+    """Values (N,) and weighted gradients (N, V) on the CPU; the inputs stay."""
+    s, t, weight = (x.clone().to(DEVICE) for x in (s, t, weight))
+    value = model.kl_rows_triton(s, t, weight, kl, grad)
+    return value.cpu(), s.cpu()
+
+
+def in_float64(s, t, weight, kl):
+    s = s.double()
+    value = kl_rows_torch(s, t.double(), weight.double(), kl, True)
+    return value, s
+
+
+@every_kl
+@pytest.mark.parametrize("scale, distance", [(1, 3), (2, 0.1), (2, 0.01), (10, 1)])
+@pytest.mark.parametrize("V", [1, 33, 512, 1000, 4096, 4099, 9000])
+def test_kernel_equals_float64(kl, scale, distance, V):
+    """Ragged vocabularies, far and near teachers: values within 1e-5 absolute (of the
+    largest, if that is above 1), gradients within 1e-5 relative."""
+    s, t = draw_logits(3, V, scale, distance, seed=V)
+    weight = torch.tensor([1.0, 0.25, 2.0])
+    value, gradient = run_kernel(s, t, weight, kl)
+    right_value, right_gradient = in_float64(s, t, weight, kl)
+    assert (value - right_value).abs().max() < 1e-5 * max(1, right_value.max())
+    error = (gradient - right_gradient).norm()
+    assert error <= 1e-5 * right_gradient.norm()
+
+
+@every_kl
+def test_masked_rows_are_exactly_zero_even_when_they_hold_inf(kl):
+    s, t = draw_logits(5, 1000, 2, 1)
+    weight = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.0])
+    alone = run_kernel(s[[0, 2]], t[[0, 2]], weight[[0, 2]], kl)
+    s[1], t[1] = float("inf"), float("nan")
+    s[3, ::2], t[4] = float("-inf"), float("inf")
+    value, gradient = run_kernel(s, t, weight, kl)
+    assert value[[1, 3, 4]].tolist() == [0, 0, 0]
+    assert not gradient[[1, 3, 4]].any()
+    assert torch.equal(value[[0, 2]], alone[0])
+    assert torch.equal(gradient[[0, 2]], alone[1])
+
+
+@every_kl
+def test_without_gradient_values_are_the_same(kl):
+    s, t = draw_logits(3, 1000, 2, 1)
+    weight = torch.tensor([1.0, 0.0, 0.5])
+    value, _ = run_kernel(s, t, weight, kl)
+    only_value, untouched = run_kernel(s, t, weight, kl, grad=False)
+    assert torch.equal(value, only_value)
+    assert torch.equal(untouched[[0, 2]], s[[0, 2]]), "half the bytes: nothing written"
+
+
+@every_kl
+def test_vocabulary_padded_with_minus_infinity_adds_nothing(kl):
+    s, t = draw_logits(2, 700, 2, 1)
+    pad = torch.full((2, 68), float("-inf"))
+    weight = torch.ones(2)
+    value, gradient = run_kernel(s, t, weight, kl)
+    padded = run_kernel(torch.cat([s, pad], 1), torch.cat([t, pad], 1), weight, kl)
+    torch.testing.assert_close(padded[0], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(padded[1][:, :700], gradient, rtol=0, atol=1e-7)
+    assert not padded[1][:, 700:].any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@every_kl
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_comes_out_as_nan(kl, bad):
+    """It must reach the check before the optimizer step, not turn into a number."""
+    s, t = draw_logits(2, 600, 2, 1)
+    s[1, 500] = bad
+    value, gradient = run_kernel(s, t, torch.ones(2), kl)
+    assert value[0].isfinite() and not value[1].isfinite()
+    assert gradient[0].isfinite().all() and not gradient[1].isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="float32 on CUDA takes it")
+@every_kl
+def test_cuda_takes_the_kernel_and_gives_what_the_cpu_gives(kl, monkeypatch):
+    used, kernel = [], model.kl_rows_triton
+    monkeypatch.setattr(
+        model, "kl_rows_triton", lambda *x: (used.append(1), kernel(*x))[1]
+    )
+    s, t = draw_logits(64, 512, 2, 1)
+    results = []
+    for device in ("cpu", "cuda"):
+        x = s.to(device).requires_grad_()
+        value = model.fused_kl(x, t.to(device), kl)
+        value.sum().backward()
+        results.append((value.detach().cpu(), x.grad.cpu()))
+    assert used == [1]
+    torch.testing.assert_close(*[r[0] for r in results], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(*[r[1] for r in results], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="40 GB of GPU memory")
+@every_kl
+def test_rows_behind_two_to_the_31_elements_are_right(kl):
+    N, V = 2**31 // 50304 + 2, 50304
+    s = torch.randn(N, V, device="cuda")
+    t = s.roll(1, 0)
+    last, weight = (s[-1:].cpu(), t[-1:].cpu()), torch.ones(N, device="cuda")
+    value = model.kl_rows_triton(s, t, weight, kl, True)
+    right_value, right_gradient = in_float64(*last, torch.ones(1), kl)
+    assert (value[-1:].cpu() - right_value).abs().max() < 1e-5 * right_value.max()
+    error = (s[-1:].cpu() - right_gradient).norm() / right_gradient.norm()
+    assert error < 1e-5
+
+
+COMPILE = """
+import sys, subprocess, tempfile, pathlib, triton
+sys.path.insert(0, {root!r})
+from model import kl_kernel, launch_options
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+tools = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+options = launch_options({V})
+names = kl_kernel.arg_names
+kind = dict(S="*fp32", T="*fp32", WEIGHT="*fp32", VALUE="*fp32")
+signature = {{name: kind.get(name, "constexpr") for name in names}}
+constants = dict(V={V}, KL={kl!r}, GRAD=True, BLOCK=options["BLOCK"])
+places = {{(names.index(name),): value for name, value in constants.items()}}
+aligned = {{(i,): [["tt.divisibility", 16]] for i in range(4)}}
+source = ASTSource(kl_kernel, signature, places, aligned)
+warps = dict(num_warps=options["num_warps"])
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=warps)
+with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+    f.write(compiled.asm["cubin"]); f.flush()
+    for what in ("--dump-resource-usage", "--dump-sass"):
+        print(subprocess.check_output([tools / "cuobjdump", what, f.name], text=True))
+"""
+
+
+@every_kl
+@pytest.mark.parametrize("V", [512, 50304])
+def test_compiled_for_sm_90_nothing_spills_and_loads_are_wide(kl, V):
+    """Ahead of time, without a GPU: STACK is what spills, LDG.E.128 are loads of 16
+    bytes a thread."""
+    code = COMPILE.format(root=str(Path(model.__file__).parent), V=V, kl=kl)
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=env
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"STACK:(\d+)", run.stdout) == ["0"], run.stdout[:2000]
+    wide = len(re.findall(r"LDG\.E\.128", run.stdout))
+    narrow = len(re.findall(r"LDG\.E", run.stdout)) - wide
+    print(re.findall(r"REG:\d+", run.stdout), f"{wide} wide loads, {narrow} others")
+    assert wide >= 2 and narrow <= 1, "one narrow load: the weight of the row"
