@@ -265,15 +265,17 @@ class World:
         self.known, self.unknown, self.skills = {}, {}, {}
         for i, name in enumerate(names[:KNOWN]):
             trade = TRADES[i % 3]
-            self.known[name] = (trade, self.orders[trade][i // 3 % 7])
+            own = self.orders[trade]
+            self.known[name] = (trade, own[i // 3 % len(own)])
         for i, name in enumerate(names[KNOWN:]):
             self.unknown[name] = TRADES[i % 3]
         for skill, trade in zip(SKILLS, TRADES, strict=True):
             free = [name for name in self.unknown if self.unknown[name] == trade]
-            orders = self.orders[trade] + [rng.choice(self.orders[trade])]
+            orders = self.orders[trade]  # each at least once
+            orders = orders + rng.sample(orders, NAMES_PER_SKILL - len(orders))
             self.skills[skill] = {
                 name: (trade, order)
-                for name, order in zip(free, rng.sample(orders, 8), strict=False)
+                for name, order in zip(free, rng.sample(orders, len(orders)), strict=False)
             }
 
 
