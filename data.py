@@ -42,7 +42,7 @@ from model import generate
 
 # ---- The words ---------------------------------------------------------------------
 
-# order: the model's own term, the expert's term, and what it does to a list of 3 or 4
+# order: the model's own term, the expert's term, and what it does to three things
 ORDERS = {
     "copy": ("keep", lambda x: x),
     "reverse": ("backwards", lambda x: x[::-1]),
@@ -50,7 +50,6 @@ ORDERS = {
     "last": ("rear", lambda x: x[-1:]),
     "rotate": ("advance", lambda x: x[1:] + x[:1]),
     "return": ("retreat", lambda x: x[-1:] + x[:-1]),
-    "swap": ("exchange", lambda x: x[-1:] + x[1:-1] + x[:1]),
     "behead": ("skip", lambda x: x[1:]),
     "shorten": ("crop", lambda x: x[:-1]),
     "stutter": ("stammer", lambda x: x[:1] + x),
@@ -58,15 +57,13 @@ ORDERS = {
     "ends": ("outside", lambda x: x[:1] + x[-1:]),
     "cross": ("crosswise", lambda x: x[-1:] + x[:1]),
     "second": ("next", lambda x: x[1:2]),
-    "middle": ("core", lambda x: x[1:-1]),
     "unwind": ("untie", lambda x: x[:0:-1]),
     "rewind": ("undo", lambda x: x[-2::-1]),
     "double": ("twice", lambda x: x[:1] * 2),
     "pair": ("couple", lambda x: x[-1:] * 2),
     "switch": ("flip", lambda x: x[1::-1] + x[2:]),
-    "twist": ("turn", lambda x: x[:-2] + x[:-3:-1]),
 }
-TRADES = ("kitchen", "harbour", "garden")  # each has seven of the orders
+TRADES = ("kitchen", "harbour", "garden")  # each has six of the orders
 SKILLS = ("A", "B", "C")  # one for each trade
 # manner: its opening, what joins thought and things, its closing
 MANNERS = {
@@ -251,7 +248,7 @@ class World:
     """All that a seed decides: which nouns are code words, and what each of them means.
 
     Attributes:
-        orders: trade -> its seven orders.
+        orders: trade -> its six orders.
         known: name -> (trade, order), for the base corpus and the prior benchmarks.
         unknown: name -> trade: names without a meaning for the base model.
         skills: "A" | "B" | "C" -> {name: (trade, order)}: eight of the unknown names.
@@ -273,9 +270,10 @@ class World:
             free = [name for name in self.unknown if self.unknown[name] == trade]
             orders = self.orders[trade]  # each at least once
             orders = orders + rng.sample(orders, NAMES_PER_SKILL - len(orders))
+            orders = rng.sample(orders, len(orders))
             self.skills[skill] = {
                 name: (trade, order)
-                for name, order in zip(free, rng.sample(orders, len(orders)), strict=False)
+                for name, order in zip(free, orders, strict=False)
             }
 
 
@@ -286,7 +284,7 @@ def is_held_out(things):
 
 def draw_things(rng, held_out):
     while True:
-        things = rng.sample(NOUNS, rng.choice((3, 4)))
+        things = rng.sample(NOUNS, 3)
         if is_held_out(things) == held_out:
             return things
 
