@@ -561,8 +561,10 @@ def write_atomically(path, content, keep=False):
             f"{path} not written: {error.strerror}; it takes {len(content)} bytes, the "
             f"disk has {free}"
         ) from None
-    if keep and path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
+    if keep and path.exists():  # a second name for the old file: a kill between any
+        previous = path.with_name(path.name + ".previous")  # two lines leaves a `path`
+        previous.unlink(missing_ok=True)
+        os.link(path, previous)
     os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     os.fsync(folder)  # the new name, too, is on the disk
@@ -593,8 +595,6 @@ def read_checkpoint(path, device="cpu"):
     """The dict of write_checkpoint. Raises ValueError if the file is not one, is cut,
     or differs from what was written; nothing in it is ever executed."""
     previous = path.with_name(path.name + ".previous")
-    if not path.exists() and previous.exists():
-        path = previous  # the process was killed between two renames
     head, _, content = path.read_bytes().partition(b"\n")  # torch.load checks no sum
     if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
         raise ValueError(

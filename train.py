@@ -348,9 +348,6 @@ def lock(folder):
     print(os.getpid(), end="", file=file, flush=True)
     for stale in folder.rglob("*.tmp.*"):  # of a process that was killed in a write
         stale.unlink()
-    for previous in folder.rglob("checkpoint.pt.previous"):  # or between two renames
-        if not previous.with_suffix("").exists():
-            os.replace(previous, previous.with_suffix(""))
     return file
 
 

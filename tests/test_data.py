@@ -561,8 +561,6 @@ def test_the_checkpoint_before_is_kept(tmp_path):
     path.write_bytes(b"broken")
     with pytest.raises(ValueError, match="checkpoint.pt.previous"):
         data.read_checkpoint(path)
-    path.unlink()  # as after a kill between the two renames
-    assert data.read_checkpoint(path)["step"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

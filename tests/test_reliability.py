@@ -251,20 +251,23 @@ def test_a_line_of_metrics_cut_in_half_does_not_stop_a_resume(
     assert digests(out / method) == digests(whole / method)
 
 
-def test_a_kill_between_two_renames_loses_no_more_than_one_checkpoint(
-    unfinished, capsys
-):
-    """A resume goes on from the checkpoint before; it does not begin again."""
-    real = os.replace
+@pytest.mark.parametrize("after", (False, True))
+@pytest.mark.parametrize("call", ("link", "replace", "unlink"))
+def test_a_kill_in_the_middle_of_a_save_loses_nothing(call, after, unfinished, capsys):
+    """Before or after each change of a name: a resume goes on, and not from 0."""
+    real = getattr(os, call)
 
-    def replace_and_die(source, target):
-        real(source, target)
-        if "checkpoint" in str(target):
-            raise SystemExit
+    def die(source, *target):
+        name = os.path.basename(target[0] if target else source)
+        if not name.startswith("checkpoint") or ".tmp." in name:
+            return real(source, *target)
+        if after:
+            real(source, *target)
+        raise SystemExit
 
     args = unfinished, "--resume", "--method", "sdft"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "replace", replace_and_die)
+        patch.setattr(os, call, die)
         try:
             code = go_on(*args)
         except SystemExit:

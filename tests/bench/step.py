@@ -106,8 +106,11 @@ def trl_steps(batch, n, turns):
     """Seconds of the steps of TRL's SDFT trainer on the same weights and words."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    from transformers import TrainerCallback
+    from transformers import (
+        AutoModelForCausalLM,
+        PreTrainedTokenizerFast,
+        TrainerCallback,
+    )
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     tok = data.Tokenizer()
