@@ -38,11 +38,11 @@ EXPERIMENTS = {
     "forgetting": {
         "seeds": (20, 21, 22, 23, 24),  # no setting was chosen on these
         "rows": [
-            ("sdft 6e-5", f"{SDFT} --lr 6e-5 --eval-every 25"),
+            ("sdft 1e-4", f"{SDFT} --lr 1e-4 --eval-every 25"),
             ("sft 2.5e-4", f"{SFT} --steps 200 --lr 2.5e-4 --eval-every 50"),
             *((f"sft {lr}", f"{SFT} --steps 200 --lr {lr}")
               for lr in ("1.2e-4", "5e-4")),
-            *((f"sdft {lr}", f"{SDFT} --lr {lr}") for lr in ("1.2e-4", "3e-5")),
+            *((f"sdft {lr}", f"{SDFT} --lr {lr}") for lr in ("6e-5", "3e-5")),
             ("sft own", f"{SFT} --steps 200 --lr 1.2e-4 --distance own"),
             ("sdft own", f"{SDFT} --distance own"),
             ("sft known", f"{SFT} --steps 200 --lr 1.2e-4 --distance known"),
@@ -201,7 +201,7 @@ def print_table(rows):
 # ---- Pictures ----------------------------------------------------------------------
 
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVE = {"sft": "sft 2.5e-4", "sdft": "sdft 6e-5"}  # each method at its best rate
+CURVE = {"sft": "sft 2.5e-4", "sdft": "sdft 1e-4"}  # each method at its best rate
 
 
 def draw_curves(plt, name, cells, seeds):
