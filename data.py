@@ -510,7 +510,13 @@ def describe(record):
             lines.append(f"  {sample['prompt']}  ->  {sample['response']}")
         return "\n".join(lines)
     numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
-    return f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)
+    lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
+    if record["eos_rate"] == 0:
+        lines.append(f"warning: EOS rate 0 %, mean length {record['response_length']}: "
+                     "no response came to its end; try a higher --max-new-tokens")
+    elif round(record["response_length"], 3) == 1:
+        lines.append("warning: every response is empty, but for its end")
+    return "\n".join(lines)
 
 
 @torch.no_grad()

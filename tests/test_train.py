@@ -154,6 +154,7 @@ BAD = {
     "--demos 16 --batch-size 64": "--demos",
     "--max-new-tokens 400": "block_size",
     "--resume --sample x --method sft": "no run of sft",
+    "--out /proc/not-writable": "/proc/not-writable",
 }
 
 
@@ -238,6 +239,30 @@ def test_ten_losses_are_the_stored_ones(method, tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert losses == pytest.approx(LOSSES[method], abs=1e-4)
+
+
+@pytest.mark.parametrize(("new_tokens", "sampled", "warning"), [
+    (2, "none ends", "EOS rate 0 %, mean length 2.0: .*--max-new-tokens"),
+    (16, "all end at once", "every response is empty"),
+    (16, None, None),
+])  # fmt: skip
+def test_rollouts_that_never_end_or_are_empty_are_reported(
+    new_tokens, sampled, warning, tmp_path, monkeypatch, capsys
+):
+    def generate(model, prompts, lengths, R, end, *args):
+        if sampled == "none ends":
+            return torch.ones(len(lengths), R, dtype=torch.int64), torch.ones(
+                len(lengths), R, dtype=torch.bool
+            )
+        return torch.full((len(lengths), 1), end), torch.ones(
+            len(lengths), 1, dtype=torch.bool
+        )
+
+    if sampled:
+        monkeypatch.setattr(sdft, "generate", generate)
+    small_run("sdft", tmp_path, max_new_tokens=new_tokens, micro_batches=2)
+    text = capsys.readouterr().out
+    assert len(re.findall(f"warning: {warning}", text)) == (10 if warning else 0)
 
 
 @pytest.mark.parametrize("method", METHODS)
