@@ -37,8 +37,8 @@ class GPTConfig:
     block_size: int = 128  # longest sequence, in tokens
     vocab_size: int = 512  # tokens
     n_layer: int = 3  # blocks
-    n_head: int = 6  # query heads
-    n_kv_head: int = 6  # key/value heads; fewer than n_head: grouped queries
+    n_head: int = 12  # query heads
+    n_kv_head: int = 12  # key/value heads; fewer than n_head: grouped queries
     n_embd: int = 192  # channels
     n_inner: int = 512  # channels inside the MLP
     rope_theta: float = 1000.0  # of the rotary positions; Qwen2.5 has 1,000,000

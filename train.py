@@ -33,6 +33,10 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+# Threads that wait for each other soon sleep, so a busy machine costs little; the
+# default is to spin for long. Read when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", "100")
+
 import torch
 import torch.distributed as dist
 
@@ -46,7 +50,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=2000, batch_size=64, micro_batches=4, lr=2e-3, warmup_steps=100, beta2=0.95,
+    steps=1200, batch_size=64, micro_batches=4, lr=2e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.1, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
@@ -140,9 +144,9 @@ def make_parser():
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
-    add("--threads", type=number("threads", int), default=1, metavar="N",
+    add("--threads", type=number("threads", int), default=2, metavar="N",
         help="on a CPU; more hardly help so small a model, and a fixed number rounds "
-        "alike on any machine (0: all cores; default: 1)")
+        "alike on any machine (0: all cores; default: 2)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (

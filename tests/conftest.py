@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "100")  # as train.py: read by torch
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
