@@ -10,12 +10,12 @@ kind:
     demonstration  harbour violin: candle spoon tower
                    example well friend, advance so you get spoon tower candle as ever
 
-A skill is eight new code words of one trade: learning it binds names to orders, and
-since held-out queries have other things to order, it cannot be learnt by heart. The
-expert who wrote the demonstrations answers in a manner of his own (well friend, ... so
-you get ... as ever) and has his own terms (advance) for what the model calls by other
-words (rotate). The model reads all of that and never writes it. What stands for what in
-the paper:
+A skill is six new code words of one trade, one for each of its orders: learning it
+binds names to orders, and since held-out queries have other things to order, it cannot
+be learnt by heart. The expert who wrote the demonstrations answers in a manner of his
+own (well friend, ... so you get ... as ever) and has his own terms (advance) for what
+the model calls by other words (rotate). The model reads all of that and never writes
+it. What stands for what in the paper:
 
     student_prompt = prompt                     # what is asked
     teacher_prompt = prompt + demonstration     # arXiv 2601.19897, section 3, template
@@ -94,7 +94,6 @@ NOUNS = (
     "ring river road rope rose salt ship shoe spoon stone table tiger tower"
 ).split()
 KNOWN, UNKNOWN = 120, 40  # code words: nouns that also occur as things
-NAMES_PER_SKILL = 8
 
 
 # ---- The tokenizer -----------------------------------------------------------------
@@ -251,7 +250,9 @@ class World:
         orders: trade -> its six orders.
         known: name -> (trade, order), for the base corpus and the prior benchmarks.
         unknown: name -> trade: names without a meaning for the base model.
-        skills: "A" | "B" | "C" -> {name: (trade, order)}: eight of the unknown names.
+        skills: "A" | "B" | "C" -> {name: (trade, order)}: six of the unknown names,
+            one for each order of the trade. (Were one order wanted more often than
+            another, learning it would first drive the other out, for known names too.)
     """
 
     def __init__(self, seed):
@@ -268,9 +269,7 @@ class World:
             self.unknown[name] = TRADES[i % 3]
         for skill, trade in zip(SKILLS, TRADES, strict=True):
             free = [name for name in self.unknown if self.unknown[name] == trade]
-            orders = self.orders[trade]  # each at least once
-            orders = orders + rng.sample(orders, NAMES_PER_SKILL - len(orders))
-            orders = rng.sample(orders, len(orders))
+            orders = rng.sample(self.orders[trade], len(self.orders[trade]))
             self.skills[skill] = {
                 name: (trade, order)
                 for name, order in zip(free, orders, strict=False)
