@@ -45,6 +45,7 @@ EXPERIMENTS = {
             ("sdft 1.5e-4", f"{SDFT} --lr 1.5e-4"),
             ("sdft 2.4e-5", f"{SDFT} --lr 2.4e-5"),
             ("sft 1e-3", f"{SFT} --steps 200 --lr 1e-3"),
+            ("sft 4e-4 twice the updates", f"{SFT} --steps 400 --lr 4e-4"),
             ("sft own", f"{SFT} --steps 200 --lr 1.5e-4 --distance own"),
             ("sdft own", f"{SDFT} --distance own"),
             ("sft known", f"{SFT} --steps 200 --lr 1.5e-4 --distance known"),
@@ -255,7 +256,8 @@ def draw_tradeoff(plt, name, rows):
                 dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
                 dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
                 axis.errorbar(*points[-1], dy, dx, "o", color=color, alpha=0.7)
-                axis.annotate(parts[1], points[-1], (4, 4), textcoords="offset points")
+                text = " ".join(parts[1:]).replace(" updates", "")
+                axis.annotate(text, points[-1], (4, 4), textcoords="offset points")
 
         def beaten(p, points=points):
             return any(q[0] > p[0] and q[1] > p[1] for q in points)

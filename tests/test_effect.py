@@ -1,0 +1,69 @@
+"""The direction of the effect, small: a base model of its own, then both methods.
+
+Two orders in each trade, 12 known names, 24 things, one skill; all else is as in the
+default run. A minute on an idle machine. The sizes of the effect: tests/bench/paper.py.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import sdft
+import sft
+import train
+from model import GPT, GPTConfig
+
+ORDERS = ("first", "last", "second", "copy", "reverse", "rotate")
+MANNERS = ("own", "robot", "expert")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small world, its base model, and what both methods have made of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "ORDERS", {name: data.ORDERS[name] for name in ORDERS})
+        patch.setattr(data, "MANNERS", {name: data.MANNERS[name] for name in MANNERS})
+        patch.setattr(data, "NOUNS", data.NOUNS[:24])
+        patch.setattr(data, "KNOWN", 12)
+        torch.set_num_threads(2)
+        tok, world = data.Tokenizer(), data.World(0)
+        config = GPTConfig(n_layer=3, n_head=12, n_kv_head=12, n_embd=96, n_inner=256)
+        base = GPT(config, data.make_rng(0, "weights"))
+        cfg = replace(train.BASE, steps=1000, batch_size=32, micro_batches=2, lr=4e-3)
+        corpus = data.make_base_corpus(world, tok, cfg.steps * cfg.batch_size, seed=0)
+        folder = tmp_path_factory.mktemp("small")
+        sft.train(base, {"base": corpus}, {}, tok, cfg, folder)
+        tasks = data.make_tasks(world, size=100, seed=0)
+        stages = {"A": data.make_demos(world, "A", 128, seed=0)}
+        rows = {}
+        for method, lr in ((sft, 1e-3), (sdft, 3e-4)):  # rates at which they learn
+            cfg = method.Config(steps=80, batch_size=32, lr=lr, warmup_steps=10)
+            student = copy.deepcopy(base)
+            rows[method.__name__] = method.train(
+                student, stages, tasks, tok, cfg, folder
+            )
+        return rows
+
+
+@pytest.mark.parametrize("method", ["sft", "sdft"])
+def test_both_methods_learn_the_skill(method, small):
+    before, after = small[method]
+    assert after["new"]["A"] > before["new"]["A"] + 0.3
+
+
+def test_sft_loses_the_model_s_own_format_on_prior_prompts(small):
+    before, after = small["sft"]
+    assert before["prior"]["own_format"] > 0.95
+    assert after["prior"]["own_format"] < 0.5
+
+
+def test_sdft_keeps_the_model_s_own_format_on_prior_prompts(small):
+    assert small["sdft"][-1]["prior"]["own_format"] > 0.95
+
+
+def test_sdft_keeps_more_of_the_prior_skills_than_sft(small):
+    kept = {name: sum(rows[-1]["prior"].values()) for name, rows in small.items()}
+    assert kept["sdft"] > kept["sft"] + 0.5  # of 5
