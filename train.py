@@ -35,7 +35,7 @@ from pathlib import Path
 
 # Threads that wait for each other soon sleep, so a busy machine costs little; the
 # default is to spin for long. Read when torch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "100")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
@@ -109,20 +109,24 @@ def number(name, kind):
     return parse
 
 
-def add_flags(group, config, names):
-    """A --flag for each named field of a dataclass; the field's comment is its help."""
+def add_flags(group, config, names, sft=None):
+    """A --flag for each named field of a dataclass; the field's comment is its help.
+    Where the Config of sft has another default, a flag that is not given is None."""
     source = inspect.getsource(config)
     comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
     for field in fields(config):
         if field.name not in names:
             continue
         flag = "--" + field.name.replace("_", "-")
-        text = comments[field.name].replace("%", "%%") + " (default: %(default)s)"
+        default, shown = field.default, f"default: {field.default}"
+        if sft and default != getattr(sft, field.name):
+            default, shown = None, f"{shown}, sft: {getattr(sft, field.name)}"
+        text = comments[field.name].replace("%", "%%") + f" ({shown})"
         if field.name in CHOICES:
             kind = {"choices": CHOICES[field.name]}
         else:
             kind = {"type": number(field.name, type(field.default)), "metavar": "N"}
-        group.add_argument(flag, default=field.default, help=text, **kind)
+        group.add_argument(flag, default=default, help=text, **kind)
 
 
 def make_parser():
@@ -163,7 +167,8 @@ def make_parser():
         "terms are foreign, too (default: terms)")
     add_flags(parser.add_argument_group("model"), GPTConfig, MODEL_FLAGS)
     shared = [field.name for field in fields(sft.Config)]
-    add_flags(parser.add_argument_group("training, both methods"), sft.Config, shared)
+    group = parser.add_argument_group("training, both methods")
+    add_flags(group, sdft.Config, shared, sft.Config)
     only = [field.name for field in fields(sdft.Config) if field.name not in shared]
     add_flags(parser.add_argument_group("self-distillation"), sdft.Config, only)
     return parser
@@ -375,8 +380,9 @@ def open_folder(args, method):
 def fine_tune(method, args, base, stages, tasks, tok, stop):
     """Run one method on the three skills; returns its Config and evaluations."""
     trainer, folder = METHODS[method], open_folder(args, method)
-    names = [field.name for field in fields(trainer.Config)]
-    cfg = trainer.Config(**{name: getattr(args, name) for name in names})
+    given = {f.name: getattr(args, f.name) for f in fields(trainer.Config)}
+    given = {name: value for name, value in given.items() if value is not None}
+    cfg = trainer.Config(**given)
     resume = args.resume and (folder / "checkpoint.pt").exists()
     say(f"\n{method}: " + ", ".join(
         f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")

