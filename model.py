@@ -77,53 +77,58 @@ class RMSNorm(nn.Module):
 
 
 def rotation_tables(config):
-    """cos and sin of position * frequency, float32, each (block_size, D/2)."""
+    """cos and signed sin of position * frequency, as rotate wants them: float32, each
+    (block_size, D), the same frequencies for both halves of the channels."""
     D = config.n_embd // config.n_head
     frequency = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     angle = torch.arange(config.block_size).float()[:, None] * frequency  # (T, D/2)
-    return angle.cos(), angle.sin()
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x, cos, sin):
-    """Turn channels i and i + D/2 of x (B, H, T, D) by the angle of their place."""
-    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each; halves, not pairs
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    """Turn channels a = i and b = i + D/2 (halves, not pairs) of x (B, H, T, D) by the
+    angle of their place: (a cos - b sin, b cos + a sin)."""
+    y = x.to(cos.dtype)
+    return (y * cos + y.roll(y.size(-1) // 2, dims=-1) * sin).to(x.dtype)
 
 
 class KVCache:
-    """Keys and values of every layer, preallocated: k and v are (L, B, G, T, D).
+    """Keys and values of every layer, preallocated: k and v are (L, B, G, S, D).
 
-    `span` is how many columns are in use, an int on the host, so that reading it costs
-    no wait for the GPU. Keys are stored after their rotation: a position never changes.
+    Columns 0..P-1 hold the prompts with their pads, column P + t token t of every
+    response: a step writes one column, whatever the lengths of the prompts. That a
+    column is not a position does no harm: keys are stored after their rotation.
+    `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0. `span`
+    is how many columns are in use, an int on the host: reading it waits for no GPU.
     """
 
-    def __init__(self, config, batch_size, max_length, device, dtype):
+    def __init__(self, config, prompts, lengths, max_new_tokens, dtype):
+        (B, P), device = prompts.size(), prompts.device
         G, D = config.n_kv_head, config.n_embd // config.n_head
-        shape = (config.n_layer, batch_size, G, max_length, D)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        S = P + max_new_tokens
+        self.k = torch.empty(config.n_layer, B, G, S, D, device=device, dtype=dtype)
+        self.v = torch.empty_like(self.k)
+        column = torch.arange(S, device=device)
+        pads = (column >= lengths[:, None]) & (column < P)  # (B, S)
+        self.mask = torch.zeros(B, S, device=device, dtype=dtype)
+        self.mask = self.mask.masked_fill(pads, -math.inf)[:, None, None]
         self.span = 0
 
-    def write(self, layer, k, v, positions):
-        """Store k and v (B, G, T, D); return all so far, both (B, G, span, D).
-
-        positions None: a prompt, columns 0..T-1. Else (B,): one token for each row, at
-        the row's own position, over the pads that may stand there.
-        """
-        if positions is None:
-            T = k.size(2)
-            assert T <= self.k.size(3), f"{T} tokens > a cache of {self.k.size(3)}"
-            self.k[layer, :, :, :T], self.v[layer, :, :, :T] = k, v
-            return k, v
+    def grow(self, T):
+        """Make room for T more columns, before the layers write them."""
+        self.span += T
         assert self.span <= self.k.size(3), f"{self.span} > a cache of {self.k.size(3)}"
-        row = torch.arange(k.size(0), device=k.device)
-        self.k[layer][row, :, positions] = k[:, :, 0]  # (B, G, D)
-        self.v[layer][row, :, positions] = v[:, :, 0]
+
+    def write(self, layer, k, v):
+        """Store k and v (B, G, T, D) at the end; all so far, both (B, G, span, D)."""
+        new = slice(self.span - k.size(2), self.span)
+        self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
         return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
 
     def keep(self, rows):
         """Forget every row but these: rows is a tensor of indices."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+        self.k, self.v, self.mask = self.k[:, rows], self.v[:, rows], self.mask[rows]
 
 
 class CausalSelfAttention(nn.Module):
@@ -131,44 +136,41 @@ class CausalSelfAttention(nn.Module):
         super().__init__()
         self.H, self.G = config.n_head, config.n_kv_head
         self.D = config.n_embd // config.n_head
-        C, kv = config.n_embd, self.G * self.D
-        self.q_proj = Linear(C, C, bias=config.qkv_bias)
-        self.k_proj = Linear(C, kv, bias=config.qkv_bias)
-        self.v_proj = Linear(C, kv, bias=config.qkv_bias)
-        self.o_proj = Linear(C, C, bias=False)
+        heads = self.H + 2 * self.G  # of queries, keys and values, in one matrix
+        self.qkv_proj = Linear(config.n_embd, heads * self.D, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x, cos, sin, positions=None, cache=None, layer=0):
+    def forward(self, x, cos, sin, cache=None, layer=0):
         B, T, C = x.size()
         H, G, D = self.H, self.G, self.D
-        q = self.q_proj(x).view(B, T, H, D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
-        v = self.v_proj(x).view(B, T, G, D).transpose(1, 2)  # (B, G, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D).transpose(1, 2)
+        qk, v = qkv.split((H + G, G), dim=1)  # (B, H + G, T, D), (B, G, T, D)
+        q, k = rotate(qk, cos, sin).split((H, G), dim=1)
         if cache is not None:
-            k, v = cache.write(layer, k, v, positions)
+            k, v = cache.write(layer, k, v)
         # Both branches are softmax(q k' / sqrt(D), over the allowed places) v.
-        if positions is None:  # whole sequences: each token sees those to its left,
-            # and so no real token sees the pads to its right
-            k = k.repeat_interleave(H // G, dim=1)  # (B, H, T, D)
-            v = v.repeat_interleave(H // G, dim=1)
+        if k.size(2) == T:  # whole sequences: each token sees those to its left, and
+            # so no real token sees the pads to its right
+            k = k[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, T, D)
+            v = v[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, T, D)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # one token a row: the query heads of a group stand where T would
-            seen = torch.arange(k.size(2), device=x.device) <= positions[:, None]
             q = q.view(B, G, H // G, D)  # query head h: key head h // (H/G)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None, None])
-            y = y.view(B, H, 1, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
+            seen = cache.mask[..., : cache.span]  # (B, 1, 1, span)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+        y = y.view(B, H, T, D).transpose(1, 2).reshape(B, T, C)
+        return self.o_proj(y)
 
 
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.n_inner, bias=False)
-        self.up_proj = Linear(config.n_embd, config.n_inner, bias=False)
+        self.gate_up_proj = Linear(config.n_embd, 2 * config.n_inner, bias=False)
         self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(F.silu(gate) * up)  # SwiGLU
 
 
 def make_dropout(p, seed, device):
@@ -245,15 +247,17 @@ class GPT(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens > block_size {self.config.block_size}")
         if positions is None:
-            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
-        else:  # (B, 1, 1, D/2): each row at a position of its own
+            cos, sin = self.cos[:T], self.sin[:T]  # (T, D)
+        else:  # (B, 1, 1, D): each row at a position of its own
             cos = self.cos[positions][:, None, None]
             sin = self.sin[positions][:, None, None]
+        if cache is not None:
+            cache.grow(T)
         x = self.wte(idx).to(self.dtype)  # (B, T, C)
         p = self.dropout if self.training else 0.0
         drop = make_dropout(p, self.dropout_seed, idx.device)
         for layer, block in enumerate(self.h):
-            x = block(x, drop, cos, sin, positions, cache, layer)
+            x = block(x, drop, cos, sin, cache, layer)
         return self.ln_f(x)
 
     def head(self, states):
@@ -364,37 +368,34 @@ def generate(
     Raises: ValueError if prompt and response do not fit into block_size.
     """
     B, P = prompts.size()
-    R, S = max_new_tokens, prompts.size(1) + max_new_tokens
-    if S > model.config.block_size:
+    R = max_new_tokens
+    if P + R > model.config.block_size:
         raise ValueError(
-            f"a prompt of {P} tokens and a response of {R} need {S} "
+            f"a prompt of {P} tokens and a response of {R} need {P + R} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
     assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
     training = model.training
     model.eval()
-    cache = KVCache(model.config, B, S, prompts.device, model.dtype)
+    cache = KVCache(model.config, prompts, lengths, R, model.dtype)
     states = model.states(prompts, cache=cache)  # (B, P, C)
     row = torch.arange(B, device=prompts.device)  # whose response a row of the batch is
     state = states[row, lengths - 1]  # (B, C): pads behind it were not seen
     response = torch.full((B, R), end, device=prompts.device)
-    n_tokens = torch.full((B,), R, device=prompts.device)  # length of each response
     for t in range(R):
         step_u = None if temperature == 0 else u[row, t]
         logits = model.head(state)  # (B, V)
         token = sample_token(logits, step_u, temperature, top_k, top_p)  # (B,)
         response[row, t] = token
-        done = token == end
-        n_tokens[row[done]] = t + 1
-        if t == R - 1 or done.all():  # note: this is a CPU-GPU sync point
+        alive = (token != end).nonzero()[:, 0]  # note: this is a CPU-GPU sync point
+        if t == R - 1 or not len(alive):
             break
-        alive = (~done).nonzero()[:, 0]
         if len(alive) < len(row):  # finished rows leave the batch
             row, token, lengths = row[alive], token[alive], lengths[alive]
             cache.keep(alive)
-        cache.span = P + t + 1
         state = model.states(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
     model.train(training)
+    n_tokens = ((response != end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
     R = int(n_tokens.max())
     mask = torch.arange(R, device=prompts.device) < n_tokens[:, None]  # (B, R)
     return response[:, :R], mask

@@ -140,8 +140,9 @@ def attention_by_hand(xs, w, layer, config):
     """One query, one head at a time."""
     D, size = config.n_embd // config.n_head, config.n_head // config.n_kv_head
     start = f"h.{layer}.attn."
-    weights = [w[f"{start}{name}_proj.weight"] for name in "qkv"]
-    biases = [w[f"{start}{name}_proj.bias"] for name in "qkv"]
+    sizes = [n * D for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
+    weights = w[f"{start}qkv_proj.weight"].split(sizes)
+    biases = w[f"{start}qkv_proj.bias"].split(sizes)
     q, k, v = ([W @ x + b for x in xs] for W, b in zip(weights, biases, strict=True))
     ys = []
     for i in range(len(xs)):
@@ -161,8 +162,7 @@ def attention_by_hand(xs, w, layer, config):
 
 
 def mlp_by_hand(x, w, layer):
-    gate = w[f"h.{layer}.mlp.gate_proj.weight"] @ x
-    up = w[f"h.{layer}.mlp.up_proj.weight"] @ x
+    gate, up = (W @ x for W in w[f"h.{layer}.mlp.gate_up_proj.weight"].chunk(2))
     return w[f"h.{layer}.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
 
 
@@ -205,9 +205,14 @@ def test_grouped_heads_equal_repeated_heads(n_kv_head):
     grouped, repeated = make_model(n_kv_head=n_kv_head), make_model(n_kv_head=4)
     weights, D = grouped.state_dict(), 4
     for name, p in weights.items():
-        if ".k_proj." in name or ".v_proj." in name:
-            heads = p.view(n_kv_head, D, -1).repeat_interleave(4 // n_kv_head, dim=0)
-            weights[name] = heads.reshape(4 * D, *p.shape[1:])
+        if ".qkv_proj." in name:
+            q, k, v = p.split([4 * D, n_kv_head * D, n_kv_head * D])
+            k, v = (
+                x.view(n_kv_head, D, -1).repeat_interleave(4 // n_kv_head, dim=0)
+                for x in (k, v)
+            )
+            parts = [x.reshape(4 * D, *p.shape[1:]) for x in (q, k, v)]
+            weights[name] = torch.cat(parts)
     repeated.load_state_dict(weights)
     idx = draw_tokens(3, 8)
     close(grouped(idx), repeated(idx))
@@ -471,12 +476,11 @@ def test_cached_decoding_equals_full_forward(n_kv_head):
     rows = draw_prompts((1, 6, 3, 1))
     prompts, lengths = pad(rows)
     response = draw_tokens(4, R, seed=9)
-    cache = KVCache(model.config, 4, 6 + R, "cpu", torch.float64)
+    cache = KVCache(model.config, prompts, lengths, R, torch.float64)
     logits = model(prompts, cache=cache)
     for i, row in enumerate(rows):
         close(logits[i, : len(row)], full_logits(model, row))
     for t in range(R):
-        cache.span = 6 + t + 1
         logits = model(response[:, t : t + 1], lengths + t, cache)
         assert logits.shape == (4, 1, V)
         for i, row in enumerate(rows):
@@ -488,13 +492,11 @@ def test_rows_that_leave_the_cache_change_no_other():
     """Invariant 29."""
     model, rows = make_model(), draw_prompts((2, 5, 3, 4))
     prompts, lengths = pad(rows)
-    cache = KVCache(model.config, 4, 7, "cpu", torch.float64)
+    cache = KVCache(model.config, prompts, lengths, 2, torch.float64)
     model(prompts, cache=cache)
-    cache.span = 6
     model(draw_tokens(4, 1, seed=9), lengths, cache)
     kept = torch.tensor([3, 1])
     cache.keep(kept)
-    cache.span = 7
     logits = model(draw_tokens(2, 1, seed=10), lengths[kept] + 1, cache)[:, 0]
     for i, row in enumerate(kept.tolist()):
         tokens = rows[row] + draw_tokens(4, 1, seed=9)[row].tolist()
@@ -504,12 +506,12 @@ def test_rows_that_leave_the_cache_change_no_other():
 
 def test_cache_that_overflows_raises():
     """Invariant 29."""
-    model = make_model()
-    cache = KVCache(model.config, 1, 4, "cpu", torch.float64)
-    with pytest.raises(AssertionError, match="5 tokens > a cache of 4"):
-        model(draw_tokens(1, 5), cache=cache)
-    model(draw_tokens(1, 4), cache=cache)
-    cache.span = 5
+    model, prompt, lengths = make_model(), draw_tokens(1, 4), torch.tensor([4])
+    cache = KVCache(model.config, prompt[:, :3], lengths - 1, 0, torch.float64)
+    with pytest.raises(AssertionError, match="4 > a cache of 3"):
+        model(prompt, cache=cache)
+    cache = KVCache(model.config, prompt, lengths, 0, torch.float64)
+    model(prompt, cache=cache)
     with pytest.raises(AssertionError, match="5 > a cache of 4"):
         model(draw_tokens(1, 1), torch.tensor([4]), cache)
 

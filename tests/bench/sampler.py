@@ -43,7 +43,8 @@ NAMES = {
 
 
 def to_hugging_face(model):
-    """The same weights as a Qwen2ForCausalLM: only names differ."""
+    """The same weights as a Qwen2ForCausalLM: other names, and a matrix for each of
+    q, k, v, gate and up."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     c = model.config
@@ -56,8 +57,18 @@ def to_hugging_face(model):
         bos_token_id=None, eos_token_id=None, pad_token_id=0,
     )  # fmt: skip
     theirs = Qwen2ForCausalLM(config).to(DEVICE).eval()
-    weights = {}
+    q, kv = c.n_embd, c.n_kv_head * c.n_embd // c.n_head
+    apart = {
+        "qkv": (("q", "k", "v"), (q, kv, kv)),
+        "gate_up": (("gate", "up"), (c.n_inner, c.n_inner)),
+    }
+    state, weights = {}, {}
     for name, tensor in model.state_dict().items():
+        fused = name.split("_proj.")[0].split(".")[-1]
+        names, sizes = apart.get(fused, ((fused,), (len(tensor),)))
+        for part, rows in zip(names, tensor.split(sizes), strict=True):
+            state[name.replace(fused, part)] = rows
+    for name, tensor in state.items():
         for ours, other in NAMES.items():
             start = not ours.startswith(".") and name.startswith(ours)
             if start or (ours.startswith(".") and ours in name):
