@@ -50,7 +50,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=1500, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
+    steps=2200, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.1, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
