@@ -345,7 +345,6 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     return token.clamp(max=logits.size(-1) - 1)
 
 
-@torch.no_grad()
 def generate(
     model, prompts, lengths, max_new_tokens, end, u=None, temperature=1.0, top_k=None,
     top_p=None,
@@ -377,23 +376,25 @@ def generate(
     assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
     training = model.training
     model.eval()
-    cache = KVCache(model.config, prompts, lengths, R, model.dtype)
-    states = model.states(prompts, cache=cache)  # (B, P, C)
-    row = torch.arange(B, device=prompts.device)  # whose response a row of the batch is
-    state = states[row, lengths - 1]  # (B, C): pads behind it were not seen
     response = torch.full((B, R), end, device=prompts.device)
-    for t in range(R):
-        step_u = None if temperature == 0 else u[row, t]
-        logits = model.head(state)  # (B, V)
-        token = sample_token(logits, step_u, temperature, top_k, top_p)  # (B,)
-        response[row, t] = token
-        alive = (token != end).nonzero()[:, 0]  # note: this is a CPU-GPU sync point
-        if t == R - 1 or not len(alive):
-            break
-        if len(alive) < len(row):  # finished rows leave the batch
-            row, token, lengths = row[alive], token[alive], lengths[alive]
-            cache.keep(alive)
-        state = model.states(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
+    row = torch.arange(B, device=prompts.device)  # whose response a row of the batch is
+    with torch.inference_mode():  # cheaper than no_grad; what is made in here may never
+        # enter a loss, and so response was made before
+        cache = KVCache(model.config, prompts, lengths, R, model.dtype)
+        states = model.states(prompts, cache=cache)  # (B, P, C)
+        state = states[row, lengths - 1]  # (B, C): pads behind it were not seen
+        for t in range(R):
+            step_u = None if temperature == 0 else u[row, t]
+            logits = model.head(state)  # (B, V)
+            token = sample_token(logits, step_u, temperature, top_k, top_p)  # (B,)
+            response[row, t] = token
+            alive = (token != end).nonzero()[:, 0]  # note: a CPU-GPU sync point
+            if t == R - 1 or not len(alive):
+                break
+            if len(alive) < len(row):  # finished rows leave the batch
+                row, token, lengths = row[alive], token[alive], lengths[alive]
+                cache.keep(alive)
+            state = model.states(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
     model.train(training)
     n_tokens = ((response != end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
     R = int(n_tokens.max())

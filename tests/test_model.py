@@ -697,7 +697,7 @@ def test_generating_leaves_the_model_as_it_was(training):
 
 
 def test_responses_carry_no_gradient_and_can_be_trained_on(monkeypatch):
-    """Invariant 35: no_grad, but no tensors of inference_mode."""
+    """Invariant 35: no graph, and no tensors of inference_mode leave the sampler."""
     model, prompts, used = make_model(), pad(draw_prompts((4, 2))), []
 
     def spy(logits, *rest):
