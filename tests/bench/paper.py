@@ -39,18 +39,18 @@ EXPERIMENTS = {
     "forgetting": {
         "seeds": (30, 31, 32, 33, 34),  # no setting was chosen on these
         "rows": [
-            ("sdft 6e-5", f"{SDFT} --lr 6e-5 --eval-every 40"),
+            ("sdft 9e-5", f"{SDFT} --lr 9e-5 --eval-every 40"),
             ("sft 4e-4", f"{SFT} --lr 4e-4 --eval-every 100"),
             ("sft 1.5e-4", f"{SFT} --lr 1.5e-4"),
-            ("sdft 1.5e-4", f"{SDFT} --lr 1.5e-4"),
-            ("sdft 2.4e-5", f"{SDFT} --lr 2.4e-5"),
+            ("sdft 2.4e-4", f"{SDFT} --lr 2.4e-4"),
+            ("sdft 3e-5", f"{SDFT} --lr 3e-5"),
             ("sft own", f"{SFT} --lr 1.5e-4 --distance own"),
             ("sdft own", f"{SDFT} --distance own"),
             ("sft known", f"{SFT} --lr 1.5e-4 --distance known"),
             ("sdft known", f"{SDFT} --distance known"),
             ("sft 6e-5", f"{SFT} --lr 6e-5"),
             ("sft 1e-3", f"{SFT} --lr 1e-3"),
-            ("sdft 4e-4", f"{SDFT} --lr 4e-4"),
+            ("sdft 6e-4", f"{SDFT} --lr 6e-4"),
             ("sdft frozen", f"{SDFT} --teacher frozen"),
             ("sdft live", f"{SDFT} --teacher live"),
             ("sdft reverse", f"{SDFT} --kl reverse"),
@@ -210,7 +210,7 @@ def print_table(rows):
 # ---- Pictures ----------------------------------------------------------------------
 
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVE = {"sft": "sft 4e-4", "sdft": "sdft 6e-5"}  # each method at its best rate
+CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its best rate
 
 
 def draw_curves(plt, name, cells, seeds):
