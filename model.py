@@ -40,7 +40,7 @@ class GPTConfig:
     n_head: int = 12  # query heads
     n_kv_head: int = 12  # key/value heads; fewer than n_head: grouped queries
     n_embd: int = 192  # channels
-    n_inner: int = 512  # channels inside the MLP
+    n_inner: int = 1024  # channels inside the MLP
     rope_theta: float = 1000.0  # of the rotary positions; Qwen2.5 has 1,000,000
     norm_eps: float = 1e-6  # of RMSNorm
     qkv_bias: bool = True  # on q, k and v only

@@ -32,7 +32,7 @@ class Config:
     seed: int = 0  # decides everything random
 
     # optimization
-    steps: int = 400  # updates for each stage (skill)
+    steps: int = 300  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
     micro_batches: int = 1  # parts in which a process does its share of a batch
     lr: float = 4e-4  # highest learning rate, reached after the warm-up

@@ -50,8 +50,8 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=2200, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
-    weight_decay=0.1, dropout=0.1, log_every=200, save_every=250,
+    steps=1700, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
+    weight_decay=0.1, dropout=0.2, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 
