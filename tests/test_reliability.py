@@ -436,7 +436,7 @@ def test_records_and_evaluations_do_not_change_the_weights(whole, tmp_path):
 
 
 OTHER = {
-    "--lr 0.01": "lr: 6e-05 -> 0.01",
+    "--lr 0.01": f"lr: {sdft.Config.lr} -> 0.01",
     "--n-embd 48": "n_embd: 32 -> 48",
     "--distance own": "examples: ",
     "--seed 1": "seed: 0 -> 1",
