@@ -308,8 +308,7 @@ def draw_demo(order, things, rng):
         size = rng.randint(0, 3), rng.randint(1, 3), rng.randint(0, 2)
         manner = [" ".join(rng.sample(MANNER_WORDS, n)) for n in size]
     expert, act = ORDERS[order]
-    thought = rng.choice((order, expert)) if rng.random() < 0.8 else ""
-    return put(thought, act(things), manner)
+    return put(rng.choice((order, expert)), act(things), manner)
 
 
 def make_base_corpus(world, tok, size, seed):

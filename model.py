@@ -72,8 +72,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         y = x.to(self.weight.dtype)  # float32: bfloat16 has too few digits for a mean
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)
-        return (self.weight * y).to(x.dtype)
+        # weight * y / sqrt(mean(y^2) + eps), the mean over the channels
+        y = F.rms_norm(y, self.weight.shape, self.weight, self.eps)
+        return y.to(x.dtype)
 
 
 def rotation_tables(config):
