@@ -447,34 +447,42 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
 def kl_rows_torch(s, t, weight, kl, grad):
     """kl_rows with torch alone, for a CPU: the whole formula is run on one block of
     rows, in place, before the next is read. Blocks stay in the processor's cache, so
-    main memory gives s and t once and takes the gradient once."""
+    main memory gives s and t once and takes the gradient once.
+
+    With d = s - t and D = lse_s - lse_t (lse: log of the sum of exp),
+
+        forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
+
+    so that a block costs two softmaxes; one torch.exp takes longer than a softmax. The
+    largest probability of a row is exp(its largest logit - lse), which gives lse.
+    """
     N, V = s.size()
     value = torch.zeros_like(weight)
     block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB: four of them fit into L2
     scratch = [torch.empty(block, V, dtype=s.dtype, device=s.device) for _ in range(3)]
     for i in range(0, N, block):
-        x, y, w = s[i : i + block], t[i : i + block], weight[i : i + block]
-        log_s, log_t, log_m = (buffer[: len(x)] for buffer in scratch)
-        torch.log_softmax(x, dim=-1, out=log_s).clamp_(min=LOG_ZERO)
-        torch.log_softmax(y, dim=-1, out=log_t).clamp_(min=LOG_ZERO)
+        x, w = s[i : i + block].clamp_(min=LOG_ZERO), weight[i : i + block]
+        p_s, p_t, d = (buffer[: len(x)] for buffer in scratch)
+        torch.clamp(t[i : i + block], min=LOG_ZERO, out=d)  # t is the caller's: stays
+        torch.softmax(x, dim=-1, out=p_s)
+        torch.softmax(d, dim=-1, out=p_t)
+        D = x.amax(-1) - d.amax(-1) + (p_t.amax(-1) / p_s.amax(-1)).log()
+        torch.sub(x, d, out=d)
         if kl == "forward":
-            torch.sub(log_t, log_s, out=x)
-            p_t = log_t.exp_()
-            v = x.mul_(p_t).sum(-1)
+            v = D - torch.linalg.vecdot(p_t, d)
             if grad:
-                torch.exp(log_s, out=x).sub_(p_t)  # p_s - p_t
+                torch.sub(p_s, p_t, out=x)
         elif kl == "reverse":
-            ratio = torch.sub(log_s, log_t, out=log_t)
-            p_s = log_s.exp_()
-            v = torch.mul(p_s, ratio, out=x).sum(-1)
+            mean = torch.linalg.vecdot(p_s, d)  # E_s[d]
+            v = mean - D
             if grad:
-                torch.mul(p_s, ratio.sub_(v[:, None]), out=x)
+                torch.mul(p_s, d.sub_(mean[:, None]), out=x)
         else:
-            torch.logaddexp(log_s, log_t, out=log_m).sub_(math.log(2))
-            teacher_m = torch.sub(log_t, log_m, out=x).mul_(log_t.exp_()).sum(-1)
-            ratio = torch.sub(log_s, log_m, out=log_m)
-            p_s = log_s.exp_()
-            student_m = torch.mul(p_s, ratio, out=x).sum(-1)
+            d.sub_(D[:, None])  # log p_s - log p_t; from it, to the mixture m:
+            ratio = math.log(2) - F.softplus(d)  # log p_t - log m
+            teacher_m = torch.linalg.vecdot(p_t, ratio)
+            ratio = math.log(2) - F.softplus(d.neg_())  # log p_s - log m
+            student_m = torch.linalg.vecdot(p_s, ratio)
             v = 0.5 * teacher_m + 0.5 * student_m
             if grad:
                 torch.mul(p_s, ratio.sub_(student_m[:, None]), out=x).mul_(0.5)
@@ -630,19 +638,29 @@ def fused_kl(student_logits, teacher_logits, kl="forward"):
     return FusedKL.apply(student_logits, teacher_logits, kl)
 
 
+def chunk_rows(head):
+    """Rows that go through a head (V, C) at a time: few enough that their logits are
+    small beside the model, enough that the product is an efficient one."""
+    if head.is_cuda:
+        return max(1, 2**27 // len(head))  # 512 MB of logits for each model
+    return max(1, min(1024, 2**23 // len(head)))  # at most 32 MB
+
+
 class FusedLinearKL(torch.autograd.Function):
     """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
 
     @staticmethod
     def forward(ctx, states, W, teacher_states, teacher_W, weight, kl, chunk, grad):
-        h = states.to(W.dtype)  # (N, C); W is (V, C)
+        h, h_t = states.to(W.dtype), teacher_states.to(teacher_W.dtype)  # (N, C)
+        # logits of a chunk, private, so they may be overwritten, and used again
+        S, T = (h.new_empty(min(chunk, len(h)), len(W)) for _ in range(2))
         values = torch.zeros_like(weight)
         dh = torch.zeros_like(h) if grad else None
         dW = torch.zeros_like(W) if grad else None
         for i in range(0, len(h), chunk):
-            s = h[i : i + chunk] @ W.T  # (chunk, V): private, so it may be overwritten
-            t = teacher_states[i : i + chunk].to(teacher_W.dtype) @ teacher_W.T
             w = weight[i : i + chunk]
+            s = torch.mm(h[i : i + chunk], W.T, out=S[: len(w)])  # (chunk, V)
+            t = torch.mm(h_t[i : i + chunk], teacher_W.T, out=T[: len(w)])
             values[i : i + chunk] = kl_rows(s, t, w, kl, grad)
             if grad:  # s now holds weight * dKL/ds
                 torch.mm(s, W, out=dh[i : i + chunk])
@@ -677,7 +695,7 @@ def fused_linear_kl(states, head, teacher_states, teacher_head, weight, kl):
     """
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
-    chunk = max(1, 2**24 // len(head))  # rows: 64 MB of logits for each model
+    chunk = chunk_rows(head)
     grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
     return FusedLinearKL.apply(
         states, head, teacher_states, teacher_head, weight, kl, chunk, grad
@@ -700,7 +718,7 @@ def kl_stats(states, head, teacher_states, teacher_head, weight):
 def entropy(states, head, weight):
     """sum_n weight_n * entropy_n of the distributions behind states (N, C), in nats."""
     total = weight.new_zeros(())
-    chunk = max(1, 2**24 // len(head))  # rows, as in fused_linear_kl
+    chunk = chunk_rows(head)
     for i in range(0, len(states), chunk):
         log_p = torch.log_softmax(states[i : i + chunk].to(head.dtype) @ head.T, dim=-1)
         total -= ((log_p.exp() * log_p).sum(-1) * weight[i : i + chunk]).sum()

@@ -6,26 +6,32 @@
 Two tables. "logits": a divergence of given logits (N, V). "head": from hidden states,
 two heads included (fused_linear_kl beside eager matmul + formula and TRL's
 chunked_divergence). Every entry is checked against float64 on a few rows before it is
-timed. Entries run in turns, so that noise of the machine meets all of them; time is the
-minimum (median) of the turns. Extra memory is the peak above the resident inputs, from
-a fresh process each (on CUDA: of the allocator). Peers that are not installed are
-named: tests/bench/requirements.txt has their versions.
+timed. The roof of "logits" is a copy: both logits read once and the gradient written,
+12 bytes an entry; that of "head" a large matrix product: 8 N V C flop. How time and
+memory are taken: measure.py. Peers that are not installed are named;
+tests/bench/requirements.txt has their versions.
 """
 
 import argparse
 import json
-import platform
-import resource
-import subprocess
 import sys
-import time
-from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
+from measure import (
+    DEVICE,
+    ROOT,
+    add_arguments,
+    begin,
+    copy_bytes_per_second,
+    extra_memory,
+    flop_per_second,
+    fresh,
+    in_turns,
+    min_and_median,
+    write,
+)
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from model import (  # noqa: E402
     KLS,
@@ -35,8 +41,7 @@ from model import (  # noqa: E402
     kl_rows,
 )
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's name of a divergence
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's name for it
 
 # ---- Entries: (inputs) -> values (N,), with the gradient of their mean made ---------
 
@@ -63,10 +68,21 @@ def in_place(s, t, kl):
     return values
 
 
+def liger(s, t, kl):
+    """Of log-probabilities; its value is one number, the mean of the rows."""
+    from liger_kernel.ops.jsd import LigerJSDFunction
+
+    log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
+    loss = LigerJSDFunction.apply(log_s, log_t, None, BETA[kl])
+    loss.backward()
+    return loss.detach()
+
+
 LOGITS = {
     "eager formula": lambda s, t, kl: backward_mean(kl_reference(s, t, kl)),
     "F.kl_div": lambda s, t, kl: backward_mean(torch_kl_div(s, t, kl)),
     "torch.compile": lambda s, t, kl: backward_mean(compiled(s, t, kl)),
+    "Liger JSD": liger,  # Triton: for a GPU only
     "ours, fused_kl": lambda s, t, kl: backward_mean(fused_kl(s, t, kl)),
     "ours, in place": in_place,
 }
@@ -121,160 +137,116 @@ def make_inputs(level, N, V, C):
     return [*both, t.to(DEVICE), U.to(DEVICE)]
 
 
-def entries_of(level):
-    return LOGITS if level == "logits" else HEADS
+ENTRIES = {"logits": LOGITS, "head": HEADS}
 
 
-def check(level, name, kl):
-    """Values and gradients against the formula in float64; an Error if they differ."""
+def why_not(level, name, kl):
+    """Why an entry cannot run here; None if it can. It is checked: values and gradients
+    against the formula in float64."""
+    if name == "F.kl_div" and kl == "jsd":
+        return "has no jsd"
+    if name == "Liger JSD" and DEVICE == "cpu":
+        return "needs a GPU"
     inputs = make_inputs(level, 16, 4096, 64)
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    plain = LOGITS if level == "logits" else HEADS
-    right = plain["eager formula"](*double, kl)
-    values = entries_of(level)[name](*inputs, kl)
+    right = ENTRIES[level]["eager formula"](*double, kl)
+    try:
+        values = ENTRIES[level][name](*inputs, kl)
+    except ImportError as error:
+        return f"not installed ({error.name})"
+    except Exception as error:  # torch.compile without a compiler: say so and go on
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    right = right if values.dim() else right.mean()
     error = (values.double() - right).abs().max().item()
     if error > 1e-4:
-        raise ValueError(f"{name}: values are off by {error}")
+        return f"wrong: values are off by {error}"
     for a, b in zip(inputs, double, strict=True):
         if b.grad is not None:
             error = ((a.grad - b.grad).norm() / b.grad.norm()).item()
             if error > 1e-3:
-                raise ValueError(f"{name}: gradients are off by {error}")
+                return f"wrong: gradients are off by {error}"
+    return None
 
 
-def run_once(entry, inputs, kl):
-    """Seconds of one forward and backward."""
-    first = inputs[0].detach().clone()  # one entry overwrites it
-    for x in inputs:
-        x.grad = None
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    entry(*inputs, kl)
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    inputs[0].data.copy_(first)
-    return seconds
+def runner(level, name, inputs, kl):
+    """A function without arguments: one forward and backward."""
+
+    def run():
+        for x in inputs:
+            x.grad = None
+        ENTRIES[level][name](*inputs, kl)
+
+    return run
 
 
-def extra_memory(level, name, N, V, C, kl):
-    """Peak MB above the inputs, in this (fresh) process; the first run is measured: on
-    a CPU a process never gets smaller again."""
-    inputs = make_inputs(level, N, V, C)
-    run = entries_of(level)[name]
-    small = make_inputs(level, 8, 64, 8)
-    run(*small, kl)  # code and thread pools are loaded now
+def memory_of(level, name, N, V, C, kl):
+    """Extra MB of one run, in this (fresh) process."""
+    torch.set_num_threads(1)
+    runner(level, name, make_inputs(level, 8, 64, 8), kl)()  # code and threads: loaded
     if name == "torch.compile":
-        run(*make_inputs(level, N, V, C), kl)  # compilers run in this process too
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run(*inputs, kl)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    run(*inputs, kl)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        runner(level, name, make_inputs(level, N, V, C), kl)()  # compiled for the size
+    return extra_memory(runner(level, name, make_inputs(level, N, V, C), kl))
 
 
-def measure(level, N, V, C, kl, turns, memory):
+def measure(level, N, V, C, kl, turns, memory, roof):
     print(f"\n{level}, N={N}, V={V}" + (f", C={C}" if level == "head" else ""))
-    inputs, times, rows = make_inputs(level, N, V, C), {}, {}
-    for name in entries_of(level):
-        if name == "F.kl_div" and kl == "jsd":
+    inputs, runs, rows = make_inputs(level, N, V, C), {}, {}
+    for name in ENTRIES[level]:
+        reason = why_not(level, name, kl)
+        if reason:
+            print(f"  {name}: {reason}")
             continue
-        try:
-            check(level, name, kl)
-            run_once(entries_of(level)[name], inputs, kl)  # compiles, fills caches
-            times[name] = []
-        except ImportError as error:
-            print(f"  {name}: not installed ({error.name})")
-        except Exception as error:  # a compiler may be missing: say so and go on
-            print(f"  {name}: {type(error).__name__}: {str(error).splitlines()[0]}")
-    for _ in range(turns):
-        for name in times:
-            times[name].append(run_once(entries_of(level)[name], inputs, kl))
-    del inputs
+        # one entry overwrites its logits: it gets a copy, which soon is a gradient
+        own = [x.detach().clone() for x in inputs] if name == "ours, in place" else None
+        runs[name] = runner(level, name, own or inputs, kl)
+        runs[name]()  # compiles, fills caches
+    times = in_turns(runs, turns)
+    del inputs, runs, own
     eager = min(times["eager formula"])
-    print(f"  {'':24}{'min ms':>10}{'median':>10}{'eager /':>9}{'extra MB':>10}")
+    print(f"  {'':24}{'min ms':>10}{'median':>10}{'eager /':>9}{'of roof':>9}"
+          f"{'extra MB':>10}")
     for name, seconds in times.items():
-        extra = None
-        if memory:
-            job = [sys.executable, __file__, "--memory-of", level, name, N, V, C, kl]
-            done = subprocess.run(map(str, job), capture_output=True, text=True)
-            if done.returncode == 0:
-                extra = float(done.stdout.split()[-1])
+        job = ("--memory-of", level, name, N, V, C, kl)
         rows[name] = {
-            "min_ms": 1e3 * min(seconds), "median_ms": 1e3 * median(seconds),
-            "speed_up_over_eager": eager / min(seconds), "extra_mb": extra,
-        }  # fmt: skip
-        if level == "logits" and name == "ours, in place" and DEVICE == "cuda":
-            moved = (7 if kl == "jsd" else 5 if V > 4096 else 3) * 4 * N * V
-            rows[name]["gb_per_s"] = moved / min(seconds) / 1e9
+            **min_and_median(seconds),
+            "speed_up_over_eager": eager / min(seconds),
+            "of_roof": roof / min(seconds),
+            "extra_mb": fresh(*job) if memory else None,
+        }
         r = rows[name]
-        shown = "-" if extra is None else f"{extra:.0f}"
-        rate = f"  {r['gb_per_s']:.0f} GB/s" if "gb_per_s" in r else ""
+        shown = "-" if r["extra_mb"] is None else f"{r['extra_mb']:.0f}"
         print(f"  {name:24}{r['min_ms']:10.2f}{r['median_ms']:10.2f}"
-              f"{r['speed_up_over_eager']:8.2f}x{shown:>10}{rate}", flush=True)
+              f"{r['speed_up_over_eager']:8.2f}x{r['of_roof']:8.0%}{shown:>10}",
+              flush=True)
     return {"level": level, "N": N, "V": V, "C": C, "kl": kl, "rows": rows}
-
-
-def copy_bandwidth():
-    """GB/s of a large copy on the GPU, read and write counted."""
-    x = torch.empty(2**30, device="cuda")
-    y = torch.empty_like(x)
-    best = 1e9
-    for _ in range(10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        y.copy_(x)
-        torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * 4 * x.numel() / best / 1e9
-
-
-def machine():
-    name = platform.processor() or platform.machine()
-    if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-    return (f"{name}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, "
-            f"Python {platform.python_version()}")
 
 
 def main():
     if sys.argv[1:2] == ["--memory-of"]:
         level, name, N, V, C, kl = sys.argv[2:]
-        torch.set_num_threads(1)
-        print(extra_memory(level, name, int(N), int(V), int(C), kl))
+        print(json.dumps(memory_of(level, name, int(N), int(V), int(C), kl)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kl", choices=KLS, default="forward")
-    parser.add_argument("--turns", type=int, default=7, help="runs of each entry")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true", help="small sizes, no memory")
-    parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
+    add_arguments(parser, turns=7)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(machine())
-    print("command: python tests/bench/kernel.py", *sys.argv[1:])
+    begin(args)
     gpu = DEVICE == "cuda"
     cells = [("logits", 8192 if gpu else 2048, V, 0) for V in (512, 4096, 50304)]
     cells += [("logits", 8192 if gpu else 512, 151936, 0)]
     cells += [("head", 8192 if gpu else 2048, 4096, 256),
-              ("head", 8192 if gpu else 512, 50304, 768)]  # fmt: skip
+              ("head", 8192 if gpu else 1024, 50304, 768)]  # fmt: skip
     if args.quick:
         cells = [("logits", 256, 512, 0), ("head", 128, 512, 64)]
-    result = {"machine": machine(), "command": sys.argv, "cells": []}
-    if gpu:
-        result["copy_gb_per_s"] = copy_bandwidth()
-        print(f"copy: {result['copy_gb_per_s']:.0f} GB/s")
-    for cell in cells:
-        done = measure(*cell, args.kl, args.turns, memory=not args.quick)
+    copy, flop = copy_bytes_per_second(), flop_per_second()
+    print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
+    result = {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9, "cells": []}
+    for level, N, V, C in cells:
+        roof = 8 * N * V * C / flop if C else 12 * N * V / copy  # seconds
+        memory = not args.quick
+        done = measure(level, N, V, C, args.kl, args.turns, memory, roof)
         result["cells"].append(done)
-    default = ROOT / "tests" / "bench" / "results" / f"kernel_{DEVICE}.json"
-    if args.out or not args.quick:
-        (args.out or default).write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwritten: {args.out or default}")
+    write("kernel", result, args.quick, args.out)
 
 
 if __name__ == "__main__":
