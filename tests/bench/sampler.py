@@ -5,24 +5,32 @@
 
 The same weights (our layout is Qwen2's: see to_hugging_face), prompts of 17 to 32
 tokens, responses that never end. Greedy tokens of all three are compared first: a
-sampler that is fast and wrong is not timed. Then each draws at temperature 1; entries
-run in turns.
+sampler that is fast and wrong is not timed. Then each draws at temperature 1. The roof
+of a token is the slower of two things that no cached sampler can avoid: to multiply by
+each weight, and to read each weight and the cache once. How time and memory are taken:
+measure.py.
 """
 
 import argparse
 import json
 import sys
-import time
-from pathlib import Path
-from statistics import median
 
 import torch
+from measure import (
+    DEVICE,
+    ROOT,
+    add_arguments,
+    begin,
+    copy_bytes_per_second,
+    extra_memory,
+    flop_per_second,
+    fresh,
+    in_turns,
+    min_and_median,
+    write,
+)
 
-ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(ROOT / "tests" / "bench"))
-from kernel import DEVICE, machine  # noqa: E402
-
 from data import make_rng, pad_right  # noqa: E402
 from model import GPT, GPTConfig, generate, sample_token  # noqa: E402
 
@@ -80,12 +88,6 @@ def to_hugging_face(model):
     return theirs
 
 
-def ours(model, prompts, lengths, n, u):
-    return generate(model, prompts, lengths, n, NEVER, u, 1.0 if u is not None else 0)[
-        0
-    ]
-
-
 @torch.no_grad()
 def no_cache(model, prompts, lengths, n, u):
     """Every token from a forward pass over everything before it."""
@@ -98,6 +100,11 @@ def no_cache(model, prompts, lengths, n, u):
         numbers = None if u is None else u[:, t]
         idx[row, at] = sample_token(logits, numbers, 0 if u is None else 1.0)
     return idx.gather(1, lengths[:, None] + torch.arange(n, device=idx.device))
+
+
+def ours(model, prompts, lengths, n, u):
+    temperature = 0 if u is None else 1.0
+    return generate(model, prompts, lengths, n, NEVER, u, temperature)[0]
 
 
 @torch.no_grad()
@@ -114,7 +121,8 @@ def hugging_face(theirs, prompts, lengths, n, u):
     return out[:, prompts.size(1) :]
 
 
-def measure(size, batch, n, turns):
+def make(size, batch, n):
+    """A model of random weights, prompts with their lengths, and uniform numbers."""
     config = GPTConfig(block_size=128, **SIZES[size])
     model = GPT(config, make_rng(0, "weights")).to(DEVICE).eval()
     rng = make_rng(0, "prompts")
@@ -122,68 +130,99 @@ def measure(size, batch, n, turns):
         torch.randint(config.vocab_size, (17 + i % 16,), generator=rng).tolist()
         for i in range(batch)
     ]
-    prompts, lengths = pad_right(rows, 0, DEVICE)
     u = torch.rand(batch, n, generator=rng).to(DEVICE)
-    entries = {"ours": (ours, model), "no cache": (no_cache, model)}
-    if DEVICE == "cpu" and (size == "124M" or (size, batch) == ("12M", 64)):
-        del entries["no cache"]  # minutes a run
-    try:
-        entries["HF generate"] = (hugging_face, to_hugging_face(model))
-    except ImportError as error:
-        print(f"  HF generate: not installed ({error.name})")
-    greedy = {k: f(m, prompts, lengths, n, None) for k, (f, m) in entries.items()}
+    return model, pad_right(rows, 0, DEVICE), u
+
+
+ENTRIES = {
+    "ours": (lambda model: model, ours),
+    "no cache": (lambda model: model, no_cache),
+    "HF generate": (to_hugging_face, hugging_face),
+}
+
+
+def memory_of(name, size, batch, n):
+    """Extra MB of one run, in this (fresh) process."""
+    torch.set_num_threads(1)
+    prepare, run = ENTRIES[name]
+    model, prompts, u = make(size, batch, n)
+    model = prepare(model)
+    few = prompts[0][:1], prompts[1][:1]
+    run(model, *few, 2, u[:1, :2])  # code and thread pools are loaded now
+    return extra_memory(lambda: run(model, *prompts, n, u))
+
+
+def seconds_of_roof(config, batch, n, copy, flop):
+    """For one token of each row, at the middle of the responses."""
+    table = config.vocab_size * config.n_embd
+    weights = GPT(config).num_params()  # a tied table is the head: it counts
+    weights -= 0 if config.tie_weights else table
+    kv = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
+    cache = batch * kv * (25 + n // 2)
+    return max(2 * weights * batch / flop, 4 * (weights + cache) / copy)
+
+
+def measure(size, batch, n, turns, memory, copy, flop):
+    model, prompts, u = make(size, batch, n)
+    runs, greedy = {}, {}
+    for name, (prepare, run) in ENTRIES.items():
+        slow = size == "124M" or (size, batch) == ("12M", 64)
+        if DEVICE == "cpu" and name == "no cache" and slow:
+            continue  # minutes a run
+        try:
+            prepared = prepare(model)
+        except ImportError as error:
+            print(f"  {name}: not installed ({error.name})")
+            continue
+        greedy[name] = run(prepared, *prompts, n, None)
+        runs[name] = lambda run=run, m=prepared: run(m, *prompts, n, u)
     equal = {k: (x == greedy["ours"]).float().mean().item() for k, x in greedy.items()}
     wrong = {k: share for k, share in equal.items() if share < 0.999}
     if wrong:
         raise ValueError(f"{size}, batch {batch}: other greedy tokens: {wrong}")
-    times = {name: [] for name in entries}
-    for _ in range(turns):
-        for name, (function, m) in entries.items():
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function(m, prompts, lengths, n, u)
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - start)
+    times = in_turns(runs, turns)
+    roof = seconds_of_roof(model.config, batch, n, copy, flop)
     record = {"size": size, "batch": batch, "new_tokens": n, "rows": {}}
     for name, seconds in times.items():
         record["rows"][name] = {
-            "min_ms_per_token": 1e3 * min(seconds) / n,
-            "median_ms_per_token": 1e3 * median(seconds) / n,
+            **min_and_median(seconds, per=n),
             "tokens_per_second": batch * n / min(seconds),
             "time_over_ours": min(seconds) / min(times["ours"]),
+            "of_roof": roof * n / min(seconds),
+            "extra_mb": fresh("--memory-of", name, size, batch, n) if memory else None,
             "greedy_tokens_equal": equal[name],
         }
         r = record["rows"][name]
-        print(f"{size:>6}{batch:6}  {name:14}{r['min_ms_per_token']:10.2f}"
-              f"{r['median_ms_per_token']:10.2f}{r['tokens_per_second']:10.0f}"
-              f"{r['time_over_ours']:8.2f}x", flush=True)
+        shown = "-" if r["extra_mb"] is None else f"{r['extra_mb']:.1f}"
+        print(f"{size:>6}{batch:6}  {name:14}{r['min_ms']:10.2f}{r['median_ms']:10.2f}"
+              f"{r['tokens_per_second']:10.0f}{r['time_over_ours']:8.2f}x"
+              f"{r['of_roof']:8.0%}{shown:>10}", flush=True)
     return record
 
 
 def main():
+    if sys.argv[1:2] == ["--memory-of"]:
+        name, size, batch, n = sys.argv[2:]
+        print(json.dumps(memory_of(name, size, int(batch), int(n))))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
+    add_arguments(parser, turns=5)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(machine())
-    print("command: python tests/bench/sampler.py", *sys.argv[1:])
-    print(f"{'size':>6}{'batch':>6}  {'':14}{'min ms':>10}{'median':>10}"
-          f"{'tokens/s':>10}{'/ ours':>9}   (ms for one token of each row)")
+    begin(args)
     tokens = {"0.9M": 64, "12M": 32, "124M": 16}
     cells = [(size, b, tokens[size]) for size in SIZES for b in (1, 16, 64)]
     if args.quick:
         cells = [("0.9M", 4, 8)]
-    result = {"machine": machine(), "command": sys.argv, "cells": []}
+    copy, flop = copy_bytes_per_second(), flop_per_second()
+    print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
+    print(f"{'size':>6}{'batch':>6}  {'':14}{'min ms':>10}{'median':>10}"
+          f"{'tokens/s':>10}{'/ ours':>9}{'of roof':>8}{'extra MB':>10}"
+          "   (ms for one token of each row)")
+    result = {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9, "cells": []}
     for cell in cells:
-        result["cells"].append(measure(*cell, args.turns))
-    default = ROOT / "tests" / "bench" / "results" / f"sampler_{DEVICE}.json"
-    if args.out or not args.quick:
-        (args.out or default).write_text(json.dumps(result, indent=1) + "\n")
+        done = measure(*cell, args.turns, not args.quick, copy, flop)
+        result["cells"].append(done)
+    write("sampler", result, args.quick, args.out)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
     python tests/bench/step.py               # 0.9M parameters, batch 16, 64 new tokens
     python tests/bench/step.py --quick
 
-Same sizes, batch, prompts (16 words) and demonstrations (16 words), random weights, so
-that responses hardly ever end before max_new_tokens; AdamW, EMA teacher, KL(teacher ||
-student) over the whole vocabulary, no dropout. SFT imitates demonstrations of the
-length of the responses. Ours run in turns; TRL's trainer runs in a process of its own,
-once, and its time for a step is the median without the first two. Prints the shares of
-our step: where the time goes. Peers: tests/bench/requirements.txt.
+Same weights (random, so that responses hardly ever end before max_new_tokens), prompts
+(16 words), demonstrations (16 words) and contexts, token for token; AdamW, an EMA
+teacher, KL(teacher || student) over the whole vocabulary, no dropout. SFT imitates
+demonstrations of the length of the responses. First the losses of one step on the same
+responses are compared: ours and TRL's must agree. Then each trainer runs in processes
+of its own, in turns; the first two steps of a process warm up. Then come the parts of
+our step. The roof is the products of the weights alone: 2 flop for each weight and
+token of a forward pass, 4 of a backward pass. Memory: measure.py.
 """
 
 import argparse
@@ -16,29 +18,52 @@ import json
 import random
 import sys
 import tempfile
-import time
-from pathlib import Path
-from statistics import median
 
 import torch
+from measure import (
+    DEVICE,
+    ROOT,
+    add_arguments,
+    begin,
+    clock,
+    extra_memory,
+    flop_per_second,
+    fresh,
+    min_and_median,
+    write,
+)
+from sampler import SIZES, to_hugging_face
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "bench")]
-from kernel import DEVICE, machine  # noqa: E402
-from sampler import SIZES, to_hugging_face  # noqa: E402
-
+sys.path.insert(0, str(ROOT))
 import data  # noqa: E402
 import sdft  # noqa: E402
 import sft  # noqa: E402
 from model import GPT, GPTConfig  # noqa: E402
 
+WARM_UP = 2  # steps
+SETTINGS = {"lr": 6e-5, "beta2": 0.999, "weight_decay": 0.0, "grad_clip": 10.0,
+            "dropout": 0.0}  # fmt: skip
+
+
+def teacher_prompt(example, tok):
+    """The teacher's context as TRL's template puts it."""
+    return data.student_prompt(example, tok) + tok.encode(example.demo)
+
+
+data.teacher_prompt = teacher_prompt  # sdft.py, too, now finds this one
+
 
 def make_model():
-    return GPT(GPTConfig(**SIZES["0.9M"]), data.make_rng(0, "weights")).to(DEVICE)
+    """Random weights, larger ones than usual: a divergence that is not all rounding."""
+    model = GPT(GPTConfig(**SIZES["0.9M"]), data.make_rng(0, "weights")).to(DEVICE)
+    with torch.no_grad():
+        model.wte.weight.mul_(4)
+    return model
 
 
 def make_examples(batch, n):
-    """Prompts and demonstrations of 16 words; for SFT, responses of n - 1 words."""
+    """Prompts and demonstrations of 16 words; the same with demonstrations that, their
+    end included, have n tokens."""
     rng = random.Random(0)
 
     def words(k):
@@ -50,67 +75,85 @@ def make_examples(batch, n):
     return shown, long
 
 
-def clock():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# ---- Ours --------------------------------------------------------------------------
 
 
-def our_steps(batch, n, turns):
-    """Seconds of SFT steps, of SDFT steps, and of the parts of SDFT steps."""
-    tok = data.Tokenizer()
-    shown, long = make_examples(batch, n)
-    times = {"sft": [], "sdft": [], "rollout": [], "loss": [], "backward": [],
-             "update": []}  # fmt: skip
-    students = {"sft": make_model().train(), "sdft": make_model().train()}
-    teacher = sdft.make_teacher(students["sdft"])
-    cfgs = {m.__name__: m.Config(batch_size=batch, max_new_tokens=n, log_every=10**6)
-            for m in (sft, sdft)}  # fmt: skip
-    optimizers = {m.__name__: m.make_optimizer(students[m.__name__], cfgs[m.__name__])
-                  for m in (sft, sdft)}  # fmt: skip
-    for step in range(1, turns + 2):
-        cfg, student = cfgs["sft"], students["sft"]
-        start = clock()
+def our_config(module, batch, n):
+    return module.Config(
+        batch_size=batch, max_new_tokens=n, log_every=10**6, **SETTINGS
+    )
+
+
+def sft_steps(batch, n, steps):
+    """A generator: ready at the first next(), then one step at each; yields the times
+    before and after its parts."""
+    tok, student = data.Tokenizer(), make_model().train()
+    _, long = make_examples(batch, n)
+    cfg = our_config(sft, batch, n)
+    optimizer = sft.make_optimizer(student, cfg)
+    yield
+    for _ in range(steps):
+        times = [clock()]
         response, mask = sft.get_responses(long, tok, DEVICE)
+        times.append(clock())
         loss, _ = sft.compute_loss(student, long, response, mask, tok, cfg)
+        times.append(clock())
         loss.backward()
+        times.append(clock())
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        optimizers["sft"].step()
-        optimizers["sft"].zero_grad()
-        times["sft"].append(clock() - start)
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(clock())
+        yield times
 
-        cfg, student = cfgs["sdft"], students["sdft"]
-        start = clock()
+
+def sdft_steps(batch, n, steps):
+    tok, student = data.Tokenizer(), make_model().train()
+    shown, _ = make_examples(batch, n)
+    cfg = our_config(sdft, batch, n)
+    teacher = sdft.make_teacher(student)
+    optimizer = sdft.make_optimizer(student, cfg)
+    yield
+    for step in range(1, steps + 1):  # not 0: no statistics beside the loss
+        times = [clock()]
         response, mask = sdft.get_responses(student, teacher, shown, tok, cfg, step)
-        sampled = clock()
-        loss, _ = sdft.compute_loss(
-            student, teacher, shown, response, mask, tok, cfg, step
-        )
-        scored = clock()
+        times.append(clock())
+        both = student, teacher, shown, response, mask
+        loss, _ = sdft.compute_loss(*both, tok, cfg, step)
+        times.append(clock())
         loss.backward()
-        backward = clock()
+        times.append(clock())
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        optimizers["sdft"].step()
-        optimizers["sdft"].zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         sdft.update_teacher(teacher, student, cfg)
-        end = clock()
-        times["sdft"].append(end - start)
-        times["rollout"].append(sampled - start)
-        times["loss"].append(scored - sampled)
-        times["backward"].append(backward - scored)
-        times["update"].append(end - backward)
-    return {name: seconds[1:] for name, seconds in times.items()}  # the first warms up
+        times.append(clock())
+        yield times
 
 
-def trl_steps(batch, n, turns):
-    """Seconds of the steps of TRL's SDFT trainer on the same weights and words."""
+def run_ours(make_steps, batch, n, turns):
+    """Seconds of the steps after the warm-up, of their parts, and extra memory."""
+    steps = make_steps(batch, n, WARM_UP + turns)
+    rows = []
+    next(steps)
+    extra = extra_memory(lambda: rows.extend(steps))
+    rows = rows[WARM_UP:]
+    parts = {
+        name: [times[i + 1] - times[i] for times in rows]
+        for i, name in enumerate(("responses", "loss", "backward", "update"))
+    }
+    seconds = [times[-1] - times[0] for times in rows]
+    return {"seconds": seconds, "parts": parts, "extra_mb": extra}
+
+
+# ---- TRL's -------------------------------------------------------------------------
+
+
+def trl_trainer(folder, batch, n, steps, callbacks):
+    """Its SDFT trainer on our weights, words and settings; words are our tokens."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        AutoModelForCausalLM,
-        PreTrainedTokenizerFast,
-        TrainerCallback,
-    )
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     tok = data.Tokenizer()
@@ -127,9 +170,34 @@ def trl_steps(batch, n, turns):
 
     shown, _ = make_examples(batch, n)
     rows = {
-        "prompt": [text(data.student_prompt(e, tok)) for e in shown] * (turns + 2),
-        "privileged_context": [text(tok.encode(e.demo)) for e in shown] * (turns + 2),
+        "prompt": [text(data.student_prompt(e, tok)) for e in shown] * steps,
+        "privileged_context": [text(tok.encode(e.demo)) for e in shown] * steps,
     }
+    to_hugging_face(make_model()).save_pretrained(folder)
+    args = SDFTConfig(
+        output_dir=folder + "/out", per_device_train_batch_size=batch,
+        max_steps=steps, learning_rate=SETTINGS["lr"], max_completion_length=n,
+        distillation_mode="full_logits", distillation_alpha=0.0,
+        distillation_is_clip=None, num_generations=1, num_loss_tokens_to_skip=0,
+        teacher_model_kind="ema", teacher_update_rate=0.01, teacher_sync_steps=1,
+        teacher_prompt_template="{prompt} {privileged_context}",
+        optim="adamw_torch_fused",
+        use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False,
+        save_strategy="no", report_to="none", disable_tqdm=True,
+        dataloader_pin_memory=False, shuffle_dataset=False, logging_steps=10**6,
+        lr_scheduler_type="constant", adam_beta2=SETTINGS["beta2"],
+        max_grad_norm=SETTINGS["grad_clip"], weight_decay=SETTINGS["weight_decay"],
+    )  # fmt: skip
+    student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return SDFTTrainer(
+        model=student, args=args, processing_class=theirs,
+        train_dataset=Dataset.from_dict(rows), callbacks=callbacks,
+    )  # fmt: skip
+
+
+def run_trl(batch, n, turns):
+    from transformers import TrainerCallback
+
     seconds = []
 
     class Clock(TrainerCallback):
@@ -140,59 +208,132 @@ def trl_steps(batch, n, turns):
             seconds.append(clock() - self.start)
 
     with tempfile.TemporaryDirectory() as folder:
-        to_hugging_face(make_model()).save_pretrained(folder)
-        args = SDFTConfig(
-            output_dir=folder + "/out", per_device_train_batch_size=batch,
-            max_steps=turns + 2, learning_rate=6e-5, max_completion_length=n,
-            distillation_mode="full_logits", distillation_alpha=0.0,
-            distillation_is_clip=None, num_generations=1, num_loss_tokens_to_skip=0,
-            teacher_model_kind="ema", teacher_update_rate=0.01, teacher_sync_steps=1,
-            teacher_prompt_template="{prompt} {privileged_context}",
-            use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False,
-            save_strategy="no", report_to="none", disable_tqdm=True,
-            dataloader_pin_memory=False, shuffle_dataset=False, logging_steps=10**6,
-            lr_scheduler_type="constant", max_grad_norm=10.0, weight_decay=0.0,
-        )  # fmt: skip
-        student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        trainer = SDFTTrainer(
-            model=student, args=args, processing_class=theirs,
-            train_dataset=Dataset.from_dict(rows), callbacks=[Clock()],
-        )  # fmt: skip
+        trainer = trl_trainer(folder, batch, n, WARM_UP + turns, [Clock()])
+        extra = extra_memory(trainer.train)
+    return {"seconds": seconds[WARM_UP:], "extra_mb": extra}
+
+
+# ---- The same loss -----------------------------------------------------------------
+
+
+def fixed_responses(batch, n):
+    """Responses of lengths 2 to n, their ends included, as lists of tokens."""
+    tok, rng = data.Tokenizer(), random.Random(1)
+    lengths = [2 + i * (n - 2) // max(1, batch - 1) for i in range(batch)]
+    return [[rng.randrange(256, tok.answer) for _ in range(k - 1)] + [tok.end]
+            for k in lengths]  # fmt: skip
+
+
+def our_loss(batch, n):
+    tok, student = data.Tokenizer(), make_model().train()
+    shown, _ = make_examples(batch, n)
+    response, lengths = data.pad_right(fixed_responses(batch, n), tok.end, DEVICE)
+    mask = torch.arange(response.size(1), device=DEVICE) < lengths[:, None]
+    both = student, sdft.make_teacher(student), shown, response, mask
+    return sdft.compute_loss(*both, tok, our_config(sdft, batch, n), 1)[0].item()
+
+
+def trl_loss(batch, n):
+    losses = []
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = trl_trainer(folder, batch, n, 1, [])
+        compute_loss = trainer.compute_loss
+
+        def record(*args, **kwargs):
+            losses.append(compute_loss(*args, **kwargs))
+            return losses[-1]
+
+        trainer.compute_loss = record
+        trainer._generate = lambda prompts: (prompts, fixed_responses(batch, n))
         trainer.train()
-    return seconds[2:]
+    return losses[0].item()
+
+
+def check_losses(batch, n):
+    """Both losses, equal to 1 in 1,000; None if TRL is not installed."""
+    ours, theirs = (fresh("--entry", x, batch, n, 0) for x in ("our loss", "TRL loss"))
+    if theirs is None:
+        return None
+    print(f"loss of one step on the same responses: ours {ours:.6f}, TRL {theirs:.6f}")
+    if abs(ours - theirs) > 1e-3 * ours:
+        raise ValueError("not the same loss: nothing is timed")
+    return {"ours": ours, "trl": theirs}
+
+
+ENTRIES = {
+    "sft": lambda *sizes: run_ours(sft_steps, *sizes),
+    "sdft": lambda *sizes: run_ours(sdft_steps, *sizes),
+    "TRL sdft": run_trl,
+    "our loss": lambda batch, n, _: our_loss(batch, n),
+    "TRL loss": lambda batch, n, _: trl_loss(batch, n),
+}
+
+
+def flops_of(batch, n):
+    """Of the products with the weights, at least: name -> flop of a step."""
+    weights = make_model().num_params()
+    tok, (shown, _) = data.Tokenizer(), make_examples(batch, n)
+    p = len(data.student_prompt(shown[0], tok))
+    q = len(data.teacher_prompt(shown[0], tok))
+    train, score = 6 * weights * batch * (p + n), 2 * weights * batch * (q + n)
+    rollout = 2 * weights * batch * (p + n)
+    sdft_step = train + score + rollout
+    return {"sft": train, "sdft": sdft_step, "TRL sdft": sdft_step}
 
 
 def main():
+    if sys.argv[1:2] == ["--entry"]:
+        torch.set_num_threads(1)
+        print(json.dumps(ENTRIES[sys.argv[2]](*map(int, sys.argv[3:]))))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each entry")
+    add_arguments(parser, turns=9)
     args = parser.parse_args()
     if args.quick:
-        args.batch, args.new_tokens, args.turns = 4, 8, 2
-    torch.set_num_threads(args.threads)
-    print(machine())
-    print("command: python tests/bench/step.py", *sys.argv[1:])
-    times = our_steps(args.batch, args.new_tokens, args.turns)
-    try:
-        times["TRL sdft"] = trl_steps(args.batch, args.new_tokens, args.turns)
-    except ImportError as error:
-        print(f"TRL: not installed ({error.name})")
-    sdft_ms = 1e3 * min(times["sdft"])
-    rows = {}
-    print(f"{'':12}{'min ms':>10}{'median':>10}{'/ our sdft':>12}")
-    for name, seconds in times.items():
-        rows[name] = {"min_ms": 1e3 * min(seconds), "median_ms": 1e3 * median(seconds)}
-        print(f"{name:12}{rows[name]['min_ms']:10.1f}{rows[name]['median_ms']:10.1f}"
-              f"{rows[name]['min_ms'] / sdft_ms:11.2f}x")
-    result = {"machine": machine(), "command": sys.argv, "batch": args.batch,
-              "new_tokens": args.new_tokens, "rows": rows}  # fmt: skip
-    default = ROOT / "tests" / "bench" / "results" / f"step_{DEVICE}.json"
-    if args.out or not args.quick:
-        (args.out or default).write_text(json.dumps(result, indent=1) + "\n")
+        args.batch, args.new_tokens, args.turns, args.rounds = 4, 8, 2, 1
+    begin(args)
+    sizes = args.batch, args.new_tokens
+    result = {"batch": args.batch, "new_tokens": args.new_tokens,
+              "loss": check_losses(*sizes), "rows": {}}  # fmt: skip
+    entries = ["sft", "sdft"] + (["TRL sdft"] if result["loss"] else [])
+    runs = {name: [] for name in entries}
+    for _ in range(args.rounds):
+        for name in entries:
+            runs[name].append(fresh("--entry", name, *sizes, args.turns))
+    flop, flops = flop_per_second(), flops_of(*sizes)
+
+    def joined(name, *keys):
+        """All seconds of an entry, or of a part, over its processes."""
+        values = []
+        for run in runs[name]:
+            for key in keys:
+                run = run[key]
+            values += run
+        return values
+
+    ours = min(joined("sdft", "seconds"))
+    print(f"{'':12}{'min ms':>10}{'median':>10}{'/ our sdft':>12}{'of roof':>9}"
+          f"{'extra MB':>10}")
+    for name in entries:
+        seconds = joined(name, "seconds")
+        row = result["rows"][name] = {
+            **min_and_median(seconds),
+            "time_over_ours": min(seconds) / ours,
+            "of_roof": flops[name] / flop / min(seconds),
+            "extra_mb": min(run["extra_mb"] for run in runs[name]),
+        }
+        print(f"{name:12}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
+              f"{row['time_over_ours']:11.2f}x{row['of_roof']:9.0%}"
+              f"{row['extra_mb']:10.0f}")
+    result["parts"] = {}
+    for part in runs["sdft"][0]["parts"]:
+        row = result["parts"][part] = min_and_median(joined("sdft", "parts", part))
+        print(f"  {part:10}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
+              f"{row['min_ms'] / 1e3 / ours:11.0%}")
+    write("step", result, args.quick, args.out)
 
 
 if __name__ == "__main__":
