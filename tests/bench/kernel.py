@@ -213,10 +213,14 @@ def measure(level, N, V, C, kl, turns, memory, roof):
             "of_roof": roof / min(seconds),
             "extra_mb": fresh(*job) if memory else None,
         }
-        r = rows[name]
+        r, rate = rows[name], ""
+        if DEVICE == "cuda" and name == "ours, in place":  # passes: see kl_kernel
+            passes = 3 if V <= 4096 else 7 if kl == "jsd" else 5
+            r["moved_gb_per_s"] = passes * 4 * N * V / min(seconds) / 1e9
+            rate = f"  {r['moved_gb_per_s']:.0f} GB/s of what it moves"
         shown = "-" if r["extra_mb"] is None else f"{r['extra_mb']:.0f}"
         print(f"  {name:24}{r['min_ms']:10.2f}{r['median_ms']:10.2f}"
-              f"{r['speed_up_over_eager']:8.2f}x{r['of_roof']:8.0%}{shown:>10}",
+              f"{r['speed_up_over_eager']:8.2f}x{r['of_roof']:8.0%}{shown:>10}{rate}",
               flush=True)
     return {"level": level, "N": N, "V": V, "C": C, "kl": kl, "rows": rows}
 
