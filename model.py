@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-try:  # comes with torch where there is a GPU
+try:  # comes with torch on Linux with a GPU
     import triton
     import triton.language as tl
 except ImportError:
@@ -449,16 +449,17 @@ def kl_rows_torch(s, t, weight, kl, grad):
     rows, in place, before the next is read. Blocks stay in the processor's cache, so
     main memory gives s and t once and takes the gradient once.
 
-    With d = s - t and D = lse_s - lse_t (lse: log of the sum of exp),
+    With d = s - t and D = lse_s - lse_t (lse: log of the sum of exp), both of logits
+    that are relative to the largest of their row,
 
         forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
 
     so that a block costs two softmaxes; one torch.exp takes longer than a softmax. The
-    largest probability of a row is exp(its largest logit - lse), which gives lse.
+    largest probability of a row is exp(0 - lse), which gives lse.
     """
     N, V = s.size()
     value = torch.zeros_like(weight)
-    block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB: four of them fit into L2
+    block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB, which stay in the cache
     scratch = [torch.empty(block, V, dtype=s.dtype, device=s.device) for _ in range(3)]
     for i in range(0, N, block):
         x, w = s[i : i + block].clamp_(min=LOG_ZERO), weight[i : i + block]
@@ -466,8 +467,9 @@ def kl_rows_torch(s, t, weight, kl, grad):
         torch.clamp(t[i : i + block], min=LOG_ZERO, out=d)  # t is the caller's: stays
         torch.softmax(x, dim=-1, out=p_s)
         torch.softmax(d, dim=-1, out=p_t)
-        D = x.amax(-1) - d.amax(-1) + (p_t.amax(-1) / p_s.amax(-1)).log()
-        torch.sub(x, d, out=d)
+        D = (p_t.amax(-1) / p_s.amax(-1)).log()
+        largest = x.amax(-1) - d.amax(-1)  # of s and of t, so far apart
+        torch.sub(x, d, out=d).sub_(largest[:, None])
         if kl == "forward":
             v = D - torch.linalg.vecdot(p_t, d)
             if grad:
@@ -518,7 +520,8 @@ if triton is not None:
         """One program is one row; see kl_rows. With d = s - t, D = lse_s - lse_t:
 
         forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
-        log p_s - log p_t = d - D, which loses no digits where the two are near
+        log p_s - log p_t = d - D, which loses no digits where the two are near (but
+        some where all logits of a row stand far from the teacher's)
 
         Bytes moved, for rows of V floats: the first pass reads s and t, the last reads
         them again and writes the gradient over s, 5 * 4 V (jsd: one pass more, 7 * 4 V;
@@ -582,18 +585,20 @@ if triton is not None:
 
 
 def launch_options(V):
-    """Columns that a program takes at a time, and its warps (32 threads each). One
-    block of a large row would not fit into the registers and spill to memory."""
+    """Columns that a program takes at a time, and its warps (32 threads each). A large
+    row in one block would not fit into the registers, and would spill to memory."""
     block = min(4096, triton.next_power_of_2(V))
     return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
 
 
 def kl_rows_triton(s, t, weight, kl, grad):
     """kl_rows in one kernel, for a GPU; logits float32."""
+    assert all(x.is_contiguous() for x in (s, t, weight)), "a row is found at row * V"
     value = torch.empty_like(weight)
     if len(s):
         options = launch_options(s.size(-1))
-        kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
+        with torch.cuda.device_of(s):  # Triton would take the current one
+            kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
     return value
 
 
@@ -617,8 +622,11 @@ class FusedKL(torch.autograd.Function):
     def forward(ctx, student_logits, teacher_logits, kl):
         V = student_logits.size(-1)
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        s = student_logits.reshape(-1, V).to(dtype, copy=True)  # the caller's stay
-        t = teacher_logits.reshape(-1, V).to(dtype)
+        s = student_logits.reshape(-1, V).to(dtype).clone(  # the caller's stay
+            memory_format=torch.contiguous_format
+        )
+        t = teacher_logits.expand_as(student_logits).reshape(-1, V).to(dtype)
+        t = t.contiguous()
         value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])
         ctx.save_for_backward(s)
         ctx.dtype = student_logits.dtype
@@ -628,19 +636,21 @@ class FusedKL(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         (s,) = ctx.saved_tensors
-        return (s.view(*grad.shape, -1) * grad[..., None]).to(ctx.dtype), None, None
+        ds = s.view(*grad.shape, s.size(-1)) * grad[..., None]
+        return ds.to(ctx.dtype), None, None
 
 
 def fused_kl(student_logits, teacher_logits, kl="forward"):
-    """The same values and gradients as kl_reference; keeps one tensor, not five."""
+    """The same values and gradients as kl_reference (where a logit is -inf in both or
+    in neither); keeps one tensor, not five."""
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
     return FusedKL.apply(student_logits, teacher_logits, kl)
 
 
 def chunk_rows(head):
-    """Rows that go through a head (V, C) at a time: few enough that their logits are
-    small beside the model, enough that the product is an efficient one."""
+    """Rows that go through a head (V, C) at a time: few enough to bound the memory,
+    many enough for an efficient product."""
     if head.is_cuda:
         return max(1, 2**27 // len(head))  # 512 MB of logits for each model
     return max(1, min(1024, 2**23 // len(head)))  # at most 32 MB
@@ -683,12 +693,13 @@ def fused_linear_kl(states, head, teacher_states, teacher_head, weight, kl):
 
     The logits [tokens, vocabulary] of student and teacher never exist whole: rows go
     through the heads in chunks, and the gradient of a chunk overwrites its logits.
-    Memory: two chunks of logits, plus the gradient of the head, for any number of rows.
+    Memory: two chunks of logits, for any number of rows, and the gradients of states
+    and head, which backward multiplies into new ones.
 
     Args:
         states (N, C), teacher_states (N, C'): the rows that carry loss, no others.
         head (V, C), teacher_head (V, C'): float32 weights.
-        weight: float32 (N,), what each row counts in the loss; masked rows have 0.
+        weight: float32 (N,), what each row counts in the loss.
         kl: one of KLS.
     Returns: the loss, a scalar, differentiable in states and head; and the divergence
         of each row (N,) in nats, without gradient.

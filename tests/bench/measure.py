@@ -6,6 +6,8 @@ the run began, each in a fresh process: on a CPU the kernel's high-water mark, r
 before the run; on CUDA that of the allocator.
 """
 
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -66,24 +68,38 @@ def resident(key):
     return int(next(x for x in lines if x.startswith(key)).split()[1]) / 1024
 
 
-def extra_memory(run):
-    """Peak MB of run() above what is resident before it."""
+def mark_memory():
+    """MB in use now; from here on peak_memory counts."""
+    gc.collect()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed would hide new memory
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now VmRSS
-    before = resident("VmRSS")
+    return resident("VmRSS")
+
+
+def peak_memory():
+    """MB at the peak since mark_memory."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident("VmHWM")
+
+
+def extra_memory(run):
+    """Peak MB of run() above what is resident before it."""
+    before = mark_memory()
     run()
-    return resident("VmHWM") - before
+    return peak_memory() - before
 
 
 def fresh(*args):
     """The JSON that this program prints last when it is started with these arguments in
-    a process of its own; None if it fails, and then its last words are shown."""
+    a process of its own, with as many threads; None if it fails, and then its last
+    words are shown."""
     job = [sys.executable, sys.argv[0], *map(str, args)]
-    done = subprocess.run(job, capture_output=True, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(job, capture_output=True, text=True, env=env)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         print(f"  {' '.join(map(str, args))}: {last}")
@@ -118,7 +134,6 @@ def write(name, result, quick, out=None):
     command = " ".join(["python", f"tests/bench/{name}.py", *sys.argv[1:]])
     result = {"machine": machine(), "command": command, **result}
     path.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\nwritten: {path}")
 
 
 def add_arguments(parser, turns):

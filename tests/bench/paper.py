@@ -32,29 +32,30 @@ RESULTS = ROOT / "tests" / "bench" / "results"
 
 # ---- The table of experiments ------------------------------------------------------
 #
-# name -> seeds, and rows of (label, flags of train.py), the most important ones first.
+# name -> seeds, and rows of (label, how many of the seeds, flags of train.py), the most
+# important ones first.
 
 SFT, SDFT = "--method sft", "--method sdft"
 EXPERIMENTS = {
     "forgetting": {
         "seeds": (40, 41, 42, 43, 44),  # no setting was chosen on these
         "rows": [
-            ("sdft 9e-5", f"{SDFT} --lr 9e-5 --eval-every 40"),
-            ("sft 4e-4", f"{SFT} --lr 4e-4 --eval-every 100"),
-            ("sft 1.5e-4", f"{SFT} --lr 1.5e-4"),
-            ("sdft 2.4e-4", f"{SDFT} --lr 2.4e-4"),
-            ("sdft 3e-5", f"{SDFT} --lr 3e-5"),
-            ("sft own", f"{SFT} --lr 1.5e-4 --distance own"),
-            ("sdft own", f"{SDFT} --distance own"),
-            ("sft known", f"{SFT} --lr 1.5e-4 --distance known"),
-            ("sdft known", f"{SDFT} --distance known"),
-            ("sdft reverse", f"{SDFT} --kl reverse"),
-            ("sdft frozen", f"{SDFT} --teacher frozen"),
-            ("sdft 6e-4", f"{SDFT} --lr 6e-4"),
-            ("sft 1e-3", f"{SFT} --lr 1e-3"),
-            ("sdft live", f"{SDFT} --teacher live"),
-            ("sft 6e-5", f"{SFT} --lr 6e-5"),
-            ("sft 4e-4 twice the updates", f"{SFT} --steps 600 --lr 4e-4"),
+            ("sdft 9e-5", 5, f"{SDFT} --lr 9e-5 --eval-every 40"),
+            ("sft 4e-4", 5, f"{SFT} --lr 4e-4 --eval-every 100"),
+            ("sft 1.5e-4", 5, f"{SFT} --lr 1.5e-4"),
+            ("sdft 2.4e-4", 5, f"{SDFT} --lr 2.4e-4"),
+            ("sdft 3e-5", 5, f"{SDFT} --lr 3e-5"),
+            ("sft own", 3, f"{SFT} --lr 1.5e-4 --distance own"),
+            ("sdft own", 3, f"{SDFT} --distance own"),
+            ("sft known", 3, f"{SFT} --lr 1.5e-4 --distance known"),
+            ("sdft known", 3, f"{SDFT} --distance known"),
+            ("sft 1e-3", 5, f"{SFT} --lr 1e-3"),
+            ("sdft reverse", 3, f"{SDFT} --kl reverse"),
+            ("sdft frozen", 3, f"{SDFT} --teacher frozen"),
+            ("sdft live", 3, f"{SDFT} --teacher live"),
+            ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
+            ("sft 6e-5", 5, f"{SFT} --lr 6e-5"),
+            ("sft 4e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 4e-4"),
         ],
     },
 }  # fmt: skip
@@ -64,7 +65,7 @@ EXPERIMENTS = {
 
 
 def code_key():
-    """What makes a result, comments aside: the five modules."""
+    """What makes a result: the five modules, without their comments."""
     names = ("model", "data", "sft", "sdft", "train")
     trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in names]
     text = "".join(ast.dump(tree) for tree in trees)
@@ -84,7 +85,7 @@ def run_cell(work, seed, label, flags, devices):
     method = flags.split()[1]
     if (folder / method / "checkpoint.pt").exists():
         command.append("--resume")
-    device = devices.get()
+    device, code = devices.get(), code_key()
     env = dict(os.environ)
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(device)
@@ -101,7 +102,7 @@ def run_cell(work, seed, label, flags, devices):
         for row in map(json.loads, lines)
         if "new" in row
     ]
-    about = {"label": label, "flags": flags, "seed": seed, "code": code_key()}
+    about = {"label": label, "flags": flags, "seed": seed, "code": code}
     return {**about, **results}
 
 
@@ -111,8 +112,8 @@ def run_missing(name, seeds, work, jobs):
     known = json.loads(path.read_text())["cells"] if path.exists() else {}
     cells = {
         f"{label} {seed}": (seed, label, flags)
-        for label, flags in EXPERIMENTS[name]["rows"]
-        for seed in seeds
+        for label, n, flags in EXPERIMENTS[name]["rows"]
+        for seed in seeds[:n]
     }
     todo = {
         key: cell
@@ -189,28 +190,33 @@ def spread(values):
 
 def rows_of(name, cells, seeds):
     """label -> the summaries of its seeds, in the order of the table."""
-    labels = [label for label, _ in EXPERIMENTS[name]["rows"]]
-    keys = {label: [f"{label} {seed}" for seed in seeds] for label in labels}
+    keys = {
+        label: [f"{label} {seed}" for seed in seeds[:n]]
+        for label, n, _ in EXPERIMENTS[name]["rows"]
+    }
     return {
-        label: [summary(cells[key]) for key in keys[label]]
-        for label in labels
-        if all(key in cells for key in keys[label])
+        label: [summary(cells[key]) for key in row]
+        for label, row in keys.items()
+        if all(key in cells for key in row)
     }
 
 
 def print_table(rows):
+    if not rows:
+        return print("no row is complete yet")
     first = next(iter(rows.values()))[0]
-    print("| run | " + " | ".join(first) + " |")
-    print("|---|" + "---|" * len(first))
+    print("| run | seeds | " + " | ".join(first) + " |")
+    print("|---|" + "---|" * (len(first) + 1))
     for label, runs in rows.items():
         cells = [spread([run[key] for run in runs]) for key in first]
-        print(f"| {label} | " + " | ".join(cells) + " |")
+        print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
 # ---- Pictures ----------------------------------------------------------------------
 
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its best rate
+CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its default rate
+TERMS = {"sft": "sft 1.5e-4", "sdft": "sdft 9e-5"}  # at the rates of own and known
 
 
 def draw_curves(plt, name, cells, seeds):
@@ -256,7 +262,7 @@ def draw_tradeoff(plt, name, rows):
                 dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
                 dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
                 axis.errorbar(*points[-1], dy, dx, "o", color=color, alpha=0.7)
-                text = " ".join(parts[1:]).replace(" updates", "")
+                text = " ".join(parts[1:])
                 below = method == "sdft"  # its points stand under the upper edge
                 axis.annotate(
                     text, points[-1], (0, -6) if below else (4, 4),
@@ -281,7 +287,7 @@ def draw_distance(plt, name, rows):
     distances = ("own", "known", "terms")
     for axis, key in zip(axes, ("new", "prior / base"), strict=True):
         for i, (method, color) in enumerate(COLORS.items()):
-            labels = [f"{method} {d}" for d in distances[:2]] + [CURVE[method]]
+            labels = [f"{method} {d}" for d in distances[:2]] + [TERMS[method]]
             runs = [[run[key] for run in rows[label]] for label in labels]
             y = [mean(r) for r in runs]
             low = [mean(r) - min(r) for r in runs]
@@ -309,7 +315,7 @@ def draw(name, cells, seeds, rows):
     if have(*CURVE.values()):
         draw_curves(plt, name, cells, seeds)
         draw_tradeoff(plt, name, rows)
-    if have("sft own", "sft known", "sdft own", "sdft known", *CURVE.values()):
+    if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
         draw_distance(plt, name, rows)
 
 

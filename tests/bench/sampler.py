@@ -5,10 +5,11 @@
 
 The same weights (our layout is Qwen2's: see to_hugging_face), prompts of 17 to 32
 tokens, responses that never end. Greedy tokens of all three are compared first: a
-sampler that is fast and wrong is not timed. Then each draws at temperature 1. The roof
-of a token is the slower of two things that no cached sampler can avoid: to multiply by
-each weight, and to read each weight and the cache once. How time and memory are taken:
-measure.py.
+sampler that is fast and wrong is not timed. Then each draws at temperature 1. Times are
+for one token of each row, the prompts' share included. The roof is the slower of two
+things that no cached sampler can avoid: to multiply the prompts and each token by each
+weight, and to read each weight and the cache for each token. How time and memory are
+taken: measure.py.
 """
 
 import argparse
@@ -125,6 +126,10 @@ def make(size, batch, n):
     """A model of random weights, prompts with their lengths, and uniform numbers."""
     config = GPTConfig(block_size=128, **SIZES[size])
     model = GPT(config, make_rng(0, "weights")).to(DEVICE).eval()
+    with torch.no_grad():  # small weights would repeat the last token, whatever else
+        for p in model.h.parameters():  # a sampler did wrong
+            if p.dim() == 2:
+                p.mul_(4)
     rng = make_rng(0, "prompts")
     rows = [
         torch.randint(config.vocab_size, (17 + i % 16,), generator=rng).tolist()
@@ -143,7 +148,6 @@ ENTRIES = {
 
 def memory_of(name, size, batch, n):
     """Extra MB of one run, in this (fresh) process."""
-    torch.set_num_threads(1)
     prepare, run = ENTRIES[name]
     model, prompts, u = make(size, batch, n)
     model = prepare(model)
@@ -152,14 +156,14 @@ def memory_of(name, size, batch, n):
     return extra_memory(lambda: run(model, *prompts, n, u))
 
 
-def seconds_of_roof(config, batch, n, copy, flop):
-    """For one token of each row, at the middle of the responses."""
-    table = config.vocab_size * config.n_embd
-    weights = GPT(config).num_params()  # a tied table is the head: it counts
-    weights -= 0 if config.tie_weights else table
+def seconds_of_roof(config, lengths, n, copy, flop):
+    """Of a run: see the top."""
+    batch, head = len(lengths), config.vocab_size * config.n_embd
+    blocks = GPT(config).num_params() - head * (1 if config.tie_weights else 2)
     kv = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
-    cache = batch * kv * (25 + n // 2)
-    return max(2 * weights * batch / flop, 4 * (weights + cache) / copy)
+    cache = kv * (lengths.sum().item() + batch * n / 2)  # at the middle of the run
+    products = blocks * lengths.sum().item() + n * batch * (blocks + head)
+    return max(2 * products / flop, n * 4 * (blocks + head + cache) / copy)
 
 
 def measure(size, batch, n, turns, memory, copy, flop):
@@ -181,14 +185,14 @@ def measure(size, batch, n, turns, memory, copy, flop):
     if wrong:
         raise ValueError(f"{size}, batch {batch}: other greedy tokens: {wrong}")
     times = in_turns(runs, turns)
-    roof = seconds_of_roof(model.config, batch, n, copy, flop)
+    roof = seconds_of_roof(model.config, prompts[1], n, copy, flop)
     record = {"size": size, "batch": batch, "new_tokens": n, "rows": {}}
     for name, seconds in times.items():
         record["rows"][name] = {
             **min_and_median(seconds, per=n),
             "tokens_per_second": batch * n / min(seconds),
             "time_over_ours": min(seconds) / min(times["ours"]),
-            "of_roof": roof * n / min(seconds),
+            "of_roof": roof / min(seconds),
             "extra_mb": fresh("--memory-of", name, size, batch, n) if memory else None,
             "greedy_tokens_equal": equal[name],
         }
@@ -217,12 +221,12 @@ def main():
     print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
     print(f"{'size':>6}{'batch':>6}  {'':14}{'min ms':>10}{'median':>10}"
           f"{'tokens/s':>10}{'/ ours':>9}{'of roof':>8}{'extra MB':>10}"
-          "   (ms for one token of each row)")
+          "   (ms for one token of each row)", flush=True)
     result = {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9, "cells": []}
     for cell in cells:
         done = measure(*cell, args.turns, not args.quick, copy, flop)
         result["cells"].append(done)
-    write("sampler", result, args.quick, args.out)
+        write("sampler", result, args.quick, args.out)
 
 
 if __name__ == "__main__":
