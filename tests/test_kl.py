@@ -239,6 +239,29 @@ def test_adding_a_number_to_all_logits_changes_nothing(version, kl):
         close(gradient_of(version, a, b, weight, kl), gradient)
 
 
+@every_kl
+def test_logits_far_from_the_teacher_s_but_equal_in_shape_lose_no_digits(kl):
+    """A near teacher whose logits all stand 100 higher, in float32."""
+    s = draw(4, 4096, dtype=torch.float32).requires_grad_()
+    t = s.detach() + 0.1 * draw(4, 4096, seed=1, dtype=torch.float32) + 100
+    values = fused_kl(s, t, kl)
+    assert (values - values_by_torch(s, t, kl)).abs().max() < 1e-5
+    values.sum().backward()
+    right = s.detach().double().requires_grad_()
+    kl_reference(right, t.double(), kl).sum().backward()
+    assert (s.grad - right.grad).norm() < 1e-4 * right.grad.norm()
+
+
+@every_kl
+@pytest.mark.parametrize("shape", ((0, 7), (2, 0, 7)))
+def test_no_rows_give_no_values_and_an_empty_gradient(kl, shape):
+    s = torch.zeros(shape, requires_grad=True)
+    values = fused_kl(s, torch.zeros(shape), kl)
+    assert values.shape == shape[:-1]
+    values.sum().backward()
+    assert s.grad.shape == shape
+
+
 @every_version
 @every_kl
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))

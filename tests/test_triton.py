@@ -104,6 +104,25 @@ def test_what_is_not_finite_comes_out_as_nan(kl, bad):
     assert gradient[0].isfinite().all() and not gradient[1].isfinite().all()
 
 
+@every_kl
+@pytest.mark.parametrize("view", ["cut", "transposed", "broadcast"])
+def test_logits_that_are_no_plain_rows_in_memory_give_the_same(kl, view, monkeypatch):
+    """A padded vocabulary cut off, a transposed matrix, one teacher for all rows: the
+    kernel finds a row at row * V, so fused_kl has to bring them into that form."""
+    monkeypatch.setattr(model, "kl_rows", model.kl_rows_triton)
+    s, t = (x.to(DEVICE) for x in draw_logits(48, 48, 2, 1))
+    rows = {"cut": (s[:5, :33], t[:5, :33]), "transposed": (s.T[:5], t.T[:5]),
+            "broadcast": (s[:5], t[:1])}[view]  # fmt: skip
+    x = rows[0].detach().requires_grad_()
+    value = model.fused_kl(x, rows[1], kl)
+    value.sum().backward()
+    right = rows[0].detach().double().requires_grad_()
+    right_value = model.kl_reference(right, rows[1].double(), kl)
+    right_value.sum().backward()
+    assert (value - right_value).abs().max() < 1e-5
+    assert (x.grad - right.grad).norm() < 1e-5 * right.grad.norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="float32 on CUDA takes it")
 @every_kl
 def test_cuda_takes_the_kernel_and_gives_what_the_cpu_gives(kl, monkeypatch):
