@@ -59,6 +59,10 @@ EXPERIMENTS = {
         ],
     },
 }  # fmt: skip
+COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
+CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its default rate
+TERMS = {"sft": "sft 1.5e-4", "sdft": "sdft 9e-5"}  # at the rates of own and known
+GAPS = ("new", "prior")
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -212,11 +216,17 @@ def print_table(rows):
         print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
-# ---- Pictures ----------------------------------------------------------------------
+def print_gaps(rows):
+    """How far SFT at the default distance stays below SDFT, seed by seed."""
+    best = rows.get(CURVE["sdft"], [])
+    for label, runs in rows.items():
+        if label.startswith("sft ") and label.split()[1][0].isdigit() and best:
+            pairs = list(zip(best, runs, strict=False))
+            gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in GAPS}
+            print(f"{CURVE['sdft']} minus {label}:", gaps)
 
-COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its default rate
-TERMS = {"sft": "sft 1.5e-4", "sdft": "sdft 9e-5"}  # at the rates of own and known
+
+# ---- Pictures ----------------------------------------------------------------------
 
 
 def draw_curves(plt, name, cells, seeds):
@@ -335,6 +345,7 @@ def main():
         cells = run_missing(args.experiment, seeds, Path(args.work), args.jobs)
     rows = rows_of(args.experiment, cells, seeds)
     print_table(rows)
+    print_gaps(rows)
     other = sum(cell.get("code") != code_key() for cell in cells.values())
     print(f"{len(cells)} cells, {other} of them made by other code than the present")
     draw(args.experiment, cells, seeds, rows)
