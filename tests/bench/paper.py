@@ -260,9 +260,9 @@ def draw_curves(plt, name, cells, seeds):
 
 def draw_tradeoff(plt, name, rows):
     """Prior against new, one point for each rate, the frontier of each method."""
-    figure, axis = plt.subplots(figsize=(7, 4.2))
+    figure, axis = plt.subplots(figsize=(8, 4.2))
     for method, color in COLORS.items():
-        points = []
+        points, markers = [], iter("os^vDP*X")
         for label, runs in rows.items():
             parts = label.split()
             if parts[0] == method and parts[1][0].isdigit():
@@ -271,23 +271,19 @@ def draw_tradeoff(plt, name, rows):
                 points.append((mean(x), mean(y)))
                 dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
                 dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
-                axis.errorbar(*points[-1], dy, dx, "o", color=color, alpha=0.7)
-                text = " ".join(parts[1:])
-                below = method == "sdft"  # its points stand under the upper edge
-                axis.annotate(
-                    text, points[-1], (0, -6) if below else (4, 4),
-                    rotation=-90 if below else 0, textcoords="offset points",
-                    ha="center" if below else "left", va="top" if below else "bottom",
-                )
+                axis.errorbar(
+                    *points[-1], dy, dx, next(markers), color=color, alpha=0.7,
+                    label=label.replace(method, method.upper()),
+                )  # fmt: skip
 
         def beaten(p, points=points):
             return any(q[0] > p[0] and q[1] > p[1] for q in points)
 
         best = [point for point in points if not beaten(point)]
-        axis.plot(*zip(*sorted(best), strict=True), color=color, label=method.upper())
+        axis.plot(*zip(*sorted(best), strict=True), color=color)
     axis.set(xlabel="new: mean of the three skills after A, B, C",
              ylabel="prior, as a share of the base's")  # fmt: skip
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(RESULTS / f"{name}_tradeoff.png", dpi=130, bbox_inches="tight")
 
 
