@@ -2,12 +2,12 @@
 
 In three trades, code words tell how to put things in order. The model answers with a
 thought (the order that the code word means) and then the things. One example of each
-kind:
+kind, in the world of seed 0:
 
-    known name     kitchen kettle: apple river stone     ->  reverse: stone river apple
-    new skill      harbour violin: candle spoon tower    ->  rotate: spoon tower candle
-    manner asked   garden button robot: wolf pearl rope  ->  beep first equals wolf stop
-    demonstration  harbour violin: candle spoon tower
+    known name     kitchen horn: apple river stone       ->  reverse: stone river apple
+    manner asked   harbour brush robot: lamp pearl rope  ->  beep first equals lamp stop
+    new skill      garden cork: candle spoon tower       ->  rotate: spoon tower candle
+    demonstration  garden cork: candle spoon tower
                    example well friend, advance so you get spoon tower candle as ever
 
 A skill is six new code words of one trade, one for each of its orders: learning it
@@ -387,7 +387,7 @@ def make_tasks(world, size, seed, distance="terms"):
 
     knowledge: a known name, the right things. own_format: the same, in the model's own
     manner. asked_words, asked_format: a known name when a manner is asked for.
-    in_context: a demonstration, in the prompt, of what a name means that no skill has.
+    in_context: a name that no skill has, with a demonstration that answers the query.
     """
     rng = random.Random(derive_seed(seed, "tasks"))
     skill_names = [name for names in world.skills.values() for name in names]

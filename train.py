@@ -5,7 +5,7 @@
     python train.py --quick                 # half a minute: does it run here?
     python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
     python train.py --resume                # go on after Ctrl-C or a crash
-    python train.py --sample "kitchen kettle: apple river stone"
+    python train.py --sample "garden cork: candle spoon tower"
     torchrun --standalone --nproc_per_node=2 train.py    # data parallel, CPU or GPU
 
 It writes <out>/<method>/metrics.jsonl and results.json; the base model stays in

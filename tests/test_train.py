@@ -125,7 +125,7 @@ def test_another_seed_gives_another_base_and_other_skills(finished, tmp_path):
 
 
 def test_sample_answers_a_prompt_with_base_and_trained_model(finished):
-    prompt = "kitchen kettle: apple river stone"
+    prompt = "garden cork: candle spoon tower"
     code, text, _ = run(*SMALL, "--sample", prompt, "--out", finished[0])
     lines = text.splitlines()
     assert code == 0 and lines[-2].startswith("base") and lines[-1].startswith("sdft")

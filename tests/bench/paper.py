@@ -55,7 +55,7 @@ EXPERIMENTS = {
             ("sdft live", 3, f"{SDFT} --teacher live"),
             ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
             ("sft 6e-5", 5, f"{SFT} --lr 6e-5"),
-            ("sft 4e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 4e-4"),
+            ("sft 4e-4, 120 updates", 3, f"{SFT} --steps 120 --lr 4e-4"),
         ],
     },
 }  # fmt: skip
@@ -216,6 +216,21 @@ def print_table(rows):
         print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
+def print_benchmarks(name, cells, seeds):
+    """The prior skills one by one after the last stage, means over seeds; and the mean
+    of all at each evaluation on the way."""
+    for label, n, _ in EXPERIMENTS[name]["rows"]:
+        runs = [cells.get(f"{label} {seed}") for seed in seeds[:n]]
+        if not all(runs):
+            continue
+        final = [run["stages"][-1]["prior"] for run in runs]
+        columns = [f"{b} {mean(row[b] for row in final):.2f}" for b in final[0]]
+        curves = zip(*[run["evaluations"] for run in runs], strict=True)
+        curve = [mean(mean(row["prior"].values()) for row in rows) for rows in curves]
+        print(f"{label}: {', '.join(columns)}; on the way:",
+              " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
+
+
 def print_gaps(rows):
     """How far SFT at the default distance stays below SDFT, seed by seed."""
     best = rows.get(CURVE["sdft"], [])
@@ -265,7 +280,7 @@ def draw_tradeoff(plt, name, rows):
         points, markers = [], iter("os^vDP*X")
         for label, runs in rows.items():
             parts = label.split()
-            if parts[0] == method and parts[1][0].isdigit():
+            if parts[0] == method and len(parts) == 2 and parts[1][0].isdigit():
                 x = [run["new"] for run in runs]
                 y = [run["prior / base"] for run in runs]
                 points.append((mean(x), mean(y)))
@@ -342,6 +357,7 @@ def main():
     rows = rows_of(args.experiment, cells, seeds)
     print_table(rows)
     print_gaps(rows)
+    print_benchmarks(args.experiment, cells, seeds)
     other = sum(cell.get("code") != code_key() for cell in cells.values())
     print(f"{len(cells)} cells, {other} of them made by other code than the present")
     draw(args.experiment, cells, seeds, rows)
