@@ -71,9 +71,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):
-        y = x.to(self.weight.dtype)  # float32: bfloat16 has too few digits for a mean
-        # weight * y / sqrt(mean(y^2) + eps), the mean over the channels
-        y = F.rms_norm(y, self.weight.shape, self.weight, self.eps)
+        w = self.weight
+        y = x.to(w.dtype)  # float32: bfloat16 has too few digits for a mean
+        y = F.rms_norm(y, w.shape, w, self.eps)  # w * y / sqrt(mean(y^2) + eps)
         return y.to(x.dtype)
 
 
