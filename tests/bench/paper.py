@@ -55,7 +55,7 @@ EXPERIMENTS = {
             ("sdft live", 3, f"{SDFT} --teacher live"),
             ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
             ("sft 6e-5", 5, f"{SFT} --lr 6e-5"),
-            ("sft 4e-4, 120 updates", 3, f"{SFT} --steps 120 --lr 4e-4"),
+            ("sft 4e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 4e-4"),
         ],
     },
 }  # fmt: skip
