@@ -2,7 +2,7 @@
 
 Two orders in each trade, 12 known names, 24 things, three manners, one skill; a base
 half as wide, no dropout, batches of 32, and 120 updates for both methods, each at a
-rate at which it learns. A minute on an idle core. The sizes of the effect: tests/bench/paper.py.
+rate at which it learns. A minute on an idle core. The sizes: tests/bench/paper.py.
 """
 
 import copy
