@@ -622,9 +622,8 @@ class FusedKL(torch.autograd.Function):
     def forward(ctx, student_logits, teacher_logits, kl):
         V = student_logits.size(-1)
         dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        s = student_logits.reshape(-1, V).to(dtype).clone(  # the caller's stay
-            memory_format=torch.contiguous_format
-        )
+        layout = torch.contiguous_format  # rows of V, whatever the caller's are
+        s = student_logits.reshape(-1, V).to(dtype, copy=True, memory_format=layout)
         t = teacher_logits.expand_as(student_logits).reshape(-1, V).to(dtype)
         t = t.contiguous()
         value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])

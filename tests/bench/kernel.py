@@ -16,21 +16,10 @@ import argparse
 import json
 import sys
 
+import measure
 import torch
 import torch.nn.functional as F
-from measure import (
-    DEVICE,
-    ROOT,
-    add_arguments,
-    begin,
-    copy_bytes_per_second,
-    extra_memory,
-    flop_per_second,
-    fresh,
-    in_turns,
-    min_and_median,
-    write,
-)
+from measure import DEVICE, ROOT
 
 sys.path.insert(0, str(ROOT))
 from model import (  # noqa: E402
@@ -180,14 +169,14 @@ def runner(level, name, inputs, kl):
 
 
 def memory_of(level, name, N, V, C, kl):
-    """Extra MB of one run, in this (fresh) process."""
+    """Extra MB of one run, in this (measure.fresh) process."""
     runner(level, name, make_inputs(level, 8, 64, 8), kl)()  # code and threads: loaded
     if name == "torch.compile":
         runner(level, name, make_inputs(level, N, V, C), kl)()  # compiled for the size
-    return extra_memory(runner(level, name, make_inputs(level, N, V, C), kl))
+    return measure.extra_memory(runner(level, name, make_inputs(level, N, V, C), kl))
 
 
-def measure(level, N, V, C, kl, turns, memory, roof):
+def measure_cell(level, N, V, C, kl, turns, memory, roof):
     print(f"\n{level}, N={N}, V={V}" + (f", C={C}" if level == "head" else ""))
     inputs, runs, rows = make_inputs(level, N, V, C), {}, {}
     for name in ENTRIES[level]:
@@ -199,7 +188,7 @@ def measure(level, N, V, C, kl, turns, memory, roof):
         own = [inputs[0].detach().clone()] if name == "ours, in place" else inputs[:1]
         runs[name] = runner(level, name, [*own, *inputs[1:]], kl)
         runs[name]()  # compiles, fills caches
-    times = in_turns(runs, turns)
+    times = measure.in_turns(runs, turns)
     del inputs, runs, own
     eager = min(times["eager formula"])
     print(f"  {'':24}{'min ms':>10}{'median':>10}{'eager /':>9}{'of roof':>9}"
@@ -207,10 +196,10 @@ def measure(level, N, V, C, kl, turns, memory, roof):
     for name, seconds in times.items():
         job = ("--memory-of", level, name, N, V, C, kl)
         rows[name] = {
-            **min_and_median(seconds),
+            **measure.min_and_median(seconds),
             "speed_up_over_eager": eager / min(seconds),
             "of_roof": roof / min(seconds),
-            "extra_mb": fresh(*job) if memory else None,
+            "extra_mb": measure.fresh(*job) if memory else None,
         }
         r, rate = rows[name], ""
         if DEVICE == "cuda" and name == "ours, in place":  # passes: see kl_kernel
@@ -231,9 +220,9 @@ def main():
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kl", choices=KLS, default="forward")
-    add_arguments(parser, turns=7)
+    measure.add_arguments(parser, turns=7)
     args = parser.parse_args()
-    begin(args)
+    measure.begin(args)
     gpu = DEVICE == "cuda"
     cells = [("logits", 8192 if gpu else 2048, V, 0) for V in (512, 4096, 50304)]
     cells += [("logits", 8192 if gpu else 512, 151936, 0)]
@@ -241,15 +230,14 @@ def main():
               ("head", 8192 if gpu else 1024, 50304, 768)]  # fmt: skip
     if args.quick:
         cells = [("logits", 256, 512, 0), ("head", 128, 512, 64)]
-    copy, flop = copy_bytes_per_second(), flop_per_second()
-    print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
-    result = {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9, "cells": []}
+    copy, flop, result = measure.roofs()
+    result["cells"] = []
     for level, N, V, C in cells:
         roof = 8 * N * V * C / flop if C else 12 * N * V / copy  # seconds
         memory = not args.quick
-        done = measure(level, N, V, C, args.kl, args.turns, memory, roof)
+        done = measure_cell(level, N, V, C, args.kl, args.turns, memory, roof)
         result["cells"].append(done)
-        write("kernel", result, args.quick, args.out)
+        measure.write("kernel", result, args.quick, args.out)
 
 
 if __name__ == "__main__":

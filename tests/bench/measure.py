@@ -126,6 +126,13 @@ def flop_per_second():
     return 2 * n**3 / best_of(lambda: x @ y)
 
 
+def roofs():
+    """Bytes of a copy and flop of a product per second, said and for the JSON."""
+    copy, flop = copy_bytes_per_second(), flop_per_second()
+    print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
+    return copy, flop, {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9}
+
+
 def write(name, result, quick, out=None):
     """results/<name>_<device>.json, or `out`; nothing of a --quick run without out."""
     if quick and not out:

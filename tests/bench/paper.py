@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -62,7 +63,6 @@ EXPERIMENTS = {
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
 CURVE = {"sft": "sft 4e-4", "sdft": "sdft 9e-5"}  # each method at its default rate
 TERMS = {"sft": "sft 1.5e-4", "sdft": "sdft 9e-5"}  # at the rates of own and known
-GAPS = ("new", "prior")
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -192,17 +192,22 @@ def spread(values):
     return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def rows_of(name, cells, seeds):
-    """label -> the summaries of its seeds, in the order of the table."""
+def complete_rows(name, cells, seeds):
+    """label -> the runs of its seeds, in the order of the table; no row with a gap."""
     keys = {
         label: [f"{label} {seed}" for seed in seeds[:n]]
         for label, n, _ in EXPERIMENTS[name]["rows"]
     }
     return {
-        label: [summary(cells[key]) for key in row]
+        label: [cells[key] for key in row]
         for label, row in keys.items()
         if all(key in cells for key in row)
     }
+
+
+def at_rates(rows, method):
+    """The rows of a method that are named by a learning rate, as (label, runs)."""
+    return [(x, y) for x, y in rows.items() if re.match(rf"{method} \d", x)]
 
 
 def print_table(rows):
@@ -216,17 +221,14 @@ def print_table(rows):
         print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
 
 
-def print_benchmarks(name, cells, seeds):
+def print_benchmarks(rows):
     """The prior skills one by one after the last stage, means over seeds; and the mean
     of all at each evaluation on the way."""
-    for label, n, _ in EXPERIMENTS[name]["rows"]:
-        runs = [cells.get(f"{label} {seed}") for seed in seeds[:n]]
-        if not all(runs):
-            continue
+    for label, runs in rows.items():
         final = [run["stages"][-1]["prior"] for run in runs]
         columns = [f"{b} {mean(row[b] for row in final):.2f}" for b in final[0]]
         curves = zip(*[run["evaluations"] for run in runs], strict=True)
-        curve = [mean(mean(row["prior"].values()) for row in rows) for rows in curves]
+        curve = [mean(mean(row["prior"].values()) for row in at) for at in curves]
         print(f"{label}: {', '.join(columns)}; on the way:",
               " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
 
@@ -234,21 +236,20 @@ def print_benchmarks(name, cells, seeds):
 def print_gaps(rows):
     """How far SFT at the default distance stays below SDFT, seed by seed."""
     best = rows.get(CURVE["sdft"], [])
-    for label, runs in rows.items():
-        if label.startswith("sft ") and label.split()[1][0].isdigit() and best:
-            pairs = list(zip(best, runs, strict=False))
-            gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in GAPS}
-            print(f"{CURVE['sdft']} minus {label}:", gaps)
+    for label, runs in at_rates(rows, "sft") if best else []:
+        pairs = list(zip(best, runs, strict=False))
+        gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in ("new", "prior")}
+        print(f"{CURVE['sdft']} minus {label}:", gaps)
 
 
 # ---- Pictures ----------------------------------------------------------------------
 
 
-def draw_curves(plt, name, cells, seeds):
+def draw_curves(plt, name, runs_of):
     """New skills up, prior kept: mean and range over seeds, for the three stages."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     for axis, method in zip(axes, ("sft", "sdft"), strict=True):
-        runs = [cells[f"{CURVE[method]} {seed}"] for seed in seeds]
+        runs = runs_of[CURVE[method]]
         steps = [row["step"] for row in runs[0]["evaluations"]]
         x = [step / runs[0]["config"]["steps"] for step in steps]
         lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
@@ -278,9 +279,8 @@ def draw_tradeoff(plt, name, rows):
     figure, axis = plt.subplots(figsize=(8, 4.2))
     for method, color in COLORS.items():
         points, markers = [], iter("os^vDP*X")
-        for label, runs in rows.items():
-            parts = label.split()
-            if parts[0] == method and len(parts) == 2 and parts[1][0].isdigit():
+        for label, runs in at_rates(rows, method):
+            if "," not in label:  # the default number of updates
                 x = [run["new"] for run in runs]
                 y = [run["prior / base"] for run in runs]
                 points.append((mean(x), mean(y)))
@@ -324,7 +324,7 @@ def draw_distance(plt, name, rows):
     figure.savefig(RESULTS / f"{name}_distance.png", dpi=130, bbox_inches="tight")
 
 
-def draw(name, cells, seeds, rows):
+def draw(name, runs, rows):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -334,7 +334,7 @@ def draw(name, cells, seeds, rows):
         return all(label in rows for label in labels)
 
     if have(*CURVE.values()):
-        draw_curves(plt, name, cells, seeds)
+        draw_curves(plt, name, runs)
         draw_tradeoff(plt, name, rows)
     if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
         draw_distance(plt, name, rows)
@@ -354,13 +354,14 @@ def main():
         cells = json.loads(path.read_text())["cells"]
     else:
         cells = run_missing(args.experiment, seeds, Path(args.work), args.jobs)
-    rows = rows_of(args.experiment, cells, seeds)
+    runs = complete_rows(args.experiment, cells, seeds)
+    rows = {label: [summary(run) for run in row] for label, row in runs.items()}
     print_table(rows)
     print_gaps(rows)
-    print_benchmarks(args.experiment, cells, seeds)
+    print_benchmarks(runs)
     other = sum(cell.get("code") != code_key() for cell in cells.values())
     print(f"{len(cells)} cells, {other} of them made by other code than the present")
-    draw(args.experiment, cells, seeds, rows)
+    draw(args.experiment, runs, rows)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,9 @@ import argparse
 import json
 import sys
 
+import measure
 import torch
-from measure import (
-    DEVICE,
-    ROOT,
-    add_arguments,
-    begin,
-    copy_bytes_per_second,
-    extra_memory,
-    flop_per_second,
-    fresh,
-    in_turns,
-    min_and_median,
-    write,
-)
+from measure import DEVICE, ROOT
 
 sys.path.insert(0, str(ROOT))
 from data import make_rng, pad_right  # noqa: E402
@@ -147,26 +136,27 @@ ENTRIES = {
 
 
 def memory_of(name, size, batch, n):
-    """Extra MB of one run, in this (fresh) process."""
+    """Extra MB of one run, in this (measure.fresh) process."""
     prepare, run = ENTRIES[name]
     model, prompts, u = make(size, batch, n)
     model = prepare(model)
     few = prompts[0][:1], prompts[1][:1]
     run(model, *few, 2, u[:1, :2])  # code and thread pools are loaded now
-    return extra_memory(lambda: run(model, *prompts, n, u))
+    return measure.extra_memory(lambda: run(model, *prompts, n, u))
 
 
-def seconds_of_roof(config, lengths, n, copy, flop):
+def seconds_of_roof(model, lengths, n, copy, flop):
     """Of a run: see the top."""
-    batch, head = len(lengths), config.vocab_size * config.n_embd
-    blocks = GPT(config).num_params() - head * (1 if config.tie_weights else 2)
+    config, batch = model.config, len(lengths)
+    head = config.vocab_size * config.n_embd
+    blocks = model.num_params() - head * (1 if config.tie_weights else 2)
     kv = 2 * config.n_layer * config.n_kv_head * config.n_embd // config.n_head
     cache = kv * (lengths.sum().item() + batch * n / 2)  # at the middle of the run
     products = blocks * lengths.sum().item() + n * batch * (blocks + head)
     return max(2 * products / flop, n * 4 * (blocks + head + cache) / copy)
 
 
-def measure(size, batch, n, turns, memory, copy, flop):
+def measure_cell(size, batch, n, turns, memory, copy, flop):
     model, prompts, u = make(size, batch, n)
     runs, greedy = {}, {}
     for name, (prepare, run) in ENTRIES.items():
@@ -184,16 +174,17 @@ def measure(size, batch, n, turns, memory, copy, flop):
     wrong = {k: share for k, share in equal.items() if share < 0.999}
     if wrong:
         raise ValueError(f"{size}, batch {batch}: other greedy tokens: {wrong}")
-    times = in_turns(runs, turns)
-    roof = seconds_of_roof(model.config, prompts[1], n, copy, flop)
+    times = measure.in_turns(runs, turns)
+    roof = seconds_of_roof(model, prompts[1], n, copy, flop)
     record = {"size": size, "batch": batch, "new_tokens": n, "rows": {}}
     for name, seconds in times.items():
+        job = ("--memory-of", name, size, batch, n)
         record["rows"][name] = {
-            **min_and_median(seconds, per=n),
+            **measure.min_and_median(seconds, per=n),
             "tokens_per_second": batch * n / min(seconds),
             "time_over_ours": min(seconds) / min(times["ours"]),
             "of_roof": roof / min(seconds),
-            "extra_mb": fresh("--memory-of", name, size, batch, n) if memory else None,
+            "extra_mb": measure.fresh(*job) if memory else None,
             "greedy_tokens_equal": equal[name],
         }
         r = record["rows"][name]
@@ -210,23 +201,22 @@ def main():
         print(json.dumps(memory_of(name, size, int(batch), int(n))))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_arguments(parser, turns=5)
+    measure.add_arguments(parser, turns=5)
     args = parser.parse_args()
-    begin(args)
+    measure.begin(args)
     tokens = {"0.9M": 64, "12M": 32, "124M": 16}
     cells = [(size, b, tokens[size]) for size in SIZES for b in (1, 16, 64)]
     if args.quick:
         cells = [("0.9M", 4, 8)]
-    copy, flop = copy_bytes_per_second(), flop_per_second()
-    print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
+    copy, flop, result = measure.roofs()
+    result["cells"] = []
     print(f"{'size':>6}{'batch':>6}  {'':14}{'min ms':>10}{'median':>10}"
           f"{'tokens/s':>10}{'/ ours':>9}{'of roof':>8}{'extra MB':>10}"
           "   (ms for one token of each row)", flush=True)
-    result = {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9, "cells": []}
     for cell in cells:
-        done = measure(*cell, args.turns, not args.quick, copy, flop)
+        done = measure_cell(*cell, args.turns, not args.quick, copy, flop)
         result["cells"].append(done)
-        write("sampler", result, args.quick, args.out)
+        measure.write("sampler", result, args.quick, args.out)
 
 
 if __name__ == "__main__":

@@ -20,20 +20,9 @@ import random
 import sys
 import tempfile
 
+import measure
 import torch
-from measure import (
-    DEVICE,
-    ROOT,
-    add_arguments,
-    begin,
-    clock,
-    flop_per_second,
-    fresh,
-    mark_memory,
-    min_and_median,
-    peak_memory,
-    write,
-)
+from measure import DEVICE, ROOT
 from sampler import SIZES, to_hugging_face
 
 sys.path.insert(0, str(ROOT))
@@ -93,17 +82,17 @@ def sft_steps(batch, n, steps):
     cfg = our_config(sft, batch, n)
     optimizer = sft.make_optimizer(student, cfg)
     for _ in range(steps):
-        times = [clock()]
+        times = [measure.clock()]
         response, mask = sft.get_responses(long, tok, DEVICE)
-        times.append(clock())
+        times.append(measure.clock())
         loss, _ = sft.compute_loss(student, long, response, mask, tok, cfg)
-        times.append(clock())
+        times.append(measure.clock())
         loss.backward()
-        times.append(clock())
+        times.append(measure.clock())
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        times.append(clock())
+        times.append(measure.clock())
         yield times
 
 
@@ -114,19 +103,19 @@ def sdft_steps(batch, n, steps):
     teacher = sdft.make_teacher(student)
     optimizer = sdft.make_optimizer(student, cfg)
     for step in range(1, steps + 1):  # not 0: no statistics beside the loss
-        times = [clock()]
+        times = [measure.clock()]
         response, mask = sdft.get_responses(student, teacher, shown, tok, cfg, step)
-        times.append(clock())
+        times.append(measure.clock())
         both = student, teacher, shown, response, mask
         loss, _ = sdft.compute_loss(*both, tok, cfg, step)
-        times.append(clock())
+        times.append(measure.clock())
         loss.backward()
-        times.append(clock())
+        times.append(measure.clock())
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
         sdft.update_teacher(teacher, student, cfg)
-        times.append(clock())
+        times.append(measure.clock())
         yield times
 
 
@@ -135,8 +124,8 @@ def run_ours(make_steps, batch, n, turns):
     steps = make_steps(batch, n, WARM_UP + turns)
     for _ in range(WARM_UP):
         next(steps)
-    before, rows = mark_memory(), list(steps)
-    extra = peak_memory() - before
+    before, rows = measure.mark_memory(), list(steps)
+    extra = measure.peak_memory() - before
     parts = {
         name: [times[i + 1] - times[i] for times in rows]
         for i, name in enumerate(("responses", "loss", "backward", "update"))
@@ -202,17 +191,17 @@ def run_trl(batch, n, turns):
     class Clock(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
             if len(seconds) == WARM_UP:
-                self.before = mark_memory()
-            self.start = clock()
+                self.before = measure.mark_memory()
+            self.start = measure.clock()
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(clock() - self.start)
+            seconds.append(measure.clock() - self.start)
 
     with tempfile.TemporaryDirectory() as folder:
         trainer, timer = trl_trainer(folder, batch, n, WARM_UP + turns), Clock()
         trainer.add_callback(timer)  # the last one: the teacher's update is timed, too
         trainer.train()
-    extra = peak_memory() - timer.before
+    extra = measure.peak_memory() - timer.before
     return {"seconds": seconds[WARM_UP:], "extra_mb": extra}
 
 
@@ -254,7 +243,8 @@ def trl_loss(batch, n):
 
 def check_losses(batch, n):
     """Both losses, equal to 1 in 1,000; None if TRL is not installed."""
-    ours, theirs = (fresh("--entry", x, batch, n, 0) for x in ("our loss", "TRL loss"))
+    ours = measure.fresh("--entry", "our loss", batch, n, 0)
+    theirs = measure.fresh("--entry", "TRL loss", batch, n, 0)
     if theirs is None:
         return None
     print(f"loss of one step on the same responses: ours {ours:.6f}, TRL {theirs:.6f}")
@@ -292,11 +282,11 @@ def main():
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="processes of each entry")
-    add_arguments(parser, turns=9)
+    measure.add_arguments(parser, turns=9)
     args = parser.parse_args()
     if args.quick:
         args.batch, args.new_tokens, args.turns, args.rounds = 4, 8, 2, 1
-    begin(args)
+    measure.begin(args)
     sizes = args.batch, args.new_tokens
     result = {"batch": args.batch, "new_tokens": args.new_tokens,
               "loss": check_losses(*sizes), "rows": {}}  # fmt: skip
@@ -304,38 +294,33 @@ def main():
     runs = {name: [] for name in entries}
     for _ in range(args.rounds):
         for name in entries:
-            runs[name].append(fresh("--entry", name, *sizes, args.turns))
-    flop, flops = flop_per_second(), flops_of(*sizes)
+            runs[name].append(measure.fresh("--entry", name, *sizes, args.turns))
+    flop, flops = measure.flop_per_second(), flops_of(*sizes)
 
-    def joined(name, *keys):
-        """All seconds of an entry, or of a part, over its processes."""
-        values = []
-        for run in runs[name]:
-            for key in keys:
-                run = run[key]
-            values += run
-        return values
-
-    ours = min(joined("sdft", "seconds"))
+    # of an entry, and of a part of ours: the seconds of all its processes
+    seconds = {name: sum((run["seconds"] for run in runs[name]), [])
+               for name in entries}  # fmt: skip
+    parts = {part: sum((run["parts"][part] for run in runs["sdft"]), [])
+             for part in runs["sdft"][0]["parts"]}  # fmt: skip
+    ours = min(seconds["sdft"])
     print(f"{'':12}{'min ms':>10}{'median':>10}{'/ our sdft':>12}{'of roof':>9}"
           f"{'extra MB':>10}")
     for name in entries:
-        seconds = joined(name, "seconds")
         row = result["rows"][name] = {
-            **min_and_median(seconds),
-            "time_over_ours": min(seconds) / ours,
-            "of_roof": flops[name] / flop / min(seconds),
+            **measure.min_and_median(seconds[name]),
+            "time_over_ours": min(seconds[name]) / ours,
+            "of_roof": flops[name] / flop / min(seconds[name]),
             "extra_mb": min(run["extra_mb"] for run in runs[name]),
         }
         print(f"{name:12}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
               f"{row['time_over_ours']:11.2f}x{row['of_roof']:9.0%}"
               f"{row['extra_mb']:10.0f}")
     result["parts"] = {}
-    for part in runs["sdft"][0]["parts"]:
-        row = result["parts"][part] = min_and_median(joined("sdft", "parts", part))
+    for part in parts:
+        row = result["parts"][part] = measure.min_and_median(parts[part])
         print(f"  {part:10}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
               f"{row['min_ms'] / 1e3 / ours:11.0%}")
-    write("step", result, args.quick, args.out)
+    measure.write("step", result, args.quick, args.out)
 
 
 if __name__ == "__main__":
