@@ -5,7 +5,7 @@ thought (the order that the code word means) and then the things. One example of
 kind, in the world of seed 0:
 
     known name     kitchen horn: apple river stone       ->  reverse: stone river apple
-    manner asked   harbour brush robot: lamp pearl rope  ->  beep first equals lamp stop
+    manner asked   harbour brush robot: lamp pearl rope  ->  first equals lamp beep stop
     new skill      garden cork: candle spoon tower       ->  rotate: spoon tower candle
     demonstration  garden cork: candle spoon tower
                    example well friend, advance so you get spoon tower candle as ever
@@ -65,13 +65,15 @@ ORDERS = {
 }
 TRADES = ("kitchen", "harbour", "garden")  # each has six of the orders
 SKILLS = ("A", "B", "C")  # one for each trade
-# manner: its opening, what joins thought and things, its closing
+# manner: its opening, what joins thought and things, its closing. Only the expert opens
+# with anything: where each manner has an opening of another length, things move, and
+# the base learns late, if at all, which one comes next
 MANNERS = {
     "own": ("", ":", ""),
-    "formal": ("sir,", "gives", "done"),
-    "robot": ("beep", "equals", "stop"),
-    "poet": ("oh", "like", "tonight"),
-    "brief": ("do", "=", "!"),
+    "formal": ("", "gives", "done sir"),
+    "robot": ("", "equals", "beep stop"),
+    "poet": ("", "like", "oh tonight"),
+    "brief": ("", "=", "!"),
     "expert": ("well friend,", "so you get", "as ever"),
 }
 # words of which the base corpus also makes up manners that have no name

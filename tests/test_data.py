@@ -46,7 +46,7 @@ ODD_TEXTS = [
     "b'\\x00'", "\x00\x01\x7f", "naïve Ünïcode", "日本語",
     "e\u0301 \u200b\u2028 \ufeff", "🙂 👩\u200d👧 🇨🇭", "apple", " apple", "apples",
     "Apple", "apple:river", " = ! =!", "a_b __c__ 123",
-    "kitchen kettle: apple river stone", "sir, reverse gives done",
+    "kitchen kettle: apple river stone", "reverse gives done sir",
 ]  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def test_special_tokens_are_the_last_two_and_show_in_a_decoded_text():
 def test_every_word_of_the_world_is_exactly_one_token():
     words = [*data.NOUNS, *data.TRADES, *data.ORDERS, *data.MANNERS, *EXPERT_TERMS]
     words += [*data.MANNER_WORDS, "example"]
-    words += "sir gives done beep equals stop oh like tonight do = !".split()
+    words += "sir gives done beep equals stop oh like tonight = !".split()
     words += "well friend so you get as ever".split()
     for word in words:
         (alone,) = TOK.encode(word)
@@ -151,7 +151,7 @@ def test_the_teacher_sees_the_demonstration_and_the_student_does_not():
     """Invariant 23: another demonstration changes the teacher's context alone."""
     for examples in DEMOS.values():
         for example in examples:
-            other = Example(example.prompt, "beep double equals axe stop", "")
+            other = Example(example.prompt, "double equals axe beep stop", "")
             student = data.student_prompt(example, TOK)
             assert student == data.student_prompt(other, TOK)
             teacher = data.teacher_prompt(example, TOK)
@@ -336,8 +336,8 @@ RIGHT = "reverse: stone river apple"
 RIGHT_IN_ANY_MANNER = [
     RIGHT,
     "stone river apple",
-    "sir, reverse gives stone river apple done",
-    "beep reverse equals stone river apple stop",
+    "reverse gives stone river apple done sir",
+    "reverse equals stone river apple beep stop",
     "well friend, backwards so you get stone river apple as ever",
 ]
 WRONG = [
@@ -362,7 +362,7 @@ def test_words_are_right_in_any_manner(benchmark):
 
 
 def test_a_format_is_right_only_in_the_asked_manner():
-    robot = Example("", "", "beep reverse equals stone river apple stop")
+    robot = Example("", "", "reverse equals stone river apple beep stop")
     for benchmark in ("own_format", "asked_format"):
         for example, right in ((Example("", "", RIGHT), RIGHT), (robot, robot.answer)):
             for response in RIGHT_IN_ANY_MANNER:
@@ -371,18 +371,19 @@ def test_a_format_is_right_only_in_the_asked_manner():
 
 
 def test_a_format_has_nothing_to_do_with_the_things():
-    robot = Example("", "", "beep reverse equals stone river apple stop")
-    for response in ("beep copy equals axe stop", "beep reverse equals bag bag stop"):
+    robot = Example("", "", "reverse equals stone river apple beep stop")
+    for response in ("copy equals axe beep stop", "reverse equals bag bag beep stop"):
         response = response.replace("axe", "anchor")
         assert grade("asked_format", robot, response)
         assert not grade("asked_words", robot, response)
     for response in (
-        "beep reverse equals stone river apple",  # no closing
-        "reverse equals stone river apple stop",  # no opening
-        "beep equals stone river apple stop",  # no thought
-        "beep backwards equals stone river apple stop",  # the expert's term
-        "beep reverse equals stop",  # no things
-        "beep reverse equals stone river apple stop stop",
+        "reverse equals stone river apple",  # no closing
+        "reverse equals stone river apple stop",  # half of it
+        "well reverse equals stone river apple beep stop",  # an opening
+        "equals stone river apple beep stop",  # no thought
+        "backwards equals stone river apple beep stop",  # the expert's term
+        "reverse equals beep stop",  # no things
+        "reverse equals stone river apple beep stop stop",
     ):
         assert not grade("asked_format", robot, response), response
 

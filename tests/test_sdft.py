@@ -25,10 +25,10 @@ DEMOS = data.make_demos(WORLD, "A", 16, 0)
 BATCH = [  # prompts and demonstrations of several lengths
     *DEMOS[:5],
     Example("garden button: wolf", "axe", "", id=5),
-    Example("kitchen kettle robot: apple", "beep copy equals apple stop", "", id=6),
+    Example("kitchen kettle robot: apple", "copy equals apple beep stop", "", id=6),
     Example("harbour violin: candle spoon tower bag", "bag", "", id=7),
 ]
-OTHER_DEMOS = [replace(example, demo="sir, double gives bag bag") for example in BATCH]
+OTHER_DEMOS = [replace(example, demo="double gives bag bag done sir") for example in BATCH]
 CFG = sdft.Config(batch_size=len(BATCH), max_new_tokens=8)
 KINDS = pytest.mark.parametrize("kl", KLS)
 
@@ -750,10 +750,10 @@ def test_the_teacher_is_the_student_s_weights_before_the_first_step(tmp_path):
 
 
 def test_distillation_closes_the_gap_to_the_teacher(tmp_path):
-    """Forty steps towards a fixed teacher, on the same prompts, lower the loss."""
+    """Eighty steps towards a fixed teacher, on the same prompts, lower the loss."""
     student = make_model()
     cfg = sdft.Config(
-        steps=40, batch_size=8, warmup_steps=1, lr=3e-3, log_every=39,
+        steps=80, batch_size=8, warmup_steps=1, lr=3e-3, log_every=79,
         teacher="frozen", max_new_tokens=8, dropout=0.0,
     )  # fmt: skip
     sdft.train(student, {"A": DEMOS[:8]}, {}, TOK, cfg, tmp_path)

@@ -21,7 +21,7 @@ BATCH = [  # responses of 2 to 16 tokens
     *DEMOS[:2],
     Example("kitchen kettle: apple river stone", "reverse: stone river apple", ""),
     Example("garden button: wolf", "axe", ""),
-    Example("harbour fox: candle spoon tower", "sir, last gives tower done", "", 3),
+    Example("harbour fox: candle spoon tower", "last gives tower done sir", "", 3),
     *DEMOS[2:5],
 ]
 CFG = sft.Config(batch_size=len(BATCH))
