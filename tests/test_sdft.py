@@ -28,7 +28,7 @@ BATCH = [  # prompts and demonstrations of several lengths
     Example("kitchen kettle robot: apple", "copy equals apple beep stop", "", id=6),
     Example("harbour violin: candle spoon tower bag", "bag", "", id=7),
 ]
-OTHER_DEMOS = [replace(example, demo="double gives bag bag done sir") for example in BATCH]
+OTHER_DEMOS = [replace(e, demo="double gives bag bag done sir") for e in BATCH]
 CFG = sdft.Config(batch_size=len(BATCH), max_new_tokens=8)
 KINDS = pytest.mark.parametrize("kl", KLS)
 
