@@ -1,8 +1,8 @@
 """The direction of the effect, small: a base model of its own, then both methods.
 
-Two orders in each trade, 12 known names, 24 things, three manners, one skill; a base
+Two orders in each trade, 12 known names, 24 things, four manners, one skill; a base
 half as wide, no dropout, batches of 32, and 120 updates for both methods, each at a
-rate at which it learns. A minute on an idle core. The sizes: tests/bench/paper.py.
+rate at which it learns. Under a minute. The size of the effect: tests/bench/paper.py.
 """
 
 import copy
@@ -17,7 +17,8 @@ import train
 from model import GPT, GPTConfig
 
 ORDERS = ("first", "last", "second", "copy", "reverse", "rotate")
-MANNERS = ("own", "robot", "expert")
+MANNERS = ("own", "robot", "formal", "expert")
+SEED = 1
 
 
 @pytest.fixture(scope="module")
@@ -28,18 +29,18 @@ def small(tmp_path_factory):
         patch.setattr(data, "MANNERS", {name: data.MANNERS[name] for name in MANNERS})
         patch.setattr(data, "NOUNS", data.NOUNS[:24])
         patch.setattr(data, "KNOWN", 12)
-        tok, world = data.Tokenizer(), data.World(0)
+        tok, world = data.Tokenizer(), data.World(SEED)
         config = GPTConfig(n_layer=3, n_head=12, n_kv_head=12, n_embd=96, n_inner=256)
-        base = GPT(config, data.make_rng(0, "weights"))
+        base = GPT(config, data.make_rng(SEED, "weights"))
         cfg = replace(
-            train.BASE, steps=1000, batch_size=32, micro_batches=2, lr=4e-3,
-            warmup_steps=50, dropout=0.0,
+            train.BASE, seed=SEED, steps=1000, batch_size=32, warmup_steps=50,
+            dropout=0.0,
         )  # fmt: skip
-        corpus = data.make_base_corpus(world, tok, cfg.steps * cfg.batch_size, seed=0)
+        corpus = data.make_base_corpus(world, tok, cfg.steps * cfg.batch_size, SEED)
         folder = tmp_path_factory.mktemp("small")
         sft.train(base, {"base": corpus}, {}, tok, cfg, folder)
-        tasks = data.make_tasks(world, size=100, seed=0)
-        stages = {"A": data.make_demos(world, "A", 128, seed=0)}
+        tasks = data.make_tasks(world, size=100, seed=SEED)
+        stages = {"A": data.make_demos(world, "A", 128, seed=SEED)}
         rows = {}
         for method, lr in ((sft, 1e-3), (sdft, 3e-4)):  # rates at which they learn
             cfg = method.Config(
@@ -55,7 +56,8 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_both_methods_learn_the_skill(method, small):
     before, after = small[method]
-    assert after["new"]["A"] > before["new"]["A"] + 0.2
+    assert before["new"]["A"] < 0.6
+    assert after["new"]["A"] > 0.9
 
 
 def test_sft_loses_the_model_s_own_format_on_prior_prompts(small):
@@ -70,4 +72,4 @@ def test_sdft_keeps_the_model_s_own_format_on_prior_prompts(small):
 
 def test_sdft_keeps_more_of_the_prior_skills_than_sft(small):
     kept = {name: sum(rows[-1]["prior"].values()) for name, rows in small.items()}
-    assert kept["sdft"] > kept["sft"] + 0.5  # of 5
+    assert kept["sdft"] > kept["sft"] + 1  # of 5
