@@ -48,6 +48,7 @@ EXPERIMENTS = {
             ("sdft 3e-5", 5, f"{SDFT} --lr 3e-5"),
             ("sft 6e-5", 5, f"{SFT} --lr 6e-5"),
             ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
+            ("sft 4e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 4e-4"),
             ("sft 1e-3", 5, f"{SFT} --lr 1e-3"),
             ("sft own", 3, f"{SFT} --lr 1.5e-4 --distance own"),
             ("sdft own", 3, f"{SDFT} --distance own"),
@@ -56,7 +57,6 @@ EXPERIMENTS = {
             ("sdft reverse", 3, f"{SDFT} --kl reverse"),
             ("sdft frozen", 3, f"{SDFT} --teacher frozen"),
             ("sdft live", 3, f"{SDFT} --teacher live"),
-            ("sft 4e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 4e-4"),
         ],
     },
 }  # fmt: skip
