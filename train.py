@@ -154,7 +154,7 @@ def make_parser():
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (
-        ("--demos", 512, "demonstrations for each skill"),
+        ("--demos", 2048, "demonstrations for each skill"),
         ("--eval-size", 400, "held-out queries for each accuracy"),
         ("--gate-margin", 0.2, "what a demonstration must add to the base's accuracy"),
         ("--base-steps", BASE.steps, "updates that make the base model"),
