@@ -320,15 +320,12 @@ def make_base_corpus(world, tok, size, seed):
     unknown name with an order drawn anew each time, so that only the demonstration
     tells. 5 % ask for an unknown name and show nothing, with any order of its trade: so
     the base is not sure of one guess, which a skill would have to drive out, for known
-    names too. 30 % ask for a manner, for the expert's thrice as often as for any other:
-    only there do the things stand elsewhere, which takes longest to learn. A fifth
-    begins with another thought than the right one, which the things then follow, and a
-    tenth with a wrong thing, after which the rest is right: both given, not learnt.
-    Without these two, the teacher of SDFT knows no way back from what only a student
-    would write.
+    names too. A quarter asks for a manner. A fifth begins with another thought than the
+    right one, which the things then follow, and a tenth with a wrong thing, after
+    which the rest is right: both given, not learnt. Without these two, the teacher of
+    SDFT knows no way back from what only a student would write.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
-    manners = [manner for manner in MANNERS if manner != "own"] + ["expert"] * 2
     corpus = []
     for i in range(size):
         kind = rng.random()
@@ -340,7 +337,7 @@ def make_base_corpus(world, tok, size, seed):
         else:
             name = rng.choice(list(world.known))
             trade, order = world.known[name]
-        manner = rng.choice(manners) if rng.random() < 0.3 else "own"
+        manner = rng.choice(list(MANNERS)[1:]) if rng.random() < 0.25 else "own"
         things = draw_things(rng, held_out=False)
         prompt = ask(trade, name, things, manner)
         if shown:

@@ -35,7 +35,7 @@ class Config:
     steps: int = 300  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
     micro_batches: int = 1  # parts in which a process does its share of a batch
-    lr: float = 4e-4  # highest learning rate, reached after the warm-up
+    lr: float = 6e-4  # highest learning rate, reached after the warm-up
     warmup_steps: int = 40  # updates; then a cosine to 0 at the end of the stage
     beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
     weight_decay: float = 0.0  # of AdamW, on matrices
