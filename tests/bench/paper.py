@@ -48,6 +48,7 @@ EXPERIMENTS = {
             ("sdft 2.4e-4", 5, f"{SDFT} --lr 2.4e-4"),
             ("sdft 3e-5", 5, f"{SDFT} --lr 3e-5"),
             ("sft 1e-4", 5, f"{SFT} --lr 1e-4"),
+            ("sft 4e-5", 5, f"{SFT} --lr 4e-5"),
             ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
             ("sft own", 3, f"{SFT} --lr 1e-4 --distance own"),
             ("sdft own", 3, f"{SDFT} --distance own"),
@@ -56,13 +57,12 @@ EXPERIMENTS = {
             ("sdft reverse", 3, f"{SDFT} --kl reverse"),
             ("sdft frozen", 3, f"{SDFT} --teacher frozen"),
             ("sdft live", 3, f"{SDFT} --teacher live"),
-            ("sft 6e-4, 600 updates", 3, f"{SFT} --steps 600 --lr 6e-4"),
         ],
     },
 }  # fmt: skip
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVE = {"sft": "sft 6e-4", "sdft": "sdft 9e-5"}  # each method at its default rate
-TERMS = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}  # at the rates of own and known
+CURVES = ("sft 6e-4", "sft 1e-4", "sdft 9e-5")  # the defaults, and SFT at a low rate
+BEST = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}  # the rates of own and known, too
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -235,11 +235,11 @@ def print_benchmarks(rows):
 
 def print_gaps(rows):
     """How far SFT at the default distance stays below SDFT, seed by seed."""
-    best = rows.get(CURVE["sdft"], [])
+    best = rows.get(BEST["sdft"], [])
     for label, runs in at_rates(rows, "sft") if best else []:
         pairs = list(zip(best, runs, strict=False))
         gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in ("new", "prior")}
-        print(f"{CURVE['sdft']} minus {label}:", gaps)
+        print(f"{BEST['sdft']} minus {label}:", gaps)
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -247,9 +247,9 @@ def print_gaps(rows):
 
 def draw_curves(plt, name, runs_of):
     """New skills up, prior kept: mean and range over seeds, for the three stages."""
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
-    for axis, method in zip(axes, ("sft", "sdft"), strict=True):
-        runs = runs_of[CURVE[method]]
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.6), sharey=True)
+    for axis, row in zip(axes, CURVES, strict=True):
+        runs = runs_of[row]
         steps = [row["step"] for row in runs[0]["evaluations"]]
         x = [step / runs[0]["config"]["steps"] for step in steps]
         lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
@@ -267,10 +267,12 @@ def draw_curves(plt, name, runs_of):
             axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
         for stage in (1, 2):
             axis.axvline(stage, color="gray", lw=0.8, ls=":")
-        axis.set(title=method.upper(), xlabel="stages (one for each skill)")
+        method, rate = row.split()
+        title = f"{method.upper()}, {rate}"
+        axis.set(title=title, xlabel="stages (one for each skill)")
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("accuracy on held-out queries")
-    axes[1].legend(loc="lower right")
+    axes[-1].legend(loc="lower right")
     figure.savefig(RESULTS / f"{name}_curves.png", dpi=130, bbox_inches="tight")
 
 
@@ -280,16 +282,15 @@ def draw_tradeoff(plt, name, rows):
     for method, color in COLORS.items():
         points, markers = [], iter("os^vDP*X")
         for label, runs in at_rates(rows, method):
-            if "," not in label:  # the default number of updates
-                x = [run["new"] for run in runs]
-                y = [run["prior / base"] for run in runs]
-                points.append((mean(x), mean(y)))
-                dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
-                dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
-                axis.errorbar(
-                    *points[-1], dy, dx, next(markers), color=color, alpha=0.7,
-                    label=label.replace(method, method.upper()),
-                )  # fmt: skip
+            x = [run["new"] for run in runs]
+            y = [run["prior / base"] for run in runs]
+            points.append((mean(x), mean(y)))
+            dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
+            dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
+            axis.errorbar(
+                *points[-1], dy, dx, next(markers), color=color, alpha=0.7,
+                label=label.replace(method, method.upper()),
+            )  # fmt: skip
 
         def beaten(p, points=points):
             return any(q[0] > p[0] and q[1] > p[1] for q in points)
@@ -308,7 +309,7 @@ def draw_distance(plt, name, rows):
     distances = ("own", "known", "terms")
     for axis, key in zip(axes, ("new", "prior / base"), strict=True):
         for i, (method, color) in enumerate(COLORS.items()):
-            labels = [f"{method} {d}" for d in distances[:2]] + [TERMS[method]]
+            labels = [f"{method} {d}" for d in distances[:2]] + [BEST[method]]
             runs = [[run[key] for run in rows[label]] for label in labels]
             y = [mean(r) for r in runs]
             low = [mean(r) - min(r) for r in runs]
@@ -333,10 +334,10 @@ def draw(name, runs, rows):
     def have(*labels):
         return all(label in rows for label in labels)
 
-    if have(*CURVE.values()):
+    if have(*CURVES):
         draw_curves(plt, name, runs)
         draw_tradeoff(plt, name, rows)
-    if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
+    if have("sft own", "sft known", "sdft own", "sdft known", *BEST.values()):
         draw_distance(plt, name, rows)
 
 
