@@ -54,9 +54,9 @@ EXPERIMENTS = {
             ("sdft own", 3, f"{SDFT} --distance own"),
             ("sft known", 3, f"{SFT} --lr 1e-4 --distance known"),
             ("sdft known", 3, f"{SDFT} --distance known"),
-            ("sdft reverse", 3, f"{SDFT} --kl reverse"),
-            ("sdft frozen", 3, f"{SDFT} --teacher frozen"),
-            ("sdft live", 3, f"{SDFT} --teacher live"),
+            ("sdft reverse", 2, f"{SDFT} --kl reverse"),
+            ("sdft frozen", 2, f"{SDFT} --teacher frozen"),
+            ("sdft live", 2, f"{SDFT} --teacher live"),
         ],
     },
 }  # fmt: skip
