@@ -62,7 +62,8 @@ EXPERIMENTS = {
 }  # fmt: skip
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
 CURVES = ("sft 6e-4", "sft 1e-4", "sdft 9e-5")  # the defaults, and SFT at a low rate
-BEST = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}  # the rates of own and known, too
+# the distance "terms" beside own and known: SFT at its lowest rate that learns
+TERMS = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}
 
 
 # ---- Running -----------------------------------------------------------------------
@@ -235,11 +236,11 @@ def print_benchmarks(rows):
 
 def print_gaps(rows):
     """How far SFT at the default distance stays below SDFT, seed by seed."""
-    best = rows.get(BEST["sdft"], [])
+    best = rows.get(TERMS["sdft"], [])
     for label, runs in at_rates(rows, "sft") if best else []:
         pairs = list(zip(best, runs, strict=False))
         gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in ("new", "prior")}
-        print(f"{BEST['sdft']} minus {label}:", gaps)
+        print(f"{TERMS['sdft']} minus {label}:", gaps)
 
 
 # ---- Pictures ----------------------------------------------------------------------
@@ -248,8 +249,8 @@ def print_gaps(rows):
 def draw_curves(plt, name, runs_of):
     """New skills up, prior kept: mean and range over seeds, for the three stages."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.6), sharey=True)
-    for axis, row in zip(axes, CURVES, strict=True):
-        runs = runs_of[row]
+    for axis, curve in zip(axes, CURVES, strict=True):
+        runs = runs_of[curve]
         steps = [row["step"] for row in runs[0]["evaluations"]]
         x = [step / runs[0]["config"]["steps"] for step in steps]
         lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
@@ -267,9 +268,9 @@ def draw_curves(plt, name, runs_of):
             axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
         for stage in (1, 2):
             axis.axvline(stage, color="gray", lw=0.8, ls=":")
-        method, rate = row.split()
-        title = f"{method.upper()}, {rate}"
-        axis.set(title=title, xlabel="stages (one for each skill)")
+        method, rate = curve.split()
+        axis.set_title(f"{method.upper()}, {rate}")
+        axis.set_xlabel("stages (one for each skill)")
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("accuracy on held-out queries")
     axes[-1].legend(loc="lower right")
@@ -309,7 +310,7 @@ def draw_distance(plt, name, rows):
     distances = ("own", "known", "terms")
     for axis, key in zip(axes, ("new", "prior / base"), strict=True):
         for i, (method, color) in enumerate(COLORS.items()):
-            labels = [f"{method} {d}" for d in distances[:2]] + [BEST[method]]
+            labels = [f"{method} {d}" for d in distances[:2]] + [TERMS[method]]
             runs = [[run[key] for run in rows[label]] for label in labels]
             y = [mean(r) for r in runs]
             low = [mean(r) - min(r) for r in runs]
@@ -337,7 +338,7 @@ def draw(name, runs, rows):
     if have(*CURVES):
         draw_curves(plt, name, runs)
         draw_tradeoff(plt, name, rows)
-    if have("sft own", "sft known", "sdft own", "sdft known", *BEST.values()):
+    if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
         draw_distance(plt, name, rows)
 
 
