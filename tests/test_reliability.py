@@ -194,19 +194,33 @@ def save_forever(path, step, weights):
         data.write_checkpoint(path, {"step": step, "weights": weights})
 
 
+def stop_in_a_write(process, path):
+    """Stop a process that saves while it has a temporary file."""
+    while True:
+        os.kill(process.pid, signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)  # it has stopped, not only been told to
+        if path.with_name(f"{path.name}.tmp.{process.pid}").exists():
+            return
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.001)
+
+
 def kill_in_saves(path, kills, seed):
-    """Kill a process that only saves, so many times. Returns how often the file could
+    """Kill a process that only saves, so many times: at any moment, and the last time
+    in the middle of a write, wherever the others fell. Returns how often the file could
     not be read afterwards, how many temporary files were left, and the steps read."""
     rng, weights = random.Random(seed), data.make_rng(seed, "weights")
     weights = torch.randn(1 << 18, generator=weights)
     data.write_checkpoint(path, {"step": 0, "weights": weights})
     unreadable, steps = 0, [0]
-    for _ in range(kills):
+    for i in range(kills):
         process = multiprocessing.get_context("fork").Process(
             target=save_forever, args=(path, steps[-1], weights)
         )
         process.start()
         time.sleep(rng.uniform(0.02, 0.08))
+        if i == kills - 1:
+            stop_in_a_write(process, path)
         process.kill()
         process.join()
         try:
