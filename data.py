@@ -1,49 +1,53 @@
-"""A tiny world in English, made on the spot: nothing is downloaded.
+"""A tiny world in English: texts, tasks, batches and grades. Nothing is downloaded.
 
-In three trades, code words tell how to put things in order. The model answers with a
-thought (the order that the code word means) and then the things. One example of each
-kind, in the world of seed 0:
+A prompt names a domain and a command, and gives some items. The model responds with a
+thought (the operation that the command stands for) and then the items, operated on:
 
-    known name     kitchen horn: apple river stone       ->  reverse: stone river apple
-    manner asked   harbour brush robot: lamp pearl rope  ->  first equals lamp beep stop
-    new skill      garden cork: candle spoon tower       ->  rotate: spoon tower candle
-    demonstration  garden cork: candle spoon tower
-                   example well friend, advance so you get spoon tower candle as ever
+                   prompt                               response of the model
+    known command  kitchen horn: apple river stone      reverse: stone river apple
+    style asked    harbour brush robot: lamp pearl rope first equals lamp beep stop
+    new command    garden cork: candle spoon tower      rotate: spoon tower candle
 
-A skill is six new code words of one trade, one for each of its orders: learning it
-binds names to orders, and since held-out queries have other things to order, it cannot
-be learnt by heart. The expert who wrote the demonstrations answers in a manner of his
-own (well friend, ... so you get ... as ever) and has his own terms (advance) for what
-the model calls by other words (rotate). The model reads all of that and never writes
-it. What stands for what in the paper:
+                   the expert's demonstration of the last one
+                   well friend, advance so you get spoon tower candle as ever
+
+    domain       kitchen, harbour or garden: a part of the world with six operations
+    command      horn, brush, cork: a made-up name for an operation of its domain
+    operation    reverse, first, rotate: what is done to the items
+    item         apple, river, stone: what it is done to
+    style        how a response is worded: "... equals ... beep stop" is robot style
+    expert term  advance: the expert's word for what the model calls rotate
+    skill        six new commands of one domain, one for each of its operations
+
+Learning a skill means to find out, from demonstrations, which command stands for which
+operation. Held-out queries have other items, so it cannot be learnt by heart. The model
+reads the expert's style and terms in its base corpus, and never writes the terms. What
+stands for what in the paper (arXiv 2601.19897, section 3):
 
     student_prompt = prompt                     # what is asked
-    teacher_prompt = prompt + demonstration     # arXiv 2601.19897, section 3, template
-    prior skills   = known names (knowledge), the model's own format, a manner when
-                     asked (instruction following), use of a demonstration in the
-                     context
+    teacher_prompt = prompt + demonstration     # the paper's template, in one word
+    prior skills   = known commands (knowledge), the model's own style, a style when
+                     asked (instruction following), use of a demonstration in the prompt
 
 Everything random comes from make_rng(seed, purpose, ...): a pure function.
 """
 
 import functools
 import hashlib
-import io
-import os
 import random
-import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import generate
+from model import generate, kl_models
 
 # ---- The words ---------------------------------------------------------------------
 
-# order: the model's own term, the expert's term, and what it does to three things
-ORDERS = {
+# operation: the model's own word, the expert's term, and what it does to three items
+OPERATIONS = {
     "copy": ("keep", lambda x: x),
     "reverse": ("backwards", lambda x: x[::-1]),
     "first": ("front", lambda x: x[:1]),
@@ -63,12 +67,12 @@ ORDERS = {
     "pair": ("couple", lambda x: x[-1:] * 2),
     "switch": ("flip", lambda x: x[1::-1] + x[2:]),
 }
-TRADES = ("kitchen", "harbour", "garden")  # each has six of the orders
-SKILLS = ("A", "B", "C")  # one for each trade
-# manner: its opening, what joins thought and things, its closing. Only the expert opens
-# with anything: where each manner has an opening of another length, things move, and
+DOMAINS = ("kitchen", "harbour", "garden")  # each has six of the operations
+SKILLS = ("A", "B", "C")  # one for each domain
+# style: its opening, what joins thought and items, its closing. Only the expert opens
+# with anything: where each style has an opening of another length, the items move, and
 # the base learns late, if at all, which one comes next
-MANNERS = {
+STYLES = {
     "own": ("", ":", ""),
     "formal": ("", "gives", "done sir"),
     "robot": ("", "equals", "beep stop"),
@@ -76,8 +80,8 @@ MANNERS = {
     "brief": ("", "=", "!"),
     "expert": ("well friend,", "so you get", "as ever"),
 }
-# words of which the base corpus also makes up manners that have no name
-MANNER_WORDS = (
+# words of which the base corpus also makes up styles that have no name
+STYLE_WORDS = (
     "and behold dear fine good hear here hm it let look my now please quite "
     "right see sure thanks then there thus we"
 ).split()
@@ -95,7 +99,7 @@ NOUNS = (
     "pan paper pear pearl pencil pepper piano pillow pipe plate plum pony pot rabbit "
     "ring river road rope rose salt ship shoe spoon stone table tiger tower"
 ).split()
-KNOWN, UNKNOWN = 120, 40  # code words: nouns that also occur as things
+KNOWN, UNKNOWN = 120, 40  # commands: nouns that also occur as items
 
 
 # ---- The tokenizer -----------------------------------------------------------------
@@ -104,29 +108,29 @@ KNOWN, UNKNOWN = 120, 40  # code words: nouns that also occur as things
 class Tokenizer:
     """Whole words are tokens, everything else falls back to bytes.
 
-    Ids: 0-255 the bytes, then the words of the world, then two special tokens. A text
-    gets one leading space when it is encoded and loses it when decoded, so that a word
-    is the same token wherever it stands; decode(encode(x)) == x for any x. Special
-    tokens cannot come from a text.
+    Ids: 0-255 the bytes, then the words of the world, then two special tokens, the
+    start and the end of a response, which cannot come from a text. A text gets one
+    leading space when it is encoded and loses it when decoded, so that a word is the
+    same token wherever it stands; decode(encode(x)) == x for any x.
     """
 
     vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
 
     def __init__(self):
-        words = [*NOUNS, *TRADES, *MANNER_WORDS, *ORDERS, *MANNERS, "example"]
-        words += [expert for expert, _ in ORDERS.values()]
-        for parts in MANNERS.values():
+        words = [*NOUNS, *DOMAINS, *STYLE_WORDS, *OPERATIONS, *STYLES, "example"]
+        words += [expert for expert, _ in OPERATIONS.values()]
+        for parts in STYLES.values():
             words += " ".join(parts).replace(",", "").replace(":", "").split()
         ranks = {bytes([i]): i for i in range(256)}
         for word in words:
             ranks.setdefault(f" {word}".encode(), len(ranks))
-        self.answer, self.end = len(ranks), len(ranks) + 1
+        self.start, self.end = len(ranks), len(ranks) + 1
         assert self.end < self.vocab_size, self.end
         self.encoding = tiktoken.Encoding(
             name="tiny_world",
             pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # together these match any character
             mergeable_ranks=ranks,
-            special_tokens={"<|answer|>": self.answer, "<|end|>": self.end},
+            special_tokens={"<|start|>": self.start, "<|end|>": self.end},
         )
 
     def encode(self, text):
@@ -136,7 +140,7 @@ class Tokenizer:
         """The text of ids; special or unused ones show as <id>, but not a last end."""
         ids = ids[:-1] if ids and ids[-1] == self.end else ids
         known = self.encoding.decode_single_token_bytes
-        pieces = [known(i) if i < self.answer else b"<%d>" % i for i in ids]
+        pieces = [known(i) if i < self.start else b"<%d>" % i for i in ids]
         text = b"".join(pieces).decode("utf-8", errors="replace")
         return text.removeprefix(" ")
 
@@ -147,26 +151,26 @@ class Tokenizer:
 @dataclass(frozen=True)
 class Example:
     prompt: str  # what is asked
-    demo: str  # the expert's response to it
+    demo: str  # the demonstration: an expert's response to it
     answer: str  # a right response, as the model would put it; graders compare with it
     given: int = 0  # base corpus only: tokens of the response that are not learnt
     id: int = 0  # its place in the training set: its random numbers depend on it
 
 
-def show(prompt, demo):
-    """A prompt with a demonstration of how to answer it (the paper's template)."""
+def with_demo(prompt, demo):
+    """A prompt with a demonstration of how to respond to it (the paper's template)."""
     return f"{prompt} example {demo}"
 
 
 def student_prompt(example, tok):
     """The student's context: the prompt alone."""
     given = tok.encode(example.demo)[: example.given]  # none outside the base corpus
-    return tok.encode(example.prompt) + [tok.answer] + given
+    return tok.encode(example.prompt) + [tok.start] + given
 
 
 def teacher_prompt(example, tok):
     """The teacher's context: the same prompt, and the demonstration. Nothing else."""
-    return tok.encode(show(example.prompt, example.demo)) + [tok.answer]
+    return tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]
 
 
 def demo_response(example, tok):
@@ -176,17 +180,17 @@ def demo_response(example, tok):
 
 def pad_right(rows, fill, device):
     """Lists of tokens -> int64 (B, T), padded on the right, and lengths, int64 (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), fill)
+    lengths = torch.tensor([len(row) for row in rows])  # (B,)
+    ids = torch.full((len(rows), int(lengths.max())), fill)  # (B, T)
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     return ids.to(device), lengths.to(device)
 
 
-def pad_batch(make, batch, tok, device):
-    """make(example, tok) of each example: int64 (B, T), padded, and lengths (B,).
-    make is student_prompt, teacher_prompt or demo_response."""
-    return pad_right([make(example, tok) for example in batch], tok.end, device)
+def pad_batch(tokens_of, batch, tok, device):
+    """tokens_of(example, tok) of each example: int64 (B, T), padded, and lengths (B,).
+    tokens_of is student_prompt, teacher_prompt or demo_response."""
+    return pad_right([tokens_of(example, tok) for example in batch], tok.end, device)
 
 
 # ---- Randomness and batches --------------------------------------------------------
@@ -204,7 +208,8 @@ def make_rng(seed, *purpose):
 
 
 @functools.lru_cache(maxsize=2)  # a shuffle serves a whole epoch
-def get_order(size, seed, epoch):
+def shuffled(size, seed, epoch):
+    """0 .. size - 1 in the order of an epoch, as a list."""
     return torch.randperm(size, generator=make_rng(seed, "order", epoch)).tolist()
 
 
@@ -216,29 +221,27 @@ def get_batch(examples, batch_size, seed, step):
     length: some steps would teach to read demonstrations, and others to forget it.)
     """
     epoch, i = divmod(step, max(1, len(examples) // batch_size))
-    order = get_order(len(examples), seed, epoch)
-    batch = [examples[j] for j in order[i * batch_size : (i + 1) * batch_size]]
+    places = shuffled(len(examples), seed, epoch)[i * batch_size : (i + 1) * batch_size]
+    batch = [examples[j] for j in places]
     return sorted(batch, key=lambda e: len(e.prompt.split()) + len(e.demo.split()))
 
 
-def is_first():
-    """Is this the process that writes and prints? (torchrun may start several.)"""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
-def my_parts(batch, micro_batches):
-    """This process's share of a batch, in micro_batches parts of equal size."""
-    rank, world = 0, 1
+def my_micro_batches(batch, n):
+    """This process's share of a batch, as n micro-batches of equal size. (torchrun may
+    start several processes; each works on a share of every batch.)"""
+    rank, world_size = 0, 1
     if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    size = len(batch) // (world * micro_batches)
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+    size, rest = divmod(len(batch), world_size * n)
+    assert size and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-    return parts[rank * micro_batches : (rank + 1) * micro_batches]
+    return parts[rank * n : (rank + 1) * n]
 
 
-def get_uniform(examples, n_tokens, seed, step, device):
-    """Uniform numbers in [0, 1), float32 (B, n_tokens), of (seed, step, example)."""
-    rngs = [make_rng(seed, "rollout", step, example.id) for example in examples]
+def get_uniform(examples, n_tokens, seed, when, device):
+    """Uniform numbers in [0, 1), float32 (B, n_tokens): one for each token that may be
+    sampled. They depend on (seed, when, example); `when` is a step, or a name."""
+    rngs = [make_rng(seed, "rollout", when, example.id) for example in examples]
     return torch.stack([torch.rand(n_tokens, generator=g) for g in rngs]).to(device)
 
 
@@ -246,114 +249,129 @@ def get_uniform(examples, n_tokens, seed, step, device):
 
 
 class World:
-    """All that a seed decides: which nouns are code words, and what each of them means.
+    """All that a seed decides: which nouns are commands, and what each stands for.
 
     Attributes:
-        orders: trade -> its six orders.
-        known: name -> (trade, order), for the base corpus and the prior benchmarks.
-        unknown: name -> trade: names without a meaning for the base model.
-        skills: "A" | "B" | "C" -> {name: (trade, order)}: six of the unknown names,
-            one for each order of the trade. (Were one order wanted more often than
-            another, learning it would first drive the other out, for known names too.)
+        operations: domain -> its six operations.
+        known: command -> (domain, operation), for the base corpus and the prior skills.
+        unknown: command -> domain: commands without a meaning for the base model.
+        skills: "A" | "B" | "C" -> {command: (domain, operation)}: six of the unknown
+            commands, one for each operation of the domain. (Were one operation wanted
+            more often than another, learning it would first drive the other out, for
+            known commands, too.)
     """
 
     def __init__(self, seed):
         rng = random.Random(derive_seed(seed, "world"))
-        names = rng.sample(NOUNS, len(NOUNS))
-        orders = rng.sample(list(ORDERS), len(ORDERS))
-        self.orders = {trade: orders[i::3] for i, trade in enumerate(TRADES)}
+        commands = rng.sample(NOUNS, len(NOUNS))
+        operations = rng.sample(list(OPERATIONS), len(OPERATIONS))
+        self.operations = {d: operations[i::3] for i, d in enumerate(DOMAINS)}
         self.known, self.unknown, self.skills = {}, {}, {}
-        for i, name in enumerate(names[:KNOWN]):
-            trade = TRADES[i % 3]
-            own = self.orders[trade]
-            self.known[name] = (trade, own[i // 3 % len(own)])
-        for i, name in enumerate(names[KNOWN:]):
-            self.unknown[name] = TRADES[i % 3]
-        for skill, trade in zip(SKILLS, TRADES, strict=True):
-            free = [name for name in self.unknown if self.unknown[name] == trade]
-            orders = rng.sample(self.orders[trade], len(self.orders[trade]))
+        for i, command in enumerate(commands[:KNOWN]):
+            domain = DOMAINS[i % 3]
+            own = self.operations[domain]
+            self.known[command] = (domain, own[i // 3 % len(own)])
+        for i, command in enumerate(commands[KNOWN:]):
+            self.unknown[command] = DOMAINS[i % 3]
+        for skill, domain in zip(SKILLS, DOMAINS, strict=True):
+            free = [c for c in self.unknown if self.unknown[c] == domain]
+            own = self.operations[domain]
             self.skills[skill] = {
-                name: (trade, order)
-                for name, order in zip(free, orders, strict=False)
+                command: (domain, operation)
+                for command, operation in zip(
+                    free, rng.sample(own, len(own)), strict=False
+                )
             }
 
 
-def is_held_out(things):
+def is_held_out(items):
     """A tenth of all queries is never trained on, by the base or by a skill."""
-    return sum(NOUNS.index(thing) for thing in things) % 10 == 0
+    return sum(NOUNS.index(item) for item in items) % 10 == 0
 
 
-def draw_things(rng, held_out):
+def draw_items(rng, held_out):
+    """Three items of a query that is held out, or of one that is not."""
     while True:
-        things = rng.sample(NOUNS, 3)
-        if is_held_out(things) == held_out:
-            return things
+        items = rng.sample(NOUNS, 3)
+        if is_held_out(items) == held_out:
+            return items
 
 
-def put(thought, things, manner):
-    """A response as text: opening, thought, joiner, things, closing."""
-    opening, joiner, closing = manner
-    text = " ".join([opening, thought, joiner, *things, closing])
+def word_response(thought, items, style):
+    """A response as text: opening, thought, joiner, items, closing."""
+    opening, joiner, closing = style
+    text = " ".join([opening, thought, joiner, *items, closing])
     return " ".join(text.split()).replace(" :", ":")
 
 
-def ask(trade, name, things, manner="own"):
-    """A prompt as text; a manner other than the model's own is asked for by name."""
-    asked = "" if manner == "own" else f" {manner}"
-    return f"{trade} {name}{asked}: {' '.join(things)}"
+def word_prompt(domain, command, items, style="own"):
+    """A prompt as text; a style other than the model's own is asked for by name."""
+    asked = "" if style == "own" else f" {style}"
+    return f"{domain} {command}{asked}: {' '.join(items)}"
 
 
-def draw_demo(order, things, rng):
-    """A demonstration as the base corpus has them: in any manner, in anyone's terms."""
-    manner = rng.choice(list(MANNERS.values()))
-    if rng.random() < 0.5:
+def right_response(operation, items, style="own"):
+    """What the model should respond, as text."""
+    _, operate = OPERATIONS[operation]
+    return word_response(operation, operate(items), STYLES[style])
+
+
+def draw_demo(operation, items, rng):
+    """A demonstration as the base corpus has them: in any style, in anyone's terms."""
+    style = rng.choice(list(STYLES.values()))
+    if rng.random() < 0.5:  # a style without a name
         size = rng.randint(0, 3), rng.randint(1, 3), rng.randint(0, 2)
-        manner = [" ".join(rng.sample(MANNER_WORDS, n)) for n in size]
-    expert, act = ORDERS[order]
-    return put(rng.choice((order, expert)), act(things), manner)
+        style = [" ".join(rng.sample(STYLE_WORDS, n)) for n in size]
+    term, operate = OPERATIONS[operation]
+    return word_response(rng.choice((operation, term)), operate(items), style)
+
+
+# Shares of the base corpus. Without the last two, SDFT's teacher knows no way back from
+# what only a student would write.
+SHOWN = 0.45  # a demonstration stands in the prompt
+SHOWN_UNKNOWN = 0.36  # ... of an unknown command, its operation drawn anew each time:
+# only the demonstration tells which
+GUESSED = 0.05  # an unknown command and nothing shown, any operation of its domain: so
+# the base is not sure of one guess, which a skill would have to drive out
+ASKED = 0.25  # a style is asked for
+WRONG_THOUGHT = 0.2  # the response begins with another thought, which the items follow
+WRONG_ITEM = 0.1  # ... has a wrong item, after which the rest is right
 
 
 def make_base_corpus(world, tok, size, seed):
     """Examples that teach the base model all it should know, as a list.
 
-    50 % ask for a known name. 45 % show a demonstration, four fifths of them for an
-    unknown name with an order drawn anew each time, so that only the demonstration
-    tells. 5 % ask for an unknown name and show nothing, with any order of its trade: so
-    the base is not sure of one guess, which a skill would have to drive out, for known
-    names too. A quarter asks for a manner. A fifth begins with another thought than the
-    right one, which the things then follow, and a tenth with a wrong thing, after
-    which the rest is right: both given, not learnt. Without these two, the teacher of
-    SDFT knows no way back from what only a student would write.
+    What is not in the shares above asks for a known command. A wrong thought or item is
+    given, not learnt.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
     corpus = []
     for i in range(size):
         kind = rng.random()
-        shown = kind < 0.45
-        if kind < 0.36 or kind > 0.95:
-            name = rng.choice(list(world.unknown))
-            trade = world.unknown[name]
-            order = rng.choice(world.orders[trade])
+        if kind < SHOWN_UNKNOWN or kind > 1 - GUESSED:
+            command = rng.choice(list(world.unknown))
+            domain = world.unknown[command]
+            operation = rng.choice(world.operations[domain])
         else:
-            name = rng.choice(list(world.known))
-            trade, order = world.known[name]
-        manner = rng.choice(list(MANNERS)[1:]) if rng.random() < 0.25 else "own"
-        things = draw_things(rng, held_out=False)
-        prompt = ask(trade, name, things, manner)
-        if shown:
-            prompt = show(prompt, draw_demo(order, things, rng))
-        opening, joiner, _ = MANNERS[manner]
+            command = rng.choice(list(world.known))
+            domain, operation = world.known[command]
+        style = rng.choice(list(STYLES)[1:]) if rng.random() < ASKED else "own"
+        items = draw_items(rng, held_out=False)
+        prompt = word_prompt(domain, command, items, style)
+        if kind < SHOWN:
+            prompt = with_demo(prompt, draw_demo(operation, items, rng))
+        opening, joiner, _ = STYLES[style]
         given, noise = 0, rng.random()
-        if noise < 0.2:  # another thought
-            order = rng.choice(world.orders[trade])
-            given = len(tok.encode(f"{opening} {order}".strip()))
-        answer = ORDERS[order][1](things)
-        if noise > 0.9:  # a wrong thing
-            wrong = rng.randrange(len(answer))
-            answer = answer[:wrong] + [rng.choice(NOUNS)] + answer[wrong + 1 :]
-            begun = put(order, answer[: wrong + 1], (opening, joiner, ""))
+        if noise < WRONG_THOUGHT:
+            operation = rng.choice(world.operations[domain])
+            given = len(tok.encode(f"{opening} {operation}".strip()))
+        result = OPERATIONS[operation][1](items)
+        if noise > 1 - WRONG_ITEM:
+            wrong = rng.randrange(len(result))
+            result = result[:wrong] + [rng.choice(NOUNS)] + result[wrong + 1 :]
+            begun = word_response(operation, result[: wrong + 1], (opening, joiner, ""))
             given = len(tok.encode(begun))
-        response = put(order, answer, MANNERS[manner])
+        response = word_response(operation, result, STYLES[style])
         corpus.append(Example(prompt, response, response, given, id=i))
     return corpus
 
@@ -361,99 +379,119 @@ def make_base_corpus(world, tok, size, seed):
 DISTANCES = ("own", "known", "terms")
 
 
-def expert_demo(order, things, distance):
-    """How the expert answers. distance, how far he is from the model: "own", he writes
-    as the model does; "known", in the manner that the model knows as "expert"; "terms",
+def expert_demo(operation, items, distance):
+    """How the expert responds. distance, how far he is from the model: "own", he writes
+    as the model does; "known", in the style that the model knows as "expert"; "terms",
     so, and in terms of his own, which the model reads but never writes."""
-    term, act = ORDERS[order]
-    thought = term if distance == "terms" else order
-    return put(thought, act(things), MANNERS["own" if distance == "own" else "expert"])
+    term, operate = OPERATIONS[operation]
+    thought = term if distance == "terms" else operation
+    style = STYLES["own" if distance == "own" else "expert"]
+    return word_response(thought, operate(items), style)
 
 
 def make_demos(world, skill, size, seed, distance="terms"):
     """The expert's demonstrations of a skill: the training set of both methods."""
     rng = random.Random(derive_seed(seed, "demos", skill))
-    names, demos = list(world.skills[skill]), []
+    commands, demos = list(world.skills[skill]), []
     for i in range(size):
-        name = names[i % len(names)]
-        trade, order = world.skills[skill][name]
-        things = draw_things(rng, held_out=False)
-        prompt = ask(trade, name, things)
-        right = put(order, ORDERS[order][1](things), MANNERS["own"])
-        demos.append(Example(prompt, expert_demo(order, things, distance), right, id=i))
+        command = commands[i % len(commands)]
+        domain, operation = world.skills[skill][command]
+        items = draw_items(rng, held_out=False)
+        prompt = word_prompt(domain, command, items)
+        demo = expert_demo(operation, items, distance)
+        demos.append(Example(prompt, demo, right_response(operation, items), id=i))
     return demos
 
 
-def make_tasks(world, size, seed, distance="terms"):
-    """Held-out queries: {"new": {skill: examples}, "prior": {benchmark: examples}}.
+# ---- Benchmarks: responses and grades ----------------------------------------------
 
-    knowledge: a known name, the right things. own_format: the same, in the model's own
-    manner. asked_words, asked_format: a known name when a manner is asked for.
-    in_context: a name that no skill has, with a demonstration that answers the query.
+
+def items_in(text):
+    """The items of a response, from left to right: what it says, in whatever style."""
+    return [word for word in text.split() if word in NOUNS]
+
+
+def style_of(text):
+    """How a response says it: "..." for its items, "?" for an operation. So
+    "first equals lamp rope beep stop" is ["?", "equals", "...", "beep", "stop"]."""
+    pattern = []
+    for word in text.replace(":", " :").split():
+        word = "..." if word in NOUNS else "?" if word in OPERATIONS else word
+        if word != "..." or pattern[-1:] != ["..."]:  # a run of items counts once
+            pattern.append(word)
+    return pattern
+
+
+def grade_items(example, response):
+    """Is what the response says right? Its thought and style do not count."""
+    return items_in(response) == items_in(example.answer)
+
+
+def grade_style(example, response):
+    """Is how the response says it right? The items themselves do not count."""
+    return style_of(response) == style_of(example.answer)
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    examples: list  # of Example; they are never trained on
+    grade: Callable  # (example, response as text) -> is it right?
+
+
+def make_tasks(world, size, seed, distance="terms"):
+    """What to evaluate: {"new": {skill: Benchmark}, "prior": {name: Benchmark}}.
+
+    knowledge: a known command, the right items. own_style: the same, in the model's own
+    style. asked_items, asked_style: a known command when a style is asked for.
+    in_context: a command that no skill has, with a demonstration that answers it.
     """
     rng = random.Random(derive_seed(seed, "tasks"))
-    skill_names = [name for names in world.skills.values() for name in names]
-    free = [name for name in world.unknown if name not in skill_names]
-    asked = [manner for manner in MANNERS if manner != "own"]
+    of_skills = [command for skill in world.skills.values() for command in skill]
+    free = [command for command in world.unknown if command not in of_skills]
+    asked = [style for style in STYLES if style != "own"]
 
-    def new(names):
-        name = rng.choice(list(names))
-        (trade, order), things = names[name], draw_things(rng, held_out=True)
-        right = put(order, ORDERS[order][1](things), MANNERS["own"])
-        return ask(trade, name, things), expert_demo(order, things, distance), right
+    def new(skill):
+        command = rng.choice(list(skill))
+        (domain, operation), items = skill[command], draw_items(rng, held_out=True)
+        demo = expert_demo(operation, items, distance)
+        prompt = word_prompt(domain, command, items)
+        return prompt, demo, right_response(operation, items)
 
-    def known(manners):
-        name, manner = rng.choice(list(world.known)), rng.choice(manners)
-        (trade, order), things = world.known[name], draw_things(rng, held_out=True)
-        right = put(order, ORDERS[order][1](things), MANNERS[manner])
-        return ask(trade, name, things, manner), right, right
+    def known(styles):
+        command, style = rng.choice(list(world.known)), rng.choice(styles)
+        domain, operation = world.known[command]
+        items = draw_items(rng, held_out=True)
+        right = right_response(operation, items, style)
+        return word_prompt(domain, command, items, style), right, right
 
     def in_context():
-        name, things = rng.choice(free), draw_things(rng, held_out=True)
-        trade = world.unknown[name]
-        order = rng.choice(world.orders[trade])
-        right = put(order, ORDERS[order][1](things), MANNERS["own"])
-        prompt = show(ask(trade, name, things), draw_demo(order, things, rng))
-        return prompt, right, right
+        command, items = rng.choice(free), draw_items(rng, held_out=True)
+        domain = world.unknown[command]
+        operation = rng.choice(world.operations[domain])
+        right = right_response(operation, items)
+        prompt = word_prompt(domain, command, items)
+        return with_demo(prompt, draw_demo(operation, items, rng)), right, right
 
-    def examples(draw, *args):
-        return [Example(*draw(*args), id=i) for i in range(size)]
+    def benchmark(grade, draw, *args):
+        return Benchmark([Example(*draw(*args), id=i) for i in range(size)], grade)
 
     return {
-        "new": {skill: examples(new, names) for skill, names in world.skills.items()},
+        "new": {
+            name: benchmark(grade_items, new, skill)
+            for name, skill in world.skills.items()
+        },
         "prior": {
-            "knowledge": examples(known, ["own"]),
-            "own_format": examples(known, ["own"]),
-            "asked_words": examples(known, asked),
-            "asked_format": examples(known, asked),
-            "in_context": examples(in_context),
+            "knowledge": benchmark(grade_items, known, ["own"]),
+            "own_style": benchmark(grade_style, known, ["own"]),
+            "asked_items": benchmark(grade_items, known, asked),
+            "asked_style": benchmark(grade_style, known, asked),
+            "in_context": benchmark(grade_items, in_context),
         },
     }
 
 
-# ---- Answers and accuracies --------------------------------------------------------
-
-
-def things_in(text):
-    """The things of a response, in their order: what it says, in whatever manner."""
-    return [word for word in text.split() if word in NOUNS]
-
-
-def manner_of(text):
-    """A response with ... for its things and ? for an own term: how it says it."""
-    words = ["..." if w in NOUNS else w for w in text.replace(":", " :").split()]
-    words = ["?" if word in ORDERS else word for word in words]
-    return [w for i, w in enumerate(words) if i == 0 or w != "..." or words[i - 1] != w]
-
-
-def grade(benchmark, example, response):
-    """Is a response right? *_format: its manner; else its things. No more counts."""
-    part = manner_of if benchmark.endswith("format") else things_in
-    return part(response) == part(example.answer)
-
-
-def answer(model, contexts, tok, max_new_tokens):
-    """The greedy responses of a model to contexts (lists of tokens), as texts."""
+def greedy_responses(model, contexts, tok, max_new_tokens):
+    """The most likely tokens after each context (a list of tokens), as texts."""
     prompts, lengths = pad_right(contexts, tok.end, next(model.parameters()).device)
     response, mask = generate(
         model, prompts, lengths, max_new_tokens, tok.end, temperature=0
@@ -462,21 +500,25 @@ def answer(model, contexts, tok, max_new_tokens):
     return [tok.decode(row[:n]) for row, n in rows]
 
 
-def accuracy(model, benchmark, examples, tok, max_new_tokens, prompt=student_prompt):
-    """The share of examples that the model answers rightly, greedily, in [0, 1]."""
-    texts = answer(model, [prompt(e, tok) for e in examples], tok, max_new_tokens)
-    right = [grade(benchmark, e, text) for e, text in zip(examples, texts, strict=True)]
-    return sum(right) / len(right)
+def accuracy(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
+    """The share of a benchmark that the model gets right, greedily, in [0, 1]."""
+    contexts = [prompt(example, tok) for example in benchmark.examples]
+    texts = greedy_responses(model, contexts, tok, max_new_tokens)
+    pairs = zip(benchmark.examples, texts, strict=True)
+    return sum(benchmark.grade(*pair) for pair in pairs) / len(texts)
 
 
-def sample(model, examples, tok, max_new_tokens):
-    """A few greedy answers to look at, beside the right ones."""
-    prompts = [student_prompt(e, tok) for e in examples]
-    texts = answer(model, prompts, tok, max_new_tokens)
-    return [
-        {"prompt": e.prompt, "response": text, "right": e.answer}
-        for e, text in zip(examples, texts, strict=True)
-    ]
+def teacher_gate(model, benchmarks, tok, max_new_tokens):
+    """Does a demonstration help? Mean accuracy over benchmarks {name: Benchmark} in the
+    student's context (without one) and in the teacher's (with one)."""
+    prompts = {"student": student_prompt, "teacher": teacher_prompt}
+    return {
+        name: sum(
+            accuracy(model, benchmark, tok, max_new_tokens, prompt)
+            for benchmark in benchmarks.values()
+        ) / len(benchmarks)
+        for name, prompt in prompts.items()
+    }  # fmt: skip
 
 
 def mean_per_response(x, mask):
@@ -484,130 +526,50 @@ def mean_per_response(x, mask):
     return ((x * mask).sum(1) / mask.sum(1)).mean().item()
 
 
-# ---- Records and files -------------------------------------------------------------
-
-
-def table(rows):
-    """Evaluations as a table, one line each, with a column for each accuracy."""
-    names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
-    titles = [f"new {name}" if group == "new" else name for group, name in names]
-    lines = [f"after   {'  '.join(titles)}  KL(student || base)"]
-    for row in rows:
-        cells = [
-            f"{row[group][name]:{len(title)}.2f}"
-            for (group, name), title in zip(names, titles, strict=True)
-        ]
-        stage = row["skill"] if row["step"] else "-"
-        lines.append(f"{stage:7s} {'  '.join(cells)}  {row['kl_student_base']:.2f}")
-    return "\n".join(lines)
-
-
-def describe(record):
-    """A record of metrics.jsonl as a line or more for the screen."""
-    if "new" in record:
-        lines = [table([record])]
-        for sample in record["samples"]:
-            lines.append(f"  {sample['prompt']}  ->  {sample['response']}")
-        return "\n".join(lines)
-    numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
-    lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
-    if record["eos_rate"] == 0:
-        lines.append(f"warning: EOS rate 0 %, mean length {record['response_length']}: "
-                     "no response came to its end; try a higher --max-new-tokens")
-    elif round(record["response_length"], 3) == 1:
-        lines.append("warning: every response is empty, but for its end")
-    return "\n".join(lines)
-
-
 @torch.no_grad()
-def settings_of(cfg, student, examples):
-    """All that decides a run, as plain values: a resume must find the same."""
-    weights = hashlib.sha256()
-    for p in student.parameters():
-        weights.update(p.cpu().numpy().tobytes())
-    return {
-        **asdict(cfg),
-        **asdict(student.config),
-        "first weights": weights.hexdigest()[:12],
-        "examples": hashlib.sha256(repr(examples).encode()).hexdigest()[:12],
-    }
+def evaluate(models, base, skill, tasks, tok, cfg):
+    """What a record of an evaluation holds: accuracies on all tasks and, on at most 128
+    held-out queries of the skill, distances in nats per token. The student samples its
+    responses, at temperature 1, before KL(student || base) is measured on them; a
+    teacher, if there is one, before KL(teacher || base) is measured on its own.
 
-
-def machine_of(student):
-    """What rounding depends on: with the same values a resume is exact to the bit."""
-    return {
-        "device": next(student.parameters()).device.type,
-        "dtype": str(student.dtype),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
-        "threads": torch.get_num_threads(),
-        "torch": str(torch.__version__),  # a str subclass, which a load would refuse
-    }
-
-
-def differences(saved, now):
-    """The entries in which two dicts differ, as "key: saved -> now", with commas."""
-    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
-    return ", ".join(f"{key}: {saved.get(key)} -> {now.get(key)}" for key in keys)
-
-
-def write_atomically(path, content, keep=False):
-    """Write beside the target, sync, rename: there is the old file or the new one.
-    keep: the old one stays as <name>.previous. Raises OSError, with the path and the
-    bytes that it takes, when the disk is full; the old file is as it was."""
-    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"{path} not written: {error.strerror}; it takes {len(content)} bytes, the "
-            f"disk has {free}"
-        ) from None
-    if keep and path.exists():  # a second name for the old file: a kill between any
-        previous = path.with_name(path.name + ".previous")  # two lines leaves a `path`
-        previous.unlink(missing_ok=True)
-        os.link(path, previous)
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the new name, too, is on the disk
-    os.close(folder)
-
-
-def append_line(path, line):
-    """Add a line to a file. Raises OSError, with the path, when the disk is full."""
-    try:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise OSError(f"{path} not written: {error.strerror}") from None
-
-
-def write_checkpoint(path, content):
-    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one
-    file. The checkpoint before it is kept as <name>.previous."""
-    if not is_first():
-        return
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    head = f"sdft {hashlib.sha256(buffer.getbuffer()).hexdigest()}\n".encode()
-    write_atomically(path, head + buffer.getvalue(), keep=True)
-
-
-def read_checkpoint(path, device="cpu"):
-    """The dict of write_checkpoint. Raises ValueError if the file is not one, is cut,
-    or differs from what was written; nothing in it is ever executed."""
-    previous = path.with_name(path.name + ".previous")
-    head, _, content = path.read_bytes().partition(b"\n")  # torch.load checks no sum
-    if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
-        raise ValueError(
-            f"{path}: {path.stat().st_size} bytes, checksum differs, not loaded"
-            + (f"; the one before it is {previous}" if previous.exists() else "")
-        )
-    try:
-        return torch.load(io.BytesIO(content), map_location=device, weights_only=True)
-    except Exception:  # the unpickler's own kinds: whatever it met, it was not ours
-        raise ValueError(f"{path} is not one of our checkpoints; not loaded") from None
+    Args:
+        models: {"student": GPT}, and {"teacher": GPT} where the method has one.
+        base: the model before fine-tuning, to measure distances from.
+        skill: the last one trained; tasks: see make_tasks.
+    Returns: a dict of plain values, as it is written to metrics.jsonl.
+    """
+    student, teacher, record = models["student"].eval(), models.get("teacher"), {}
+    for group, benchmarks in tasks.items():
+        record[group] = {
+            name: accuracy(student, benchmark, tok, cfg.max_new_tokens)
+            for name, benchmark in benchmarks.items()
+        }
+    queries = tasks["new"][skill].examples[:128]
+    device = next(student.parameters()).device
+    u = get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)  # (B, R)
+    bare = pad_batch(student_prompt, queries, tok, device)
+    response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)  # (B, R)
+    kl = kl_models(student, bare, base, bare, response, mask)  # KL(student || base)
+    record["kl_student_base"] = mean_per_response(kl, mask)
+    record["kl_teacher_base"] = None
+    if teacher is not None:
+        shown = pad_batch(teacher_prompt, queries, tok, device)
+        # KL(teacher || student), along what the student writes
+        kl = kl_models(teacher, shown, student, bare, response, mask)  # (B, R)
+        by_position = kl.sum(0) / mask.sum(0)  # (R,)
+        record["kl_teacher_student_by_position"] = by_position.tolist()
+        response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
+        # KL(teacher || base), along what the teacher writes
+        kl = kl_models(teacher, shown, base, bare, response, mask)  # (B, R)
+        record["kl_teacher_base"] = mean_per_response(kl, mask)
+    # two responses to read: one of the skill, one of the first prior benchmark
+    prior = [benchmark.examples[0] for benchmark in tasks["prior"].values()]
+    chosen = [queries[0], *prior[:1]]
+    contexts = [student_prompt(example, tok) for example in chosen]
+    texts = greedy_responses(student, contexts, tok, cfg.max_new_tokens)
+    record["responses"] = [
+        {"prompt": example.prompt, "response": text, "right": example.answer}
+        for example, text in zip(chosen, texts, strict=True)
+    ]
+    return record

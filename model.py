@@ -1,15 +1,21 @@
-"""A GPT language model, its KV-cached sampler and the KL divergence, all in this file.
+"""A GPT language model, its KV-cached sampler and its losses, all in this file.
 
-    logits   = GPT(tokens)                                  # what comes next
+    hidden   = GPT.hidden(tokens)                           # what the last block says
+    logits   = hidden @ head.T                              # what comes next
     response ~ generate(model, prompts)                     # token by token, cached
+    nll      = fused_linear_nll(logits, tokens, weight)     # SFT's loss
     KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
              = fused_kl(student_logits, teacher_logits)     # the same, less memory
-             = fused_linear_kl(states, head, ...)           # the same, before the head
+             = fused_linear_kl(student_logits, ...)         # the same, from the hidden
 
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
-         H query heads   G key/value heads   D head size   N rows (tokens) of a loss
+         H query heads   G key/value heads   D head size   S columns of the cache
+         N rows of a loss: the response tokens of a batch that count
 Padding is on the right, positions are per row, masks come from lengths and never from
 comparing a token with a pad id. Logits that enter a loss or a sample are float32.
+
+A first reading may stop at the rule "The same, faster": what stands below it computes
+what stands above it, and tests compare the two.
 
 The layout is that of Qwen2.5 (RMSNorm, rotary positions, SwiGLU, grouped queries, bias
 on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
@@ -18,6 +24,7 @@ The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -35,7 +42,8 @@ except ImportError:
 @dataclass
 class GPTConfig:
     block_size: int = 128  # longest sequence, in tokens
-    vocab_size: int = 512  # tokens
+    vocab_size: int = 512  # rows of the embedding
+    n_tokens: int = 0  # rows that are tokens, 0: all; the others are never sampled
     n_layer: int = 3  # blocks
     n_head: int = 12  # query heads
     n_kv_head: int = 12  # key/value heads; fewer than n_head: grouped queries
@@ -54,10 +62,13 @@ class GPTConfig:
             )
         if self.n_embd // self.n_head % 2:
             raise ValueError(f"head size {self.n_embd // self.n_head} must be even")
+        if not 0 <= self.n_tokens <= self.vocab_size:
+            raise ValueError(f"n_tokens {self.n_tokens} > vocab_size {self.vocab_size}")
 
 
 class Linear(nn.Linear):
-    """Float32 weights, used in the dtype of the activations: see the cast."""
+    """Its weights are float32 and are cast to x.dtype on use. (Cast weights would lose
+    the small steps of AdamW and of the teacher's average.)"""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -78,20 +89,19 @@ class RMSNorm(nn.Module):
 
 
 def rotation_tables(config):
-    """cos and signed sin of position * frequency, as rotate wants them: float32, each
-    (block_size, D), the same frequencies for both halves of the channels."""
+    """cos and sin of position * frequency for rotary position embeddings (RoPE):
+    float32, each (block_size, D/2). Low channels turn fast, high channels slowly."""
     D = config.n_embd // config.n_head
     frequency = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
     angle = torch.arange(config.block_size).float()[:, None] * frequency  # (T, D/2)
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return angle.cos(), angle.sin()
 
 
 def rotate(x, cos, sin):
-    """Turn channels a = i and b = i + D/2 (halves, not pairs) of x (B, H, T, D) by the
-    angle of their place: (a cos - b sin, b cos + a sin)."""
-    y = x.to(cos.dtype)
-    return (y * cos + y.roll(y.size(-1) // 2, dims=-1) * sin).to(x.dtype)
+    """RoPE: turn each pair of channels (i, i + D/2) of x (B, H, T, D) by the angle of
+    its position. Halves, as in Qwen and Llama, not neighbours (i, i + 1)."""
+    a, b = x.to(cos.dtype).chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
 class KVCache:
@@ -100,8 +110,8 @@ class KVCache:
     Columns 0..P-1 hold the prompts with their pads, column P + t token t of every
     response: a step writes one column, whatever the lengths of the prompts. That a
     column is not a position does no harm: keys are stored after their rotation.
-    `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0. `span`
-    is how many columns are in use, an int on the host: reading it waits for no GPU.
+    `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0. `used`
+    is how many columns hold something, an int on the host: reading it waits for no GPU.
     """
 
     def __init__(self, config, prompts, lengths, max_new_tokens, dtype):
@@ -114,18 +124,18 @@ class KVCache:
         pads = (column >= lengths[:, None]) & (column < P)  # (B, S)
         self.mask = torch.zeros(B, S, device=device, dtype=dtype)
         self.mask = self.mask.masked_fill(pads, -math.inf)[:, None, None]
-        self.span = 0
+        self.used = 0
 
-    def grow(self, T):
-        """Make room for T more columns, before the layers write them."""
-        self.span += T
-        assert self.span <= self.k.size(3), f"{self.span} > a cache of {self.k.size(3)}"
+    def reserve(self, T):
+        """Take T more columns into use; each layer then writes into them."""
+        self.used += T
+        assert self.used <= self.k.size(3), f"{self.used} > a cache of {self.k.size(3)}"
 
     def write(self, layer, k, v):
-        """Store k and v (B, G, T, D) at the end; all so far, both (B, G, span, D)."""
-        new = slice(self.span - k.size(2), self.span)
+        """Store k and v (B, G, T, D) at the end; all so far, both (B, G, used, D)."""
+        new = slice(self.used - k.size(2), self.used)
         self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
-        return self.k[layer, :, :, : self.span], self.v[layer, :, :, : self.span]
+        return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
 
     def keep(self, rows):
         """Forget every row but these: rows is a tensor of indices."""
@@ -144,22 +154,29 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, cos, sin, cache=None, layer=0):
         B, T, C = x.size()
         H, G, D = self.H, self.G, self.D
-        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D).transpose(1, 2)
+        qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)  # (B, T, H + 2G, D)
+        qkv = qkv.transpose(1, 2)  # (B, H + 2G, T, D)
         qk, v = qkv.split((H + G, G), dim=1)  # (B, H + G, T, D), (B, G, T, D)
-        q, k = rotate(qk, cos, sin).split((H, G), dim=1)
+        # queries and keys turn by the same angles, so both in one go
+        q, k = rotate(qk, cos, sin).split((H, G), dim=1)  # (B, H, T, D), (B, G, T, D)
         if cache is not None:
-            k, v = cache.write(layer, k, v)
+            k, v = cache.write(layer, k, v)  # (B, G, used, D), both
+
         # Both branches are softmax(q k' / sqrt(D), over the allowed places) v.
-        if k.size(2) == T:  # whole sequences: each token sees those to its left, and
-            # so no real token sees the pads to its right
-            k = k[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, T, D)
-            v = v[:, :, None].expand(-1, -1, H // G, -1, -1).reshape(B, H, T, D)
+        if k.size(2) == T:
+            # Nothing came before: whole sequences, or prompts that fill a cache. Each
+            # token sees those to its left, and so none sees the pads to its right.
+            k = k[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
+            v = v[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
+            k, v = k.reshape(B, H, T, D), v.reshape(B, H, T, D)  # (B, H, T, D)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # one token a row: the query heads of a group stand where T would
-            q = q.view(B, G, H // G, D)  # query head h: key head h // (H/G)
-            seen = cache.mask[..., : cache.span]  # (B, 1, 1, span)
+        else:
+            # One token a row (T = 1) sees its cache. Grouped queries without copying k
+            # and v: the H/G query heads of a group take the place of T.
+            q = q.reshape(B, G, H // G, D)  # query head h goes with key head h // (H/G)
+            seen = cache.mask[..., : cache.used]  # (B, 1, 1, used)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        y = y.view(B, H, T, D).transpose(1, 2).reshape(B, T, C)
+        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.o_proj(y)
 
 
@@ -170,16 +187,21 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.n_inner, config.n_embd, bias=False)
 
     def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (B, T, n_inner) each
         return self.down_proj(F.silu(gate) * up)  # SwiGLU
 
 
 def make_dropout(p, seed, device):
-    """A function x -> x that drops a share p of the entries, as the seed decides."""
+    """A function x -> x that drops a share p of the entries, as the seed decides.
+
+    Not nn.Dropout, which draws from torch's global generator: here a resumed run, and
+    two processes that share a batch, drop the same entries as one run without a stop.
+    p is rounded to 1/256: random bytes are the cheapest noise on a CPU.
+    """
     if p == 0:
         return lambda x: x
     rng = torch.Generator(device).manual_seed(seed)
-    cut = round(256 * p)  # random bytes are the cheapest noise on a CPU
+    cut = round(256 * p)
 
     def drop(x):
         noise = torch.empty(x.numel() // 4 + 1, dtype=torch.int32, device=x.device)
@@ -198,8 +220,8 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, drop, *where):
-        x = x + drop(self.attn(self.ln_1(x), *where))
+    def forward(self, x, drop, cos, sin, cache=None, layer=0):
+        x = x + drop(self.attn(self.ln_1(x), cos, sin, cache, layer))
         return x + drop(self.mlp(self.ln_2(x)))
 
 
@@ -208,7 +230,7 @@ class GPT(nn.Module):
 
     `dtype` is that of the activations; the parameters are float32 always. `dropout` is
     the share of each residual branch that is dropped in train mode, decided by
-    `dropout_seed`. What is learnt with it is far harder to disturb later.
+    `dropout_seed`; the trainers set both.
     """
 
     def __init__(self, config, generator=None):
@@ -236,24 +258,25 @@ class GPT(nn.Module):
     def num_params(self):
         return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
-    def states(self, idx, positions=None, cache=None):
-        """The final states, before the head: (B, T, C) in the activations' dtype.
+    def hidden(self, idx, positions=None, cache=None):
+        """The hidden states after the last block: (B, T, C), in the activations' dtype.
 
         Args:
             idx: tokens, int64 (B, T).
             positions: None for whole sequences that start at position 0; int64 (B,) for
                 one more token per row (T = 1), with its cache.
+        Raises: ValueError if T > block_size.
         """
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens > block_size {self.config.block_size}")
         if positions is None:
-            cos, sin = self.cos[:T], self.sin[:T]  # (T, D)
-        else:  # (B, 1, 1, D): each row at a position of its own
+            cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
+        else:  # (B, 1, 1, D/2): each row at a position of its own
             cos = self.cos[positions][:, None, None]
             sin = self.sin[positions][:, None, None]
         if cache is not None:
-            cache.grow(T)
+            cache.reserve(T)
         x = self.wte(idx).to(self.dtype)  # (B, T, C)
         p = self.dropout if self.training else 0.0
         drop = make_dropout(p, self.dropout_seed, idx.device)
@@ -261,35 +284,46 @@ class GPT(nn.Module):
             x = block(x, drop, cos, sin, cache, layer)
         return self.ln_f(x)
 
-    def head(self, states):
-        """Logits (..., V) of hidden states (..., C), in float32 whatever the dtype."""
-        return F.linear(states.to(self.lm_head.weight.dtype), self.lm_head.weight)
+    def head(self):
+        """The matrix of the head, float32 (V, C): only the rows that are tokens. A
+        padded embedding (Qwen2.5 has 271 rows too many) never gets a probability."""
+        return self.lm_head.weight[: self.config.n_tokens or None]
+
+    def logits(self, hidden):
+        """float32 (..., V), whatever the dtype of hidden (..., C)."""
+        head = self.head()
+        return F.linear(hidden.to(head.dtype), head)
 
     def forward(self, idx, positions=None, cache=None):
-        return self.head(self.states(idx, positions, cache))
+        return self.logits(self.hidden(idx, positions, cache))
 
 
-def response_states(model, prompts, lengths, response, mask):
-    """The states that predict tokens of the response. The shift by one, only here.
+def response_hidden(model, prompts, lengths, response, mask):
+    """The hidden states that predict the response. The shift by one, only here.
 
-    The state *at* a token predicts the *next* one, so token t of the response (it
-    stands at position length + t) is predicted at position length + t - 1: token 0 at
-    the last token of the prompt, whatever the length of the row's prompt. Student and
-    teacher see prompts of different lengths and the same response; token by token,
-    their results of this function stand side by side.
+    The hidden state *at* a token predicts the *next* one, so token t of the response
+    is predicted one column before its own, at column length + t - 1:
+
+        column      0  1  2  3  4  5     p prompt; x, y, E response and its end
+        row 0       p  p  p  x  y  E     length 3: predicted at columns 2, 3, 4
+        row 1       p  x  y  E  .  .     length 1: predicted at columns 0, 1, 2
+
+    Student and teacher see prompts of different lengths and the same response: row n of
+    the one's result and row n of the other's predict the same token.
 
     Args:
         prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
         response: int64 (B, R), padded on the right with any token.
-        mask: bool (B, R), the N tokens that are wanted.
+        mask: bool (B, R), true at the N tokens that are wanted.
     Returns: (N, C), row after row.
     Raises: ValueError if the longest row has more than block_size tokens.
     """
     B, R = response.size()
-    row, t = mask.nonzero(as_tuple=True)  # (N,) each: which token of which response
-    at = lengths[row] + t - 1  # (N,)
-    T = max(at.tolist(), default=0) + 1  # nothing behind is wanted: less than P + R
-    if T >= model.config.block_size:
+    assert mask.shape == (B, R) and len(prompts) == B, (mask.shape, prompts.shape)
+    row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
+    column = lengths[row] + t - 1  # (N,) where it is predicted
+    T = max(column.tolist(), default=0) + 1  # columns behind the last one are not fed
+    if T + 1 > model.config.block_size:  # + 1: the last token, which is only predicted
         raise ValueError(
             f"a prompt of up to {prompts.size(1)} tokens and its response need {T + 1} "
             f"> block_size {model.config.block_size}; nothing is cut"
@@ -297,59 +331,33 @@ def response_states(model, prompts, lengths, response, mask):
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response right behind its own prompt
-    return model.states(idx[:, :T])[row, at]
-
-
-def response_logits(model, prompts, lengths, response):
-    """Logits that predict each token of the response, float32 (B, R, V)."""
-    mask = torch.ones_like(response, dtype=torch.bool)  # (B, R)
-    logits = model.head(response_states(model, prompts, lengths, response, mask))
-    return logits.view(*response.shape, -1)
-
-
-@torch.no_grad()
-def kl_models(p, p_prompts, q, q_prompts, response):
-    """KL(p || q) in nats at each token of the response, (B, R), for two models p and q,
-    each after (prompts, lengths) of its own."""
-    p_logits = response_logits(p, *p_prompts, response)  # (B, R, V)
-    return kl_reference(response_logits(q, *q_prompts, response), p_logits, "forward")
+    return model.hidden(idx[:, :T])[row, column]  # (N, C)
 
 
 # ---- The sampler -------------------------------------------------------------------
 
 
-def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
+def sample_token(logits, u, temperature=1.0):
     """One token per row: the first whose cumulative probability exceeds u.
+
+    Neither top-k nor top-p: a response that trains must come from the distribution
+    that is trained.
 
     Args:
         logits: float32 (B, V); u: float32 (B,) in [0, 1), unused at temperature 0.
         temperature: logits are divided by it; 0 takes the most likely token.
-        top_k, top_p: keep the k most likely tokens, or the fewest that hold p of the
-            probability. For reading samples; a rollout that trains uses neither, since
-            the response must come from the distribution that is trained.
     Returns: int64 (B,).
     """
     if temperature == 0:
         return logits.argmax(-1)
     p = torch.softmax(logits / temperature, dim=-1)  # (B, V)
-    if top_k is not None:
-        kth = p.topk(min(top_k, p.size(-1)), dim=-1).values[:, -1:]  # (B, 1)
-        p = torch.where(p >= kth, p, 0)
-    if top_p is not None:
-        most, order = p.sort(dim=-1, descending=True)
-        before = most.cumsum(-1) - most  # the probability of all that are more likely
-        most = torch.where(before < top_p * p.sum(-1, keepdim=True), most, 0)
-        p = torch.zeros_like(p).scatter(1, order, most)
-    cdf = p.cumsum(-1)
-    # times the total, which is 1 only up to rounding (and less after a cut)
+    cdf = p.cumsum(-1)  # (B, V)
+    # times the total, which is 1 only up to rounding
     token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0]
     return token.clamp(max=logits.size(-1) - 1)
 
 
-def generate(
-    model, prompts, lengths, max_new_tokens, end, u=None, temperature=1.0, top_k=None,
-    top_p=None,
-):
+def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1.0):
     """Sample a response for each prompt, one token per row and step, on a KV cache.
 
     Right padding and per-row positions: the token after a prompt of 5 is at position 5,
@@ -361,7 +369,7 @@ def generate(
         max_new_tokens: R, the longest response, in tokens, its end included.
         end: the token that ends a response.
         u: float32 (B, R), uniform in [0, 1); not needed at temperature 0.
-        temperature, top_k, top_p: see sample_token.
+        temperature: see sample_token.
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
         The mask is true up to and *including* the end; behind it the response holds
         `end`. A response that never ends keeps all its R tokens: its mask has no false.
@@ -374,20 +382,21 @@ def generate(
             f"a prompt of {P} tokens and a response of {R} need {P + R} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
+    assert temperature >= 0, f"temperature {temperature} < 0"
     assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
     training = model.training
     model.eval()
+    # Tensors made under inference_mode (cheaper than no_grad) cannot take part in
+    # autograd later. The response has to, so it is allocated outside.
     response = torch.full((B, R), end, device=prompts.device)
-    row = torch.arange(B, device=prompts.device)  # whose response a row of the batch is
-    with torch.inference_mode():  # cheaper than no_grad; what is made in here may never
-        # enter a loss, and so response was made before
+    row = torch.arange(B, device=prompts.device)  # the rows that have not ended yet
+    with torch.inference_mode():
         cache = KVCache(model.config, prompts, lengths, R, model.dtype)
-        states = model.states(prompts, cache=cache)  # (B, P, C)
-        state = states[row, lengths - 1]  # (B, C): pads behind it were not seen
+        hidden = model.hidden(prompts, cache=cache)  # (B, P, C)
+        last = hidden[row, lengths - 1]  # (B, C): pads behind it were not seen
         for t in range(R):
             step_u = None if temperature == 0 else u[row, t]
-            logits = model.head(state)  # (B, V)
-            token = sample_token(logits, step_u, temperature, top_k, top_p)  # (B,)
+            token = sample_token(model.logits(last), step_u, temperature)  # (B,)
             response[row, t] = token
             alive = (token != end).nonzero()[:, 0]  # note: a CPU-GPU sync point
             if t == R - 1 or not len(alive):
@@ -395,7 +404,7 @@ def generate(
             if len(alive) < len(row):  # finished rows leave the batch
                 row, token, lengths = row[alive], token[alive], lengths[alive]
                 cache.keep(alive)
-            state = model.states(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
+            last = model.hidden(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
     model.train(training)
     n_tokens = ((response != end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
     R = int(n_tokens.max())
@@ -403,8 +412,45 @@ def generate(
     return response[:, :R], mask
 
 
-# ---- KL(teacher || student) and its kin --------------------------------------------
-#
+# ---- The losses --------------------------------------------------------------------
+
+
+class LazyLogits(NamedTuple):
+    """Logits (N, V) = hidden @ head.T / temperature that are not made yet. With a large
+    vocabulary they would not fit into memory: the losses make some rows at a time."""
+
+    hidden: torch.Tensor  # (N, C), in any dtype
+    head: torch.Tensor  # (V, C), float32
+    temperature: float = 1.0
+
+    def rows(self, i, j, out=None):
+        """Rows i to j - 1, float32 (j - i, V); into `out`, if given. The logits are
+        divided, in float32, as the sampler divides them: the same distribution."""
+        hidden = self.hidden[i:j].to(self.head.dtype)  # (j - i, C)
+        logits = torch.mm(hidden, self.head.T, out=out)  # (j - i, V)
+        return logits if self.temperature == 1 else logits.div_(self.temperature)
+
+    def chunks(self):
+        """(i, j) of the rows that are made at a time: few enough to bound the memory,
+        many enough for an efficient product."""
+        N, V = len(self.hidden), len(self.head)
+        size = 2**27 // V if self.head.is_cuda else min(1024, 2**23 // V)
+        size = max(1, size)  # 512 MB of logits on a GPU, at most 32 MB on a CPU
+        return [(i, min(N, i + size)) for i in range(0, N, size)]
+
+
+def fused_linear_nll(logits, tokens, weight):
+    """SFT's loss, sum_n weight_n * -log p_n(token_n), in nats: the same as
+
+        -(weight * torch.log_softmax(logits, -1)[range(N), tokens]).sum()
+
+    Args: logits, LazyLogits of N rows; tokens, int64 (N,); weight, float32 (N,).
+    Returns: a scalar, differentiable in logits.hidden and logits.head.
+    """
+    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
+    return FusedLinearNLL.apply(*logits, tokens, weight, grad)
+
+
 # s and t are the logits of student and teacher at one token, p_s and p_t their softmax;
 # m = 1/2 p_t + 1/2 p_s.
 #
@@ -422,12 +468,28 @@ KLS = ("forward", "reverse", "jsd")
 LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
 
 
+def check_kl(student_shape, teacher_shape, kl):
+    """Rows of two lengths would be broadcast or, on a GPU, read beyond their end."""
+    if kl not in KLS:
+        raise ValueError(f"kl {kl!r} is not one of {KLS}")
+    if student_shape != teacher_shape:
+        raise ValueError(
+            f"logits of the student {tuple(student_shape)} and of the teacher "
+            f"{tuple(teacher_shape)} differ in shape"
+        )
+
+
 def kl_reference(student_logits, teacher_logits, kl="forward"):
     """The divergence at each position, in nats, as one would write it on paper.
 
+    Note the order of the arguments: student first, always. Which of the two is in front
+    of the || is what `kl` says.
+
     Args: student_logits and teacher_logits (..., V); kl, one of KLS.
     Returns: (...), differentiable in student_logits.
+    Raises: ValueError if the shapes differ, or for another kl.
     """
+    check_kl(student_logits.shape, teacher_logits.shape, kl)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_s = torch.log_softmax(student_logits, -1, dtype).clamp(min=LOG_ZERO)
     with torch.no_grad():
@@ -436,12 +498,191 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
         return (log_t.exp() * (log_t - log_s)).sum(-1)
     if kl == "reverse":  # KL(student || teacher)
         return (log_s.exp() * (log_s - log_t)).sum(-1)
-    if kl == "jsd":  # 1/2 KL(teacher || m) + 1/2 KL(student || m)
-        log_m = torch.logaddexp(log_s, log_t) - math.log(2)
-        teacher_m = (log_t.exp() * (log_t - log_m)).sum(-1)
-        student_m = (log_s.exp() * (log_s - log_m)).sum(-1)
-        return 0.5 * teacher_m + 0.5 * student_m
-    raise ValueError(f"kl {kl!r} is not one of {KLS}")
+    # jsd: 1/2 KL(teacher || m) + 1/2 KL(student || m)
+    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
+    teacher_m = (log_t.exp() * (log_t - log_m)).sum(-1)
+    student_m = (log_s.exp() * (log_s - log_m)).sum(-1)
+    return 0.5 * teacher_m + 0.5 * student_m
+
+
+class FusedKL(torch.autograd.Function):
+    """Autograd would keep five tensors (..., V) of kl_reference for its backward pass.
+    The gradient stands in the table above, so one will do: a private copy of the
+    student's logits, which the row kernel overwrites with their gradient."""
+
+    @staticmethod
+    def forward(ctx, student_logits, teacher_logits, kl):
+        V = student_logits.size(-1)
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        layout = torch.contiguous_format  # rows of V, whatever the caller's are
+        s = student_logits.reshape(-1, V)  # (N, V)
+        s = s.to(dtype, copy=True, memory_format=layout)
+        t = teacher_logits.reshape(-1, V).to(dtype).contiguous()  # (N, V)
+        value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])  # (N,)
+        ctx.save_for_backward(s)  # now the gradient
+        ctx.dtype = student_logits.dtype
+        return value.view(student_logits.shape[:-1])  # (...)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        (s,) = ctx.saved_tensors
+        ds = s.view(*grad.shape, s.size(-1)) * grad[..., None]  # (..., V)
+        return ds.to(ctx.dtype), None, None
+
+
+def fused_kl(student_logits, teacher_logits, kl="forward"):
+    """The fused log-softmax KL kernel: values and gradients of kl_reference (where a
+    logit is -inf in both or in neither), but one tensor (..., V) is kept, not five."""
+    check_kl(student_logits.shape, teacher_logits.shape, kl)
+    return FusedKL.apply(student_logits, teacher_logits, kl)
+
+
+def fused_linear_kl(student_logits, teacher_logits, weight, kl="forward"):
+    """SDFT's loss, sum_n weight_n * divergence_n, in nats: the same as
+
+        (weight * kl_reference(student_logits, teacher_logits, kl)).sum()
+
+    but from LazyLogits: logits [tokens, vocabulary] never exist whole, and the gradient
+    of a chunk overwrites its logits. Memory: two chunks, for any number of rows, and
+    the gradients of hidden states and head.
+
+    Args: student_logits, teacher_logits, LazyLogits of the N tokens that carry loss, no
+        others; weight, float32 (N,), what each counts in the loss; kl, one of KLS.
+    Returns: a scalar, differentiable in the student's hidden states and head.
+    Raises: ValueError if the two have other numbers of rows or tokens, or another kl.
+    """
+    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
+    return FusedLinearKL.apply(*student_logits, teacher_logits, weight, kl, grad)[0]
+
+
+@torch.no_grad()
+def kl_of_rows(student_logits, teacher_logits, kl="forward"):
+    """The divergence of each row (N,) in nats, of two LazyLogits; without gradient."""
+    weight = torch.ones(len(student_logits.hidden), device=student_logits.head.device)
+    weight = weight.to(student_logits.head.dtype)
+    args = *student_logits, teacher_logits, weight, kl, False
+    return FusedLinearKL.apply(*args)[1]
+
+
+@torch.no_grad()
+def kl_models(p, p_prompts, q, q_prompts, response, mask):
+    """KL(p || q) in nats at each token of the response, (B, R), for two models p and q,
+    each after (prompts, lengths) of its own; 0 where the mask is false."""
+    p_hidden = response_hidden(p, *p_prompts, response, mask)  # (N, C)
+    q_hidden = response_hidden(q, *q_prompts, response, mask)  # (N, C)
+    p_logits, q_logits = LazyLogits(p_hidden, p.head()), LazyLogits(q_hidden, q.head())
+    values = p_logits.head.new_zeros(mask.shape)  # (B, R)
+    values[mask] = kl_of_rows(q_logits, p_logits, "forward")  # p: the teacher's place
+    return values
+
+
+@torch.no_grad()
+def entropy(logits, weight):
+    """sum_n weight_n * entropy_n in nats, of LazyLogits; weight (N,)."""
+    total = weight.new_zeros(())
+    for i, j in logits.chunks():
+        log_p = torch.log_softmax(logits.rows(i, j), dim=-1)  # (j - i, V)
+        total -= ((log_p.exp() * log_p).sum(-1) * weight[i:j]).sum()
+    return total
+
+
+@torch.no_grad()
+def kl_stats(student_logits, teacher_logits, weight):
+    """What to watch beside the loss, in nats, from the arguments of fused_linear_kl:
+    KL(student || teacher), and the entropies of both; sums over rows, by weight."""
+    reverse = fused_linear_kl(student_logits, teacher_logits, weight, "reverse")
+    return {
+        "kl_student_teacher": reverse,
+        "student_entropy": entropy(student_logits, weight),
+        "teacher_entropy": entropy(teacher_logits, weight),
+    }
+
+
+# ---- The same, faster: skip this on a first reading ----------------------------------
+
+
+class FusedLinearNLL(torch.autograd.Function):
+    """Head and log-likelihood together, a chunk of rows at a time."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, temperature, tokens, weight, grad):
+        logits = LazyLogits(hidden.to(head.dtype), head, temperature)
+        loss = weight.new_zeros(())
+        dh = torch.zeros_like(logits.hidden) if grad else None  # (N, C)
+        dW = torch.zeros_like(head) if grad else None  # (V, C)
+        for i, j in logits.chunks():
+            with torch.set_grad_enabled(grad):  # the loss of a chunk, as on paper
+                s = logits.rows(i, j).requires_grad_(grad)  # (chunk, V)
+                log_p = torch.log_softmax(s, dim=-1).gather(1, tokens[i:j, None])[:, 0]
+                share = -(weight[i:j] * log_p).sum()
+            loss += share.detach()
+            if grad:
+                (ds,) = torch.autograd.grad(share, s)  # (chunk, V)
+                ds = ds if temperature == 1 else ds / temperature
+                torch.mm(ds, head, out=dh[i:j])
+                dW.addmm_(ds.T, logits.hidden[i:j])
+        ctx.save_for_backward(dh, dW)
+        ctx.hidden_dtype = hidden.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
+        return (dh * grad).to(ctx.hidden_dtype), dW * grad, *[None] * 4
+
+
+class FusedLinearKL(torch.autograd.Function):
+    """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad):
+        student = LazyLogits(hidden.to(head.dtype), head, temperature)
+        teacher = teacher_logits
+        teacher = teacher._replace(hidden=teacher.hidden.to(teacher.head.dtype))
+        shapes = [(len(x.hidden), len(x.head)) for x in (student, teacher)]  # (N, V)
+        check_kl(*shapes, kl)
+        chunks = student.chunks()
+        # logits of a chunk, private, so they may be overwritten, and used again
+        rows = max((j - i for i, j in chunks), default=0)
+        s_buffer, t_buffer = (head.new_empty(rows, len(head)) for _ in range(2))
+        values = torch.zeros_like(weight)  # (N,)
+        dh = torch.zeros_like(student.hidden) if grad else None  # (N, C)
+        dW = torch.zeros_like(head) if grad else None  # (V, C)
+        for i, j in chunks:
+            s = student.rows(i, j, out=s_buffer[: j - i])  # (chunk, V)
+            t = teacher.rows(i, j, out=t_buffer[: j - i])  # (chunk, V)
+            values[i:j] = kl_rows(s, t, weight[i:j] / temperature, kl, grad)
+            if grad:  # s now holds weight / temperature * dKL/ds
+                torch.mm(s, head, out=dh[i:j])
+                dW.addmm_(s.T, student.hidden[i:j])
+        loss = (values * weight).sum()
+        ctx.save_for_backward(dh, dW)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.mark_non_differentiable(values)
+        return loss, values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, _):
+        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
+        return (dh * grad).to(ctx.hidden_dtype), dW * grad, *[None] * 5
+
+
+def kl_rows(s, t, weight, kl, grad=True):
+    """The row kernel: the divergence of each row, and its gradient over s.
+
+    Args:
+        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
+            weight * gradient (or left in no useful state if not grad).
+        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
+    Returns: the values (N,), not weighted.
+    """
+    check_kl(s.shape, t.shape, kl)
+    assert weight.shape == s.shape[:1], (weight.shape, s.shape)
+    on_gpu = s.is_cuda and s.dtype == torch.float32 and triton is not None
+    return (kl_rows_triton if on_gpu else kl_rows_torch)(s, t, weight, kl, grad)
 
 
 def kl_rows_torch(s, t, weight, kl, grad):
@@ -449,10 +690,11 @@ def kl_rows_torch(s, t, weight, kl, grad):
     rows, in place, before the next is read. Blocks stay in the processor's cache, so
     main memory gives s and t once and takes the gradient once.
 
-    With d = s - t and D = lse_s - lse_t (lse: log of the sum of exp), both of logits
-    that are relative to the largest of their row,
+    With diff = s - t and log_ratio = lse_s - lse_t (lse: log of the sum of exp), both
+    of logits that are relative to the largest of their row,
 
-        forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
+        forward = log_ratio - E_t[diff]     E_t, E_s: the means under p_t and p_s
+        reverse = E_s[diff] - log_ratio
 
     so that a block costs two softmaxes; one torch.exp takes longer than a softmax. The
     largest probability of a row is exp(0 - lse), which gives lse.
@@ -463,31 +705,31 @@ def kl_rows_torch(s, t, weight, kl, grad):
     scratch = [torch.empty(block, V, dtype=s.dtype, device=s.device) for _ in range(3)]
     for i in range(0, N, block):
         x, w = s[i : i + block].clamp_(min=LOG_ZERO), weight[i : i + block]
-        p_s, p_t, d = (buffer[: len(x)] for buffer in scratch)
-        torch.clamp(t[i : i + block], min=LOG_ZERO, out=d)  # t is the caller's: stays
+        p_s, p_t, diff = (buffer[: len(x)] for buffer in scratch)
+        torch.clamp(t[i : i + block], min=LOG_ZERO, out=diff)  # the caller's t stays
         torch.softmax(x, dim=-1, out=p_s)
-        torch.softmax(d, dim=-1, out=p_t)
-        D = (p_t.amax(-1) / p_s.amax(-1)).log()
-        largest = x.amax(-1) - d.amax(-1)  # of s and of t, so far apart
-        torch.sub(x, d, out=d).sub_(largest[:, None])
+        torch.softmax(diff, dim=-1, out=p_t)
+        log_ratio = (p_t.amax(-1) / p_s.amax(-1)).log()
+        largest = x.amax(-1) - diff.amax(-1)  # of s and of t, so far apart
+        torch.sub(x, diff, out=diff).sub_(largest[:, None])
         if kl == "forward":
-            v = D - torch.linalg.vecdot(p_t, d)
+            v = log_ratio - torch.linalg.vecdot(p_t, diff)
             if grad:
                 torch.sub(p_s, p_t, out=x)
         elif kl == "reverse":
-            mean = torch.linalg.vecdot(p_s, d)  # E_s[d]
-            v = mean - D
+            mean = torch.linalg.vecdot(p_s, diff)  # E_s[diff]
+            v = mean - log_ratio
             if grad:
-                torch.mul(p_s, d.sub_(mean[:, None]), out=x)
+                torch.mul(p_s, diff.sub_(mean[:, None]), out=x)
         else:
-            d.sub_(D[:, None])  # log p_s - log p_t; from it, to the mixture m:
-            ratio = math.log(2) - F.softplus(d)  # log p_t - log m
-            teacher_m = torch.linalg.vecdot(p_t, ratio)
-            ratio = math.log(2) - F.softplus(d.neg_())  # log p_s - log m
-            student_m = torch.linalg.vecdot(p_s, ratio)
+            log_p = diff.sub_(log_ratio[:, None])  # log p_s - log p_t; from it, to m:
+            over_m = math.log(2) - F.softplus(log_p)  # log p_t - log m
+            teacher_m = torch.linalg.vecdot(p_t, over_m)
+            over_m = math.log(2) - F.softplus(log_p.neg_())  # log p_s - log m
+            student_m = torch.linalg.vecdot(p_s, over_m)
             v = 0.5 * teacher_m + 0.5 * student_m
             if grad:
-                torch.mul(p_s, ratio.sub_(student_m[:, None]), out=x).mul_(0.5)
+                torch.mul(p_s, over_m.sub_(student_m[:, None]), out=x).mul_(0.5)
         value[i : i + block] = torch.where(w == 0, 0, v)
         if grad:
             x.mul_(w[:, None])
@@ -499,10 +741,10 @@ def kl_rows_torch(s, t, weight, kl, grad):
 if triton is not None:
 
     @triton.jit
-    def load_logits(S, T, cols, V: tl.constexpr):
+    def load_logits(s_ptr, t_ptr, cols, V: tl.constexpr):
         """Logits of both, float32; the log of 0 behind the vocabulary and for -inf."""
-        s = tl.load(S + cols, mask=cols < V, other=-1e30).to(tl.float32)
-        t = tl.load(T + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        s = tl.load(s_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
+        t = tl.load(t_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
         return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t)
 
     @triton.jit
@@ -514,34 +756,33 @@ if triton is not None:
 
     @triton.jit
     def kl_kernel(
-        S, T, WEIGHT, VALUE, V: tl.constexpr, KL: tl.constexpr, GRAD: tl.constexpr,
-        BLOCK: tl.constexpr,
+        s_ptr, t_ptr, weight_ptr, value_ptr, V: tl.constexpr, KL: tl.constexpr,
+        GRAD: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
-        """One program is one row; see kl_rows. With d = s - t, D = lse_s - lse_t:
+        """One program is one row; diff and log_ratio are those of kl_rows_torch.
 
-        forward = D - E_t[d]    reverse = E_s[d] - D    (E: mean under p_t or p_s)
-        log p_s - log p_t = d - D, which loses no digits where the two are near (but
-        some where all logits of a row stand far from the teacher's)
+        log p_s - log p_t = diff - log_ratio, which loses no digits where the two are
+        near (but some where all logits of a row stand far from the teacher's)
 
         Bytes moved, for rows of V floats: the first pass reads s and t, the last reads
         them again and writes the gradient over s, 5 * 4 V (jsd: one pass more, 7 * 4 V;
         a row that fits into one block stays in the L1 cache: 3 * 4 V).
         """
         row = tl.program_id(0).to(tl.int64)  # row * V can be more than 2^31
-        S, T = S + row * V, T + row * V
-        w = tl.load(WEIGHT + row)
+        s_ptr, t_ptr = s_ptr + row * V, t_ptr + row * V
+        w = tl.load(weight_ptr + row)
         if w == 0:  # nothing is read: the row may hold anything
-            tl.store(VALUE + row, 0.0)
+            tl.store(value_ptr + row, 0.0)
             for i in range(0, V, BLOCK):
                 cols = i + tl.arange(0, BLOCK)
-                tl.store(S + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
+                tl.store(s_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
         else:
-            # pass 1: log-sum-exp of both rows and E[d], online: sums are relative to
+            # pass 1: log-sum-exp of both rows and E[diff], online: sums are relative to
             # the largest logit so far and shrink when a larger one comes
             max_s, max_t = -float("inf"), -float("inf")
-            sum_s, sum_t, sum_d = 0.0, 0.0, 0.0
+            sum_s, sum_t, sum_diff = 0.0, 0.0, 0.0
             for i in range(0, V, BLOCK):
-                s, t = load_logits(S, T, i + tl.arange(0, BLOCK), V)
+                s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
                 new_s = tl.maximum(max_s, tl.max(s, 0))
                 new_t = tl.maximum(max_t, tl.max(t, 0))
                 p_s, p_t = tl.exp(s - new_s), tl.exp(t - new_t)  # not yet normalized
@@ -549,31 +790,32 @@ if triton is not None:
                 sum_s = sum_s * shrink_s + tl.sum(p_s, 0)
                 sum_t = sum_t * shrink_t + tl.sum(p_t, 0)
                 if KL == "forward":
-                    sum_d = sum_d * shrink_t + tl.sum(p_t * (s - t), 0)
+                    sum_diff = sum_diff * shrink_t + tl.sum(p_t * (s - t), 0)
                 else:
-                    sum_d = sum_d * shrink_s + tl.sum(p_s * (s - t), 0)
+                    sum_diff = sum_diff * shrink_s + tl.sum(p_s * (s - t), 0)
                 max_s, max_t = new_s, new_t
             lse_s, lse_t = max_s + tl.log(sum_s), max_t + tl.log(sum_t)
-            D = (max_s - max_t) + tl.log(sum_s / sum_t)  # not of two rounded numbers
-            mean = sum_d / (sum_t if KL == "forward" else sum_s)  # E_t[d] or E_s[d]
+            # not lse_s - lse_t, the difference of two rounded numbers
+            log_ratio = (max_s - max_t) + tl.log(sum_s / sum_t)
+            mean = sum_diff / (sum_t if KL == "forward" else sum_s)  # E_t or E_s[diff]
             if KL == "forward":
-                value = D - mean
+                value = log_ratio - mean
             elif KL == "reverse":
-                value = mean - D
+                value = mean - log_ratio
             else:  # pass 2 of jsd: both divergences from the mixture
                 teacher_m, mean = 0.0, 0.0
                 for i in range(0, V, BLOCK):
-                    s, t = load_logits(S, T, i + tl.arange(0, BLOCK), V)
-                    x = s - t - D  # log p_s - log p_t
+                    s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
+                    x = s - t - log_ratio  # log p_s - log p_t
                     teacher_m += tl.sum(tl.exp(t - lse_t) * log_over_mixture(-x), 0)
                     mean += tl.sum(tl.exp(s - lse_s) * log_over_mixture(x), 0)
                 value = 0.5 * teacher_m + 0.5 * mean
-            tl.store(VALUE + row, value)
+            tl.store(value_ptr + row, value)
             if GRAD:  # the last pass
                 for i in range(0, V, BLOCK):
                     cols = i + tl.arange(0, BLOCK)
-                    s, t = load_logits(S, T, cols, V)
-                    x, p_s = s - t - D, tl.exp(s - lse_s)
+                    s, t = load_logits(s_ptr, t_ptr, cols, V)
+                    x, p_s = s - t - log_ratio, tl.exp(s - lse_s)
                     if KL == "forward":  # p_s - p_t; where near, p_t (p_s/p_t - 1)
                         p_t = tl.exp(t - lse_t)
                         g = tl.where(tl.abs(x) < 1, p_t * (tl.exp(x) - 1), p_s - p_t)
@@ -581,7 +823,7 @@ if triton is not None:
                         g = p_s * (s - t - mean)
                     else:
                         g = 0.5 * p_s * (log_over_mixture(x) - mean)
-                    tl.store(S + cols, w * g, mask=cols < V)
+                    tl.store(s_ptr + cols, w * g, mask=cols < V)
 
 
 def launch_options(V):
@@ -600,136 +842,3 @@ def kl_rows_triton(s, t, weight, kl, grad):
         with torch.cuda.device_of(s):  # Triton would take the current one
             kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
     return value
-
-
-def kl_rows(s, t, weight, kl, grad=True):
-    """The row kernel: the divergence of each row, and its gradient over s.
-
-    Args:
-        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
-            weight * gradient (or left in no useful state if not grad).
-        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
-    Returns: the values (N,), not weighted.
-    """
-    on_gpu = s.is_cuda and s.dtype == torch.float32 and triton is not None
-    return (kl_rows_triton if on_gpu else kl_rows_torch)(s, t, weight, kl, grad)
-
-
-class FusedKL(torch.autograd.Function):
-    """Value and gradient in one pass over a private copy of the student's logits."""
-
-    @staticmethod
-    def forward(ctx, student_logits, teacher_logits, kl):
-        V = student_logits.size(-1)
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        layout = torch.contiguous_format  # rows of V, whatever the caller's are
-        s = student_logits.reshape(-1, V).to(dtype, copy=True, memory_format=layout)
-        t = teacher_logits.expand_as(student_logits).reshape(-1, V).to(dtype)
-        t = t.contiguous()
-        value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])
-        ctx.save_for_backward(s)
-        ctx.dtype = student_logits.dtype
-        return value.view(student_logits.shape[:-1])
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        (s,) = ctx.saved_tensors
-        ds = s.view(*grad.shape, s.size(-1)) * grad[..., None]
-        return ds.to(ctx.dtype), None, None
-
-
-def fused_kl(student_logits, teacher_logits, kl="forward"):
-    """The same values and gradients as kl_reference (where a logit is -inf in both or
-    in neither); keeps one tensor, not five."""
-    if kl not in KLS:
-        raise ValueError(f"kl {kl!r} is not one of {KLS}")
-    return FusedKL.apply(student_logits, teacher_logits, kl)
-
-
-def chunk_rows(head):
-    """Rows that go through a head (V, C) at a time: few enough to bound the memory,
-    many enough for an efficient product."""
-    if head.is_cuda:
-        return max(1, 2**27 // len(head))  # 512 MB of logits for each model
-    return max(1, min(1024, 2**23 // len(head)))  # at most 32 MB
-
-
-class FusedLinearKL(torch.autograd.Function):
-    """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
-
-    @staticmethod
-    def forward(ctx, states, W, teacher_states, teacher_W, weight, kl, chunk, grad):
-        h, h_t = states.to(W.dtype), teacher_states.to(teacher_W.dtype)  # (N, C)
-        # logits of a chunk, private, so they may be overwritten, and used again
-        S, T = (h.new_empty(min(chunk, len(h)), len(W)) for _ in range(2))
-        values = torch.zeros_like(weight)
-        dh = torch.zeros_like(h) if grad else None
-        dW = torch.zeros_like(W) if grad else None
-        for i in range(0, len(h), chunk):
-            w = weight[i : i + chunk]
-            s = torch.mm(h[i : i + chunk], W.T, out=S[: len(w)])  # (chunk, V)
-            t = torch.mm(h_t[i : i + chunk], teacher_W.T, out=T[: len(w)])
-            values[i : i + chunk] = kl_rows(s, t, w, kl, grad)
-            if grad:  # s now holds weight * dKL/ds
-                torch.mm(s, W, out=dh[i : i + chunk])
-                dW.addmm_(s.T, h[i : i + chunk])
-        loss = (values * weight).sum()
-        ctx.save_for_backward(dh, dW)
-        ctx.states_dtype = states.dtype
-        ctx.mark_non_differentiable(values)
-        return loss, values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
-        return (dh * grad).to(ctx.states_dtype), dW * grad, *[None] * 6
-
-
-def fused_linear_kl(states, head, teacher_states, teacher_head, weight, kl):
-    """sum_n weight_n * divergence_n from the states before the heads.
-
-    The logits [tokens, vocabulary] of student and teacher never exist whole: rows go
-    through the heads in chunks, and the gradient of a chunk overwrites its logits.
-    Memory: two chunks of logits, for any number of rows, and the gradients of states
-    and head, which backward multiplies into new ones.
-
-    Args:
-        states (N, C), teacher_states (N, C'): the rows that carry loss, no others.
-        head (V, C), teacher_head (V, C'): float32 weights.
-        weight: float32 (N,), what each row counts in the loss.
-        kl: one of KLS.
-    Returns: the loss, a scalar, differentiable in states and head; and the divergence
-        of each row (N,) in nats, without gradient.
-    """
-    if kl not in KLS:
-        raise ValueError(f"kl {kl!r} is not one of {KLS}")
-    chunk = chunk_rows(head)
-    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
-    return FusedLinearKL.apply(
-        states, head, teacher_states, teacher_head, weight, kl, chunk, grad
-    )
-
-
-@torch.no_grad()
-def kl_stats(states, head, teacher_states, teacher_head, weight):
-    """What to watch beside the loss, in nats, from the arguments of fused_linear_kl:
-    KL(student || teacher), and the entropies of both; sums over rows, by weight."""
-    both = states, head, teacher_states, teacher_head
-    return {
-        "kl_student_teacher": fused_linear_kl(*both, weight, "reverse")[0],
-        "student_entropy": entropy(states, head, weight),
-        "teacher_entropy": entropy(teacher_states, teacher_head, weight),
-    }
-
-
-@torch.no_grad()
-def entropy(states, head, weight):
-    """sum_n weight_n * entropy_n of the distributions behind states (N, C), in nats."""
-    total = weight.new_zeros(())
-    chunk = chunk_rows(head)
-    for i in range(0, len(states), chunk):
-        log_p = torch.log_softmax(states[i : i + chunk].to(head.dtype) @ head.T, dim=-1)
-        total -= ((log_p.exp() * log_p).sum(-1) * weight[i : i + chunk]).sum()
-    return total

@@ -7,24 +7,21 @@
 mean_t is over the tokens of a response, its end included, then over the batch.
 
 Shapes:  B batch   P prompt   R response   C channels   V vocabulary
-         N response tokens of the batch that carry loss
+         N response tokens of a micro-batch that carry loss
 
-Read beside sdft.py: `diff sft.py sdft.py` is the method (arXiv 2601.19897).
-The base model is made by this file, too, on a training set of its own.
+Read sft.py and sdft.py side by side: `diff sft.py sdft.py` is the method (arXiv
+2601.19897). sft.py also makes the base model, on a training set of its own.
 """
 
 import copy
-import json
 import math
-import time
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import data
-from model import generate, kl_models, response_states
+from model import LazyLogits, fused_linear_nll, response_hidden
 
 
 @dataclass
@@ -34,17 +31,20 @@ class Config:
     # optimization
     steps: int = 300  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
-    micro_batches: int = 1  # parts in which a process does its share of a batch
-    lr: float = 6e-4  # highest learning rate, reached after the warm-up
-    warmup_steps: int = 40  # updates; then a cosine to 0 at the end of the stage
-    beta2: float = 0.999  # of AdamW; a long memory disturbs old knowledge least
-    weight_decay: float = 0.0  # of AdamW, on matrices
-    grad_clip: float = 10.0  # largest norm of the gradient
-    dropout: float = 0.1  # share of each residual branch: later stages disturb less
+    micro_batches: int = 1  # gradient accumulation: micro-batches per update and
+    # process; more of them need less memory and make the same update
+    lr: float = 6e-4  # highest learning rate, reached after the warm-up. Tune it first:
+    # lower if old skills suffer, higher if new ones are not learnt
+    warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
+    beta2: float = 0.999  # of AdamW; .95 forgets more here: Adam takes larger steps
+    weight_decay: float = 0.0  # of AdamW, on matrices; it pulls old knowledge to 0, too
+    grad_clip: float = 10.0  # largest norm of the gradient; only first updates meet it
+    dropout: float = 0.1  # on the residual branches; what is learnt with it is harder
+    # to disturb by a later stage, and takes longer to learn
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
-    log_every: int = 10  # updates
+    log_every: int = 10  # updates between records
     eval_every: int = 0  # updates between evaluations; 0: only after each stage
     save_every: int = 50  # updates between checkpoints
 
@@ -63,15 +63,19 @@ def get_responses(batch, tok, device):
 
 
 def compute_loss(student, batch, response, mask, tok, cfg):
-    """This part's share of the batch's loss, in nats per token; no more to record."""
+    """The loss of this micro-batch: its share of the batch's mean, in nats per token.
+    And what else to record, by name."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
-    states = response_states(student, *bare, response, mask)  # (N, C)
-    # each response weighs the same, whatever its length, however the batch is split
+    hidden = response_hidden(student, *bare, response, mask)  # (N, C)
+    # the mean, per response and then over the batch: each response weighs the same,
+    # whatever its length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
+    weight = weight[mask]  # (N,)
 
-    log_s = torch.log_softmax(student.head(states), dim=-1)  # (N, V)
-    log_s = log_s.gather(1, response[mask][:, None])[:, 0]  # (N,)
-    return -(weight[mask] * log_s).sum(), {}
+    # loss = -(weight * log_softmax(student_logits)[response token]).sum()
+    student_logits = LazyLogits(hidden, student.head())  # (N, V), made chunk by chunk
+    loss = fused_linear_nll(student_logits, response[mask], weight)
+    return loss, {}
 
 
 # ---- 3. What happens to the teacher --------------------------------------------------
@@ -83,6 +87,7 @@ def compute_loss(student, batch, response, mask, tok, cfg):
 
 
 def make_optimizer(student, cfg):
+    """AdamW over all parameters, with weight decay on matrices only."""
     matrices = [p for p in student.parameters() if p.dim() >= 2]
     vectors = [p for p in student.parameters() if p.dim() < 2]
     groups = [
@@ -94,15 +99,17 @@ def make_optimizer(student, cfg):
 
 def get_lr(t, cfg):
     """Learning rate of update t of a stage: linear warm-up, then a cosine to 0."""
-    if t < cfg.warmup_steps:
-        return cfg.lr * (t + 1) / cfg.warmup_steps
-    done = (t - cfg.warmup_steps) / max(1, cfg.steps - cfg.warmup_steps)
+    warmup = min(cfg.warmup_steps, cfg.steps // 2)  # a short stage decays, too
+    if t < warmup:
+        return cfg.lr * (t + 1) / warmup
+    done = (t - warmup) / max(1, cfg.steps - warmup)
     return cfg.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
 @torch.no_grad()
-def tally(sums, loss, response, mask, extra, tok, cfg):
-    """Add this part's share of what is recorded: sums, so that any split will do."""
+def accumulate(sums, loss, response, mask, extra, tok, cfg):
+    """Add what a micro-batch contributes to the record: all of it sums or shares of a
+    mean, so that micro-batches and processes simply add up."""
     share = {
         "loss": loss,
         "tokens": mask.sum().float(),
@@ -114,7 +121,7 @@ def tally(sums, loss, response, mask, extra, tok, cfg):
         sums[key] = sums.get(key, 0) + value
 
 
-def add_up(student, sums):
+def all_reduce(student, sums):
     """Sum gradients and records over all processes, in place; no change if one."""
     if dist.is_initialized():
         for p in student.parameters():
@@ -124,156 +131,85 @@ def add_up(student, sums):
         sums.update(zip(sorted(sums), values, strict=True))
 
 
-def stop_unless_finite(loss, norm, step, batch, out_dir):
+def check_finite(loss, norm, step, batch):
     """Raise FloatingPointError before the step, not train on NaN or infinity."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
-        saved = out_dir / "checkpoint.pt"
         raise FloatingPointError(
             f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; the step "
-            f"was not made; its examples: {sorted(e.id for e in batch)}; last good "
-            f"checkpoint: {saved if saved.exists() else 'none yet'}"
+            f"was not made; its examples: {sorted(e.id for e in batch)}"
         )
-
-
-@torch.no_grad()
-def evaluate(models, base, skill, tasks, tok, cfg):
-    """Greedy accuracies on all tasks; on queries of the skill, in nats per token:
-    KL(student || base) and KL(teacher || base), each on responses of its own, and
-    KL(teacher || student) at each position of the student's responses."""
-    student, teacher, record = models["student"].eval(), models.get("teacher"), {}
-    for group, benchmarks in tasks.items():
-        record[group] = {
-            name: data.accuracy(student, name, examples, tok, cfg.max_new_tokens)
-            for name, examples in benchmarks.items()
-        }
-    queries = tasks["new"][skill][:128]
-    device = next(student.parameters()).device
-    u = data.get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)
-    bare = data.pad_batch(data.student_prompt, queries, tok, device)
-    response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)
-    kl = kl_models(student, bare, base, bare, response)  # KL(student || base), (B, R)
-    record["kl_student_base"] = data.mean_per_response(kl, mask)
-    record["kl_teacher_base"] = None
-    if teacher is not None:
-        shown = data.pad_batch(data.teacher_prompt, queries, tok, device)
-        kl = kl_models(teacher, shown, student, bare, response)  # (teacher || student)
-        by_position = (kl * mask).sum(0) / mask.sum(0)  # (R,)
-        record["kl_teacher_student_by_position"] = by_position.tolist()
-        response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
-        kl = kl_models(teacher, shown, base, bare, response)  # KL(teacher || base)
-        record["kl_teacher_base"] = data.mean_per_response(kl, mask)
-    examples = [tasks["new"][skill][0], tasks["prior"]["knowledge"][0]]
-    record["samples"] = data.sample(student, examples, tok, cfg.max_new_tokens)
-    return record
-
-
-def save_progress(out_dir, step, models, optimizer, evaluations, settings):
-    """All that a resume needs; everything random is derived from (seed, step)."""
-    content = {
-        "step": step,
-        "settings": settings,
-        "machine": data.machine_of(models["student"]),
-        "models": {name: model.state_dict() for name, model in models.items()},
-        "optimizer": optimizer.state_dict(),
-        "evaluations": evaluations,
-    }
-    data.write_checkpoint(out_dir / "checkpoint.pt", content)
-
-
-def load_progress(out_dir, models, optimizer, settings):
-    """Put a saved run into models and optimizer; returns its step and evaluations."""
-    saved = data.read_checkpoint(out_dir / "checkpoint.pt")
-    if other := data.differences(saved["settings"], settings):
-        raise ValueError(f"{out_dir} holds another run (saved -> now): {other}")
-    other = data.differences(saved["machine"], data.machine_of(models["student"]))
-    if other and data.is_first():
-        print(f"resumed, but not to the bit (saved -> now): {other}")
-    for name, model in models.items():
-        model.load_state_dict(saved["models"][name])
-    optimizer.load_state_dict(saved["optimizer"])
-    return saved["step"], saved["evaluations"]
-
-
-class Log:
-    """metrics.jsonl, one object a line, and the same on the screen."""
-
-    def __init__(self, out_dir, start):
-        self.path, self.clock = out_dir / "metrics.jsonl", time.perf_counter()
-        if data.is_first():  # a resumed run makes the lines from `start` on again
-            old = self.path.read_text().splitlines(keepends=True) if start else []
-            old = [line for line in old if line.endswith("\n")]  # not cut by a kill
-            kept = [line for line in old if json.loads(line)["step"] < start]
-            data.write_atomically(self.path, "".join(kept).encode())
-
-    def write(self, record):
-        before, self.clock = self.clock, time.perf_counter()
-        record["seconds"] = round(self.clock - before, 3)  # since the last record
-        if data.is_first():
-            data.append_line(self.path, json.dumps(record))
-            tqdm.write(data.describe(record))
 
 
 # ---- 5. The training loop ------------------------------------------------------------
 
 
-def train(student, stages, tasks, tok, cfg, out_dir, resume=False, stop=None):
+def train(student, stages, tasks, tok, cfg, run):
     """Fine-tune the student, in place, on one stage (skill) after the other.
 
     Args:
         student: GPT, on its device, with the weights of the base model.
         stages: name -> list of Example; each stage gets an optimizer of its own.
         tasks: what to evaluate, see data.make_tasks; {} for nothing.
-        out_dir: folder of metrics.jsonl and of checkpoint.pt, where `resume` goes on.
-        stop: an object whose `signal` is 0 until the run is to stop after its step.
+        run: where records and checkpoints go: train.Run("a folder").
     Returns: the evaluations, a list of dicts: the base's, then one after each stage.
     Raises: FloatingPointError before a step whose loss or gradient is not finite;
-        KeyboardInterrupt after a step in which `stop` was set, with everything saved.
+        KeyboardInterrupt after the step in which the run was asked to stop, with
+        everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
     base = copy.deepcopy(student).eval()  # never trained: distances are from here
     student.dropout = cfg.dropout
     models = {"student": student}
     optimizer = make_optimizer(student, cfg)
-    settings = data.settings_of(cfg, student, (stages, tasks))
-    run = out_dir, models, optimizer, settings
-    start, evaluations = load_progress(*run) if resume else (0, [])
-    log, total = Log(out_dir, start), cfg.steps * len(names)
-    hidden = None if data.is_first() else True  # None: a bar on a terminal only
-    for step in tqdm(range(start, total + 1), f"{total} steps", disable=hidden):
+    # where the run goes on, and the evaluations so far: 0 and [] if it is new
+    start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
+    total = cfg.steps * len(names)
+    for step in run.progress(start, total + 1):  # the last turn only evaluates
         stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
+
+        # evaluate the base, each finished stage, and every eval_every updates
         if tasks and (t == 0 or (cfg.eval_every and t % cfg.eval_every == 0)):
             skill = names[max(0, step - 1) // cfg.steps]  # the last one trained
             record = {"step": step, "skill": skill, "stage_end": t == 0 and step > 0}
-            record.update(evaluate(models, base, skill, tasks, tok, cfg))
+            record.update(data.evaluate(models, base, skill, tasks, tok, cfg))
             evaluations.append(record)
-            log.write(record)
+            run.log(record)
         if step == total:
             return evaluations
+
+        # each skill starts with a fresh optimizer and its own warm-up
         if t == 0:
             optimizer = make_optimizer(student, cfg)
         for group in optimizer.param_groups:
             group["lr"] = get_lr(t, cfg)
-        examples = stages[names[stage]]
-        batch = data.get_batch(examples, cfg.batch_size, cfg.seed, step)
-        sums = {"stop": torch.tensor(float(stop.signal if stop else 0), device=device)}
-        for part in data.my_parts(batch, cfg.micro_batches):
-            student.train().dropout_seed = data.derive_seed(cfg.seed, step, part[0].id)
-            response, mask = get_responses(part, tok, device)
-            loss, extra = compute_loss(student, part, response, mask, tok, cfg)
+
+        # responses and loss, with gradient accumulation: the losses of the
+        # micro-batches sum to the batch's mean, and backward() sums their gradients
+        batch = data.get_batch(stages[names[stage]], cfg.batch_size, cfg.seed, step)
+        sums = {"stop": torch.tensor(run.stop_wanted(), device=device)}  # 0 or 1
+        for micro in data.my_micro_batches(batch, cfg.micro_batches):
+            student.train().dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
+            response, mask = get_responses(micro, tok, device)
+            loss, extra = compute_loss(student, micro, response, mask, tok, cfg)
             loss.backward()
-            tally(sums, loss, response, mask, extra, tok, cfg)
-        add_up(student, sums)
+            accumulate(sums, loss, response, mask, extra, tok, cfg)
+
+        # over all processes; with it the wish of one to stop, so that all stop together
+        all_reduce(student, sums)
+
+        # one update
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        stop_unless_finite(sums["loss"], norm, step, batch, out_dir)
+        check_finite(sums["loss"], norm, step, batch)
         optimizer.step()
         optimizer.zero_grad()
 
-        stopped = int(sums.pop("stop"))
+        # record, and save at the end of a stage, before its evaluation
+        stop = sums.pop("stop") > 0
         if step % cfg.log_every == 0:
             record = {"step": step, "skill": names[stage], "lr": get_lr(t, cfg)}
             record.update({key: value.item() for key, value in sums.items()})
-            log.write({**record, "grad_norm": norm.item()})
-        if stopped or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
-            save_progress(out_dir, step + 1, models, optimizer, evaluations, settings)
-        if stopped:
-            raise KeyboardInterrupt(f"signal {stopped}, after step {step}")
+            run.log({**record, "grad_norm": norm.item()})
+        if stop or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
+            run.save(step + 1, models, optimizer, evaluations)
+        if stop:
+            raise KeyboardInterrupt(f"stopped after step {step}")

@@ -6,6 +6,7 @@
     python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
     python train.py --resume                # go on after Ctrl-C or a crash
     python train.py --sample "garden cork: candle spoon tower"
+    python train.py --show                  # the tables of finished runs in --out again
     torchrun --standalone --nproc_per_node=2 train.py    # data parallel, CPU or GPU
 
 It writes <out>/<method>/metrics.jsonl and results.json; the base model stays in
@@ -15,11 +16,14 @@ is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
 
 import argparse
 import ast
+import copy
 import difflib
-import fcntl
+import errno
 import hashlib
 import importlib.util
 import inspect
+import io
+import itertools
 import json
 import math
 import os
@@ -33,12 +37,22 @@ from dataclasses import asdict, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
+try:  # locks of files: Linux and macOS
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+try:
+    import msvcrt
+except ImportError:
+    msvcrt = None
+
 # Threads that wait for each other soon sleep, so a busy machine costs little; the
-# default is to spin for long. Read when torch is loaded.
+# default is to spin for long. GNU's OpenMP (Linux) reads it when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import data
 import model
@@ -54,25 +68,24 @@ BASE = sft.Config(
     weight_decay=0.1, dropout=0.2, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
+QUICK = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
 
 # What a flag may be: lowest, highest, both allowed.
 RANGES = {
-    "steps": (1, 10**7), "batch_size": (1, 10**6), "micro_batches": (1, 10**6),
-    "lr": (0, 1e3), "warmup_steps": (0, 10**7),
-    "beta2": (0, 0.999999), "weight_decay": (0, 1e3), "grad_clip": (1e-9, 1e9),
-    "dropout": (0, 0.9),
-    "max_new_tokens": (1, 10**5), "log_every": (1, 10**7), "eval_every": (0, 10**7),
-    "save_every": (1, 10**7), "seed": (0, 2**62), "ema_rate": (0, 1),
+    **dict.fromkeys(("steps", "log_every", "save_every", "base_steps"), (1, 10**7)),
+    **dict.fromkeys(("warmup_steps", "eval_every"), (0, 10**7)),
+    **dict.fromkeys(("demos", "eval_size"), (8, 10**7)),
+    **dict.fromkeys(("batch_size", "micro_batches", *MODEL_FLAGS), (1, 10**6)),
+    **dict.fromkeys(("lr", "weight_decay"), (0, 1e3)),
+    "beta2": (0, 0.999999), "grad_clip": (1e-9, 1e9), "dropout": (0, 0.9),
+    "max_new_tokens": (1, 10**5), "seed": (0, 2**62), "ema_rate": (0, 1),
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
-    "base_steps": (1, 10**7), "demos": (8, 10**7), "eval_size": (8, 10**7),
     "gate_margin": (-1, 1), "threads": (0, 1024),
-    **{name: (1, 10**6) for name in MODEL_FLAGS},
 }  # fmt: skip
-CHOICES = {
-    "kl": model.KLS,
-    "teacher": ("ema", "frozen", "live"),
-    "generate_from": ("student", "teacher"),
-}
+CHOICES = {"kl": model.KLS, "teacher": ("ema", "frozen", "live")}
+
+
+# ---- The whole run, from top to bottom ---------------------------------------------
 
 
 class UserError(ValueError):
@@ -83,7 +96,378 @@ class UserError(ValueError):
         self.hint = hint
 
 
-# ---- Flags -------------------------------------------------------------------------
+def run(args, stop):
+    """Look before leaping, then base model, gate, and one method after the other."""
+    if args.show or args.compare:
+        return show(args)
+    world_size = start_processes(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, reason = choose_device(args.device)
+    dtype, tok = choose_dtype(args.dtype, device), data.Tokenizer()
+    say(f"device {device} ({reason}), activations {str(dtype)[6:]}, seed {args.seed}, "
+        f"processes {world_size}, threads {torch.get_num_threads()}, "
+        f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}")
+    if args.sample is not None:
+        return show_sample(args, device, dtype, tok)
+
+    # the world: three skills to learn, and what there is to forget
+    world = data.World(args.seed)
+    stages = {
+        skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
+        for skill in data.SKILLS
+    }
+    tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
+    configs = {method: config_of(method, args) for method in methods_of(args)}
+    config, base_cfg = base_settings(args, world_size)
+
+    # whatever can go wrong goes wrong now, and not after minutes of work
+    check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size)
+    held = []  # a lock lasts as long as its file is open
+    first_does(lambda: held.append(lock(Path(args.out))))
+    path = find_base(args, config, base_cfg, world, tok, dtype)
+    made = "is used" if path.exists() else f"will be made, {base_cfg.steps} updates"
+    say(f"plan: base model: {path} {made}")
+    resumed = {m: first_does(plan_method, args, m, cfg) for m, cfg in configs.items()}
+    if args.quick:
+        say("--quick: far too short for the base to read a demonstration; the gate is "
+            "not enforced, and no effect will show")
+
+    # the base model, and what a demonstration adds to it
+    base = GPT(config, data.make_rng(args.seed, "weights")).to(device)
+    base.dtype = dtype
+    if device.type != "cpu":
+        check_device(base)
+    seconds = get_base(args, path, config, base_cfg, base, world, tok, stop)
+    gate = check_gate(args, base, tasks, tok, next(iter(configs.values())))
+
+    final = {}
+    for method, cfg in configs.items():
+        note = {"base": os.path.relpath(path, args.out), "gate": gate}
+        folder = first_does(open_folder, args, method, resumed[method])
+        run_ = Run(folder, resumed[method], stop, note | {"base_seconds": seconds})
+        rows = fine_tune(method, run_, cfg, base, stages, tasks, tok)
+        final[method] = rows[-1]
+    if len(final) > 1:
+        say(f"\nafter all skills:\n{table(list(final.values()), list(final))}")
+    if args.plot and is_first():
+        plot(args.out, list(final))
+    for method in final:
+        say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")
+
+
+# ---- The base model ----------------------------------------------------------------
+
+
+def base_settings(args, world_size):
+    """GPTConfig and sft.Config of the base model."""
+    tok = data.Tokenizer
+    sizes = {n: getattr(args, n) for n in MODEL_FLAGS if getattr(args, n) is not None}
+    config = GPTConfig(vocab_size=tok.vocab_size, **sizes)
+    cfg = replace(
+        BASE, seed=args.seed, steps=args.base_steps,
+        warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
+        micro_batches=max(1, BASE.micro_batches // world_size),  # shared out
+    )  # fmt: skip
+    return config, cfg
+
+
+def find_base(args, config, cfg, world, tok, dtype):
+    """Where the base model is, or will be when it is made."""
+    if args.base:
+        return Path(args.base)
+    cfg = replace(cfg, micro_batches=1)  # however many processes share the work
+    key = base_key(config, cfg, world, tok, dtype)
+    return Path(args.out) / "base" / key / "base.pt"
+
+
+def get_base(args, path, config, cfg, student, world, tok, stop):
+    """Put the base model into the student, from its file or by making it. Returns the
+    seconds that it took to make, now or earlier."""
+    if path.exists():
+        content = read_base(path, config, args.seed)
+        student.load_state_dict(content["model"])
+        say(f"base model: found in {path.parent}")
+        if other := differences(content["machine"], machine_of(student)):
+            say(f"  made on another machine (then -> now): {other}")
+        return content["seconds"]
+    held = []
+    first_does(lambda: held.append(lock(path.parent)))
+    say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
+        f"{cfg.batch_size}; kept in {path.parent} for the next run")
+    start = time.perf_counter()
+    corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, args.seed)
+    run_ = Run(path.parent, resume=True, stop=stop)
+    train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
+    seconds = time.perf_counter() - start
+    about = {**asdict(config), "seed": args.seed}
+    if is_first():
+        write_checkpoint(path, {
+            "base": about, "seconds": seconds, "machine": machine_of(student),
+            "model": student.state_dict(),
+        })  # fmt: skip
+        held[0].close()
+    return seconds
+
+
+def check_gate(args, base, tasks, tok, cfg):
+    """Does a demonstration help the base on the new skills? If not, stop here: SDFT's
+    teacher would know no more than its student."""
+    gate = data.teacher_gate(base, tasks["new"], tok, cfg.max_new_tokens)
+    say(f"teacher gate: base model on the new skills: accuracy {gate['student']:.2f} "
+        f"without a demonstration, {gate['teacher']:.2f} with one")
+    if gate["teacher"] - gate["student"] < args.gate_margin:
+        raise UserError(
+            f"a demonstration does not help enough: {gate['teacher']:.2f} - "
+            f"{gate['student']:.2f} < --gate-margin {args.gate_margin}: nothing to "
+            "distil",
+            "train the base longer (--base-steps), or lower --gate-margin to see why",
+        )
+    return gate
+
+
+# ---- One method --------------------------------------------------------------------
+
+
+def open_folder(args, method, resume):
+    """The folder of one method's files. A finished run in it is kept under another
+    name; nothing is lost."""
+    folder = Path(args.out) / method
+    if (folder / "checkpoint.pt").exists() and not resume:
+        os.replace(folder, free_name(folder))
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_temporary(folder)
+    return folder
+
+
+def fine_tune(method, run_, cfg, base, stages, tasks, tok):
+    """Run one method on the three skills, from a copy of the base. Returns its
+    evaluations: of the base, and at the end of each stage."""
+    trainer = METHODS[method]
+    say(f"\n{method}: " + ", ".join(
+        f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
+        for key, value in asdict(cfg).items()
+    ))
+    student = copy.deepcopy(base)
+    evaluations = train_in(run_, trainer, student, stages, tasks, tok, cfg)
+    seconds = first_does(write_results, run_, method, cfg, evaluations, student)
+    rows = stage_ends(evaluations)
+    say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
+    return rows
+
+
+def train_in(run_, trainer, *args):
+    """trainer.train, with the last good checkpoint named if it breaks off."""
+    try:
+        return trainer.train(*args, run_)
+    except FloatingPointError as error:
+        saved = run_.checkpoint if run_.checkpoint.exists() else "none yet"
+        raise FloatingPointError(f"{error}; last good checkpoint: {saved}") from None
+
+
+def write_results(run_, method, cfg, evaluations, student):
+    """results.json from what is recorded; returns the seconds of fine-tuning, those
+    before a resume included."""
+    spent = {}
+    for record in read_metrics(run_.folder):
+        spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
+    keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
+    ends = [row for row in evaluations if row["stage_end"]]
+    results = {
+        "method": method,
+        "seed": cfg.seed,
+        "config": asdict(cfg),
+        "machine": machine_of(student),
+        "seconds": {"base": run_.note["base_seconds"], "fine_tune": sum(spent.values())},
+        "teacher_gate": run_.note["gate"],
+        "base": {key: evaluations[0][key] for key in ("new", "prior")},
+        "stages": [
+            {key: row[key] for key in keys} | {"seconds": spent[row["skill"]]}
+            for row in ends
+        ],
+    }
+    text = json.dumps(results, indent=1)
+    write_atomically(run_.folder / "results.json", text.encode())
+    return sum(spent.values())
+
+
+def stage_ends(evaluations):
+    """The base, and the end of each stage."""
+    return [row for row in evaluations if row["stage_end"] or not row["step"]]
+
+
+# ---- What a trainer gets: records, checkpoints, a bar, the wish to stop ------------
+
+
+class Run:
+    """What a trainer needs of the machine: metrics.jsonl and checkpoint.pt in a folder,
+    a bar, and whether somebody wants it to stop. `Run("some/folder")` is enough.
+
+    resume: go on from the checkpoint, if there is one. stop: an object whose `signal`
+    is 0 until the run is to stop after its step. note: plain values, kept in the
+    checkpoint.
+    """
+
+    def __init__(self, folder, resume=False, stop=None, note=None):
+        self.folder, self.resume, self.stop = Path(folder), resume, stop
+        self.note = note or {}
+        self.checkpoint = self.folder / "checkpoint.pt"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.settings, self.clock = {}, time.perf_counter()
+
+    def load(self, models, optimizer, cfg, examples):
+        """Put a saved run into models and optimizer. Returns the step where it goes on
+        and its evaluations; 0 and [] if nothing was saved.
+
+        Raises: ValueError if the folder holds a run and resume is false, or one with
+        other settings, examples or first weights.
+        """
+        self.settings = settings_of(cfg, models["student"], examples)
+        start, evaluations = 0, []
+        if self.checkpoint.exists():
+            if not self.resume:
+                raise UserError(
+                    f"{self.folder} holds a run", "resume it, or take another folder"
+                )
+            saved = read_checkpoint(self.checkpoint)
+            check_settings(self.folder, saved["settings"], self.settings)
+            other = differences(saved["machine"], machine_of(models["student"]))
+            if other:
+                say(f"resumed, but not to the bit (saved -> now): {other}")
+            for name, weights in saved["models"].items():
+                models[name].load_state_dict(weights)
+            optimizer.load_state_dict(saved["optimizer"])
+            start, evaluations = saved["step"], saved["evaluations"]
+        if is_first():  # a resumed run makes the lines from `start` on again
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept = [row for row in read_metrics(self.folder) if row["step"] < start]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            write_atomically(self.metrics, text.encode())
+        self.clock = time.perf_counter()
+        return start, evaluations
+
+    def progress(self, start, end):
+        """The steps from start to end - 1, with a bar on a terminal."""
+        hidden = None if is_first() else True  # None: a bar on a terminal only
+        return tqdm(range(start, end), f"{end - 1} steps", disable=hidden)
+
+    def log(self, record):
+        """A line of metrics.jsonl, and the same on the screen."""
+        before, self.clock = self.clock, time.perf_counter()
+        record["seconds"] = round(self.clock - before, 3)  # since the last record
+        if is_first():
+            append_line(self.metrics, json.dumps(record))
+            say(describe(record))
+
+    def save(self, step, models, optimizer, evaluations):
+        """All that a resume needs; everything random is derived from (seed, step)."""
+        content = {
+            "step": step,
+            "settings": self.settings,
+            "machine": machine_of(models["student"]),
+            "config": asdict(models["student"].config),
+            "models": {name: model.state_dict() for name, model in models.items()},
+            "optimizer": optimizer.state_dict(),
+            "evaluations": evaluations,
+            "note": self.note,
+        }
+        if is_first():
+            write_checkpoint(self.checkpoint, content)
+
+    def stop_wanted(self):
+        """1. if this process was asked to stop, else 0."""
+        return float(bool(self.stop and self.stop.signal))
+
+
+def read_metrics(folder):
+    """The records of a folder, without a last line that a kill has cut in half."""
+    path = folder / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.split("\n")[:-1]]
+
+
+@torch.no_grad()
+def settings_of(cfg, student, examples):
+    """All that decides a run, as plain values: a resume must find the same."""
+    weights = hashlib.sha256()
+    for p in student.parameters():
+        weights.update(p.cpu().numpy().tobytes())
+    return {
+        **asdict(cfg),
+        **asdict(student.config),
+        "first weights": weights.hexdigest()[:12],
+        "examples": digest(as_text(examples)),
+    }
+
+
+def as_text(examples):
+    """Stages and tasks as one text: the examples, and the names of graders."""
+    if isinstance(examples, data.Benchmark):
+        return f"{examples.grade.__name__} {examples.examples}"
+    if isinstance(examples, dict):
+        return str([(name, as_text(value)) for name, value in examples.items()])
+    if isinstance(examples, tuple):
+        return str([as_text(value) for value in examples])
+    return str(examples)
+
+
+def check_settings(folder, saved, now):
+    if other := differences(saved, now):
+        raise UserError(
+            f"{folder} holds another run (saved -> now): {other}",
+            "give the flags that it was started with, or choose another --out",
+        )
+
+
+def machine_of(student):
+    """What rounding depends on: with the same values a resume is exact to the bit."""
+    device = next(student.parameters()).device.type
+    return {
+        "device": device,
+        "dtype": str(student.dtype),
+        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),  # a str subclass, which a load would refuse
+        "capability": torch.backends.cpu.get_cpu_capability() if device == "cpu"
+        else torch.cuda.get_device_name() if device == "cuda" else device,
+    }  # fmt: skip
+
+
+def differences(saved, now):
+    """The entries in which two dicts differ, as "key: saved -> now", with commas."""
+    keys = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    return ", ".join(f"{key}: {saved.get(key)} -> {now.get(key)}" for key in keys)
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Stop:
+    """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number_ in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number_, self.ask)
+
+    def ask(self, number_, _):
+        self.signal = number_
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+
+    def agreed(self):
+        """The signal that stopped the run, the same number in every process."""
+        value = torch.tensor(self.signal)
+        if dist.is_initialized():
+            if dist.get_backend() == "nccl":
+                value = value.cuda()
+            dist.all_reduce(value, dist.ReduceOp.MAX)
+        return int(value)
+
+
+# ---- Flags: here a first reading may stop ------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -109,30 +493,35 @@ def number(name, kind):
     return parse
 
 
-def add_flags(group, config, names, sft=None):
-    """A --flag for each named field of a dataclass; the field's comment is its help.
-    Where the Config of sft has another default, a flag that is not given is None."""
+def field_help(config):
+    """name -> the comment beside a field of a dataclass, which is its --help. It may go
+    on in the lines below."""
     source = inspect.getsource(config)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    for field in fields(config):
-        if field.name not in names:
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        default, shown = field.default, f"default: {field.default}"
-        if sft and default != getattr(sft, field.name):
-            default, shown = None, f"{shown}, sft: {getattr(sft, field.name)}"
-        text = comments[field.name].replace("%", "%%") + f" ({shown})"
-        if field.name in CHOICES:
-            kind = {"choices": CHOICES[field.name]}
+    found = re.findall(r"^    (\w+): .*?  # (.*(?:\n    # .*)*)$", source, re.MULTILINE)
+    return {name: text.replace("\n    #", "") for name, text in found}
+
+
+def add_flags(group, config, names, shown, prefix=""):
+    """A --flag for each named field of a dataclass. Not given it is None, so that any
+    value that is given counts. shown(name): what --help says of the default."""
+    texts, kinds = field_help(config), {f.name: type(f.default) for f in fields(config)}
+    for name in names:
+        flag = "--" + prefix + name.replace("_", "-")
+        text = f"{texts[name]} (default: {shown(name)})".replace("%", "%%")
+        if name in CHOICES:
+            kind = {"choices": CHOICES[name]}
         else:
-            kind = {"type": number(field.name, type(field.default)), "metavar": "N"}
-        group.add_argument(flag, default=default, help=text, **kind)
+            kind = {"type": number(name, kinds[name]), "metavar": "N"}
+        text = argparse.SUPPRESS if prefix else text
+        group.add_argument(flag, dest=prefix + name, help=text, **kind)
 
 
 def make_parser():
     parser = Parser(
         prog="train.py",
         description="SDFT and SFT on three skills in a row, from a base made here.",
+        epilog="A flag of the trainers applies to each method that runs. --sft.lr or "
+        "--sdft.steps, and so for each of them, applies to that method only.",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=96),
     )
@@ -144,13 +533,15 @@ def make_parser():
         help="half a minute, to see that it runs; far too short to show the effect")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--plot", action="store_true", help="draw the accuracies (needs matplotlib)")
-    add("--sample", metavar="PROMPT", help="no training: what base and --method answer")
+    add("--sample", metavar="PROMPT", help="no training: responses of base and --method")
+    add("--show", action="store_true", help="no training: the tables of --out again")
+    add("--compare", nargs="+", metavar="OUT",
+        help="no training: the finished runs of several --out folders as one table")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
     add("--threads", type=number("threads", int), default=2, metavar="N",
-        help="on a CPU; more hardly help so small a model, and a fixed number rounds "
-        "alike on any machine (0: all cores; default: 2)")
+        help="on a CPU; more hardly help so small a model (0: all cores; default: 2)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (
@@ -162,52 +553,185 @@ def make_parser():
         kind = number(flag[2:].replace("-", "_"), type(default))
         add(flag, type=kind, default=default, metavar="N",
             help=f"{text} (default: %(default)s)")
+    add("--base", metavar="FILE", help="a base.pt that was made earlier, here or on "
+        "another machine, in place of one of --out")
     add("--distance", choices=data.DISTANCES, default="terms",
-        help="of the expert from the model: his manner is its own; known to it; or his "
+        help="of the expert from the model: his style is its own; known to it; or his "
         "terms are foreign, too (default: terms)")
-    add_flags(parser.add_argument_group("model"), GPTConfig, MODEL_FLAGS)
+
+    def both(name):
+        one, other = (getattr(m.Config, name) for m in (sdft, sft))
+        return one if one == other else f"{one}, sft: {other}"
+
+    add_flags(parser.add_argument_group("model"), GPTConfig, MODEL_FLAGS,
+              lambda name: getattr(GPTConfig, name))  # fmt: skip
     shared = [field.name for field in fields(sft.Config)]
-    group = parser.add_argument_group("training, both methods")
-    add_flags(group, sdft.Config, shared, sft.Config)
-    only = [field.name for field in fields(sdft.Config) if field.name not in shared]
-    add_flags(parser.add_argument_group("self-distillation"), sdft.Config, only)
+    add_flags(parser.add_argument_group("training"), sdft.Config, shared, both)
+    group = parser.add_argument_group("self-distillation")
+    add_flags(group, sdft.Config, only_sdft(), lambda name: getattr(sdft.Config, name))
+    for method, trainer in METHODS.items():
+        names = [field.name for field in fields(trainer.Config) if field.name != "seed"]
+        add_flags(parser, trainer.Config, names, str, f"{method}.")
     return parser
 
 
+def only_sdft():
+    """Settings that SFT does not have."""
+    shared = {field.name for field in fields(sft.Config)}
+    return [f.name for f in fields(sdft.Config) if f.name not in shared]
+
+
 def parse_args(argv):
+    """The flags as a namespace; `given` names those that were typed."""
     parser = make_parser()
-    args, unknown = parser.parse_known_args(argv)
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    # with an attribute there already, argparse sets no default: None is "not typed"
+    blank = argparse.Namespace(**dict.fromkeys(names))
+    args, unknown = parser.parse_known_args(argv, blank)
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
+        flags = list(parser._option_string_actions)
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1, 0.5)
         raise UserError(
             f"unknown argument {unknown[0]!r}",
             f"did you mean {near[0]}?" if near else "python train.py --help lists all",
         )
-    if args.quick:  # what was not asked for explicitly is made small
-        quick = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
-        for name, value in quick.items():
-            if getattr(args, name) == parser.get_default(name):
-                setattr(args, name, value)
+    args.given = {name for name in names if getattr(args, name) is not None}
+    for name in set(names) - args.given:
+        quick = args.quick and name in QUICK
+        setattr(args, name, QUICK[name] if quick else parser.get_default(name))
+    args.seed = args.seed or 0
+    check_flags(args)
     return args
 
 
+def methods_of(args):
+    return list(METHODS) if args.method == "both" else [args.method]
+
+
+def config_of(method, args):
+    """The Config of a method: --sft.lr before --lr before the method's own default."""
+    config, values = METHODS[method].Config, {}
+    for field in fields(config):
+        for name in (field.name, f"{method}.{field.name}"):
+            if getattr(args, name, None) is not None:
+                values[field.name] = getattr(args, name)
+    return config(**values)
+
+
+def check_flags(args):
+    """Refuse what would be accepted and have no effect."""
+
+    def refuse(name, reason):
+        flag = "--" + name.replace("_", "-")
+        raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
+
+    for one in ("show", "compare", "sample"):
+        for name in args.given - {one, "out", "debug", "quick"}:
+            reads = one == "sample" and name not in ("resume", "plot", "base", "show")
+            if one in args.given and not reads:
+                refuse(name, f"--{one}")
+    methods = methods_of(args)
+    for name in sorted(args.given):
+        method = name.partition(".")[0] if "." in name else "sdft"
+        if ("." in name or name in only_sdft()) and method not in methods:
+            refuse(name, f"--method {args.method}")
+    if "base" in args.given and "base_steps" in args.given:
+        refuse("base_steps", "--base")
+    if "sdft" in methods:
+        cfg = config_of("sdft", args)
+        if cfg.teacher != "ema" and args.given & {"ema_rate", "sdft.ema_rate"}:
+            refuse("ema_rate", f"--teacher {cfg.teacher}")
+        if cfg.skip_first_tokens >= cfg.max_new_tokens:
+            raise UserError(
+                f"--skip-first-tokens {cfg.skip_first_tokens} leaves nothing of a "
+                f"response of at most {cfg.max_new_tokens} tokens in the loss",
+                "skip fewer, or raise --max-new-tokens",
+            )
+
+
+# ---- Before a run: can it be done, and what will it replace? -----------------------
+
+
+def check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size):
+    """What would fail later: packages, files, batches, lengths."""
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        raise UserError(
+            "--plot needs matplotlib",
+            f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
+        )
+    if args.base:
+        read_base(Path(args.base), config, args.seed)
+    hint = f"a number of processes that divides its {base_cfg.batch_size}: 2, 4, 8"
+    n_examples = base_cfg.batch_size * base_cfg.steps
+    check_batches("base model", base_cfg, world_size, n_examples, hint)
+    examples = [e for stage in stages.values() for e in stage]
+    examples += [
+        e for group in tasks.values() for task in group.values() for e in task.examples
+    ]
+    longest = {
+        name: max(len(tokens_of(e, tok)) for e in examples)
+        for name, tokens_of in (
+            ("demo", data.demo_response), ("prompt", data.teacher_prompt)
+        )
+    }  # fmt: skip
+    for method, cfg in configs.items():
+        hint = f"a --batch-size that is a multiple of {world_size * cfg.micro_batches}"
+        check_batches(method, cfg, world_size, args.demos, hint)
+        response = max(cfg.max_new_tokens, longest["demo"])
+        if longest["prompt"] + response > config.block_size:
+            raise UserError(
+                f"{method}: prompt and demonstration of {longest['prompt']} tokens and a "
+                f"response of {response} are more than {config.block_size} together",
+                "a smaller --max-new-tokens",
+            )
+
+
+def check_batches(name, cfg, world_size, n_examples, hint):
+    parts = world_size * cfg.micro_batches
+    if cfg.batch_size % parts:
+        raise UserError(
+            f"{name}: a batch of {cfg.batch_size} cannot be cut into equal parts for "
+            f"{world_size} processes x {cfg.micro_batches} micro-batches", hint
+        )  # fmt: skip
+    if cfg.batch_size > n_examples:
+        raise UserError(
+            f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
+            "a smaller --batch-size, or more --demos",
+        )
+
+
+def plan_method(args, method, cfg):
+    """Say what becomes of the folder of a method, and check what can be checked of a
+    run that is to go on. Changes nothing. Returns whether it is resumed."""
+    folder = Path(args.out) / method
+    saved = folder / "checkpoint.pt"
+    if not saved.exists():
+        new = "nothing to resume, a new run" if args.resume else "a new run"
+        say(f"plan: {method}: {new} in {folder}")
+        return False
+    if args.resume:
+        content = read_checkpoint(saved)
+        then = {key: content["settings"].get(key) for key in asdict(cfg)}
+        check_settings(folder, then, asdict(cfg))
+        say(f"plan: {method}: {folder} goes on after update {content['step']}")
+        return True
+    if not (folder / "results.json").exists():
+        raise UserError(
+            f"{folder} holds a run that was not finished",
+            "go on with --resume, choose another --out, or delete the folder",
+        )
+    say(f"plan: {method}: a new run in {folder}; the finished one there is kept, as "
+        f"{free_name(folder)}")
+    return False
+
+
+def free_name(folder):
+    """<folder>.previous1, .previous2, ...: the first that is not there."""
+    names = (f"{folder.name}.previous{n}" for n in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not path.exists())
+
+
 # ---- Device and processes ----------------------------------------------------------
-
-
-class Stop:
-    """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once."""
-
-    def __init__(self):
-        self.signal = 0
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.ask)
-
-    def ask(self, number_, _):
-        self.signal = number_
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
 
 
 def choose_device(name):
@@ -254,194 +778,344 @@ def start_processes(args):
     return dist.get_world_size()
 
 
-def check_batches(name, cfg, world, n_examples):
-    parts = world * cfg.micro_batches
-    if cfg.batch_size % parts:
+def is_first():
+    """Is this the process that writes and prints? (torchrun may start several.)"""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def first_does(action, *args):
+    """Let the first process do something, whose result or error all of them get: so an
+    error is printed once, and nobody waits for a process that is gone."""
+    result, error = None, None
+    if is_first():
+        try:
+            result = action(*args)
+        except (OSError, ValueError) as caught:
+            error = caught
+    both = [result, error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(both)
+    if both[1] is not None:
+        raise both[1]
+    return both[0]
+
+
+def say(text):
+    if is_first():
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def check_device(student):
+    """Does this device compute what a CPU computes? It takes a second and has found
+    silently wrong kernels (MPS). What differs there: attention with a mask, the random
+    bytes of dropout, searchsorted in the sampler. Warns; returns the largest difference
+    of log-probabilities, of whole sequences and of tokens from a cache."""
+    device = next(student.parameters()).device
+    twin = copy.deepcopy(student).cpu()
+    rng = data.make_rng(0, "check device")
+    prompts = torch.randint(student.config.vocab_size, (4, 12), generator=rng)  # (B, P)
+    lengths = torch.tensor([12, 7, 3, 1])  # (B,)
+    logits, tokens = [], []
+    for gpt in (twin, student):
+        at = next(gpt.parameters()).device
+        with torch.no_grad():
+            logits.append(torch.log_softmax(gpt(prompts.to(at)), -1).cpu())
+        inputs = gpt, prompts.to(at), lengths.to(at), 8, 0
+        tokens.append(model.generate(*inputs, temperature=0)[0].cpu())
+    difference = (logits[0] - logits[1]).abs().max().item()
+    close = difference < (0.3 if student.dtype == torch.bfloat16 else 1e-2)
+    same = tokens[0].shape == tokens[1].shape and torch.equal(*tokens)
+    if not close or not (same or student.dtype == torch.bfloat16):
+        say(f"warning: {device} differs from a CPU by {difference:.2g} in the "
+            f"log-probabilities, greedy tokens {'equal' if same else 'differ'}: do not "
+            "trust its results; --device cpu is safe")
+    return difference
+
+
+# ---- Files -------------------------------------------------------------------------
+
+
+def sync_folder(folder):
+    """Put new names in a folder on the disk, where the system can do that: Windows
+    opens no folders, and some network disks and shares do not sync them."""
+    try:
+        number_ = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(number_)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(number_)
+
+
+def keep_previous(path):
+    """A second name, <name>.previous, for a file that is about to be replaced. At every
+    moment there is one, from the first call on."""
+    previous = path.with_name(path.name + ".previous")
+    spare = path.with_name(f"{path.name}.tmp.{os.getpid()}0")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except (OSError, AttributeError):  # exFAT, Android, Google Drive have no links
+        shutil.copyfile(path, spare)
+    os.replace(spare, previous)
+
+
+def write_atomically(path, content, keep=False):
+    """Write beside the target, sync, rename: there is the old file or the new one.
+    keep: the old one stays as <name>.previous. Raises OSError, with the path and the
+    bytes that it takes, when the disk is full; the old file is as it was."""
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            keep_previous(path)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        for left in (temporary, path.with_name(f"{temporary.name}0")):
+            left.unlink(missing_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(
+            f"{path} not written: {error.strerror}; it takes {len(content)} bytes, the "
+            f"disk has {free}"
+        ) from None
+
+
+def remove_temporary(folder):
+    """Remove what write_atomically left in this folder when it was killed: its own
+    names and nothing else. The caller holds the lock, so nobody is writing."""
+    ours = r"(checkpoint\.pt|base\.pt|metrics\.jsonl|results\.json)\.tmp\.\d+"
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(ours, path.name) and path.is_file():
+            path.unlink()
+
+
+def append_line(path, line):
+    """Add a line to a file. Raises OSError, with the path, when the disk is full."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise OSError(f"{path} not written: {error.strerror}") from None
+
+
+def write_checkpoint(path, content):
+    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one
+    file. The checkpoint before it is kept as <name>.previous."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    head = f"sdft {hashlib.sha256(buffer.getbuffer()).hexdigest()}\n".encode()
+    write_atomically(path, head + buffer.getvalue(), keep=True)
+
+
+def read_checkpoint(path):
+    """The dict of write_checkpoint, its tensors on the CPU. Raises ValueError if the
+    file is not one, is cut, or differs from what was written; nothing in it is ever
+    executed."""
+    previous = path.with_name(path.name + ".previous")
+    head, _, content = path.read_bytes().partition(b"\n")  # torch.load checks no sum
+    if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
         raise UserError(
-            f"{name}: a batch of {cfg.batch_size} cannot be cut into equal parts for "
-            f"{world} processes x {cfg.micro_batches} micro-batches",
-            f"make the batch size a multiple of {parts}",
-        )
-    if cfg.batch_size > n_examples:
+            f"{path}: {path.stat().st_size} bytes, checksum differs, not loaded",
+            f"the one before it is {previous}: rename it to go on from there"
+            if previous.exists() else "delete it and run again",
+        )  # fmt: skip
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own kinds: whatever it met, not ours
         raise UserError(
-            f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
-            "a smaller --batch-size, or more --demos",
-        )
-
-
-# ---- The base model ----------------------------------------------------------------
-
-
-def base_key(config, cfg):
-    """What decides the base model, as a name: configurations, corpus and code."""
-    sources = [inspect.getsource(module) for module in (data, model, sft)]
-    code = [ast.dump(ast.parse(source)) for source in sources]  # comments do not count
-    text = repr((asdict(config), asdict(cfg), torch.__version__, code))
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def get_base(args, device, dtype, tok, stop, world):
-    """The base model and the seconds that it took to make, now or earlier."""
-    config = GPTConfig(
-        vocab_size=tok.vocab_size, **{name: getattr(args, name) for name in MODEL_FLAGS}
-    )
-    cfg = replace(
-        BASE, seed=args.seed, steps=args.base_steps,
-        warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
-        micro_batches=max(1, BASE.micro_batches // world),  # the same parts, shared out
-    )  # fmt: skip
-    n_examples = cfg.batch_size * cfg.steps
-    check_batches("base model", cfg, world, n_examples)
-    student = GPT(config, data.make_rng(args.seed, "weights")).to(device)
-    student.dtype = dtype
-    folder = Path(args.out) / "base" / base_key(config, replace(cfg, micro_batches=1))
-    checkpoint, clock = folder / "checkpoint.pt", folder / "seconds.json"
-    folder.mkdir(parents=True, exist_ok=True)
-    if clock.exists():
-        saved = data.read_checkpoint(checkpoint, device)
-        student.load_state_dict(saved["models"]["student"])
-        say(f"base model: found in {folder}")
-        return student, json.loads(clock.read_text())["seconds"]
-    if stop is None:
-        raise UserError(f"no base model in {args.out}", "run without --sample first")
-    say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
-        f"{cfg.batch_size}; kept in {folder} for the next run")
-    start = time.perf_counter()
-    corpus = data.make_base_corpus(data.World(args.seed), tok, n_examples, args.seed)
-    begun = checkpoint.exists()
-    sft.train(student, {"base": corpus}, {}, tok, cfg, folder, begun, stop)
-    seconds = time.perf_counter() - start
-    if data.is_first():
-        data.write_atomically(clock, json.dumps({"seconds": seconds}).encode())
-    return student, seconds
-
-
-def teacher_gate(base, tasks, tok, cfg, margin):
-    """Does a demonstration help? Accuracies on held-out queries of the three skills,
-    without one (the student's context) and with one (the teacher's)."""
-
-    def mean(prompt):
-        scores = [
-            data.accuracy(base, skill, queries, tok, cfg.max_new_tokens, prompt)
-            for skill, queries in tasks["new"].items()
-        ]
-        return sum(scores) / len(scores)
-
-    gate = {"student": mean(data.student_prompt), "teacher": mean(data.teacher_prompt)}
-    say(f"teacher gate: of queries of the new skills the base answers "
-        f"{gate['student']:.2f} without a demonstration, {gate['teacher']:.2f} with")
-    if gate["teacher"] - gate["student"] < margin:
-        raise UserError(
-            f"a demonstration does not help enough: {gate['teacher']:.2f} - "
-            f"{gate['student']:.2f} < --gate-margin {margin}: nothing to distil",
-            "train the base longer (--base-steps), or lower --gate-margin to see why",
-        )
-    return gate
-
-
-# ---- One run -----------------------------------------------------------------------
+            f"{path} is not one of our checkpoints; not loaded "
+            f"({type(error).__name__})", "it was not written by train.py"
+        ) from None
 
 
 def lock(folder):
     """Refuse a folder that another run is using. The operating system lets go of the
     lock when its process ends, however it ends: keep the returned file open."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / "lock", "a+")
+    path = folder / "lock"
+    file = open(path, "a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        message = f"{folder} is in use by another run, process {file.read()}"
-        raise UserError(message, "wait for it, or choose another --out") from None
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif msvcrt:  # locks bytes, and nobody reads this one
+            file.seek(10**6)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            say(f"{folder}: no locks on this system; do not start two runs in it")
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            say(f"{path}: this disk has no locks ({error.strerror}); do not start two "
+                "runs in it")
+        else:
+            file.seek(0)
+            message = f"{folder} is in use by another run, process {file.read()}"
+            raise UserError(message, "wait for it, or choose another --out") from None
     file.truncate(0)
+    file.seek(0)
     print(os.getpid(), end="", file=file, flush=True)
-    for stale in folder.rglob("*.tmp.*"):  # of a process that was killed in a write
-        stale.unlink()
+    remove_temporary(folder)
     return file
 
 
-def open_folder(args, method):
-    """The folder of one method's files. Loses nothing that is there."""
-    folder = Path(args.out) / method
-    if data.is_first() and not args.resume and (folder / "checkpoint.pt").exists():
-        if not (folder / "results.json").exists():
-            raise UserError(
-                f"{folder} holds a run that was not finished",
-                "go on with --resume, choose another --out, or delete the folder",
-            )
-        old = folder.with_name(method + ".previous")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-        say(f"the finished run in {folder} is now {old}")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def source_of(module):
+    """The code of a module as text, without comments and docstrings."""
+    tree = ast.parse(inspect.getsource(module))
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        first = body[0] if isinstance(body, list) and body else None
+        if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
+            body[0] = ast.Pass()
+    return ast.dump(tree)
 
 
-def fine_tune(method, args, base, stages, tasks, tok, stop):
-    """Run one method on the three skills; returns its Config and evaluations."""
-    trainer, folder = METHODS[method], open_folder(args, method)
-    given = {f.name: getattr(args, f.name) for f in fields(trainer.Config)}
-    given = {name: value for name, value in given.items() if value is not None}
-    cfg = trainer.Config(**given)
-    resume = args.resume and (folder / "checkpoint.pt").exists()
-    say(f"\n{method}: " + ", ".join(
-        f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
-        for key, value in asdict(cfg).items()
-    ))
-    student = GPT(base.config).to(next(base.parameters()).device)
-    student.load_state_dict(base.state_dict())
-    student.dtype = base.dtype
-    return cfg, trainer.train(student, stages, tasks, tok, cfg, folder, resume, stop)
+def base_key(config, cfg, world, tok, dtype):
+    """What decides the base model, as a name for its folder: configurations, a sample
+    of its corpus, and the code that trains it. New words in a docstring, or another
+    column of a table, keep it."""
+    sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
+    tokens = [(data.student_prompt(e, tok), data.demo_response(e, tok)) for e in sample]
+    code = [source_of(module) for module in (model, sft)]
+    return digest(repr((asdict(config), asdict(cfg), tokens, str(dtype), code)))
 
 
-def read_metrics(out, method):
-    lines = (Path(out) / method / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
+def read_base(path, config, seed):
+    """The content of a base.pt. Raises UserError if it is not one, or does not fit."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file", "a base.pt from <out>/base/...")
+    content = read_checkpoint(path)
+    if "base" not in content:
+        raise UserError(f"{path} is no base model", "choose a base.pt")
+    now = {**asdict(config), "seed": seed}
+    if other := differences(content["base"], now):
+        raise UserError(
+            f"{path} does not fit (its own -> asked for): {other}",
+            "give the flags that it was made with, or leave --base out",
+        )
+    return content
 
 
-def write_results(out, method, cfg, gate, evaluations, base_seconds):
-    """results.json from what is recorded; returns the seconds of fine-tuning, those
-    before a resume included."""
-    spent = {}
-    for record in read_metrics(out, method):
-        spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
-    keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
-    results = {
-        "method": method,
-        "seed": cfg.seed,
-        "config": asdict(cfg),
-        "seconds": {"base": base_seconds, "fine_tune": sum(spent.values())},
-        "teacher_gate": gate,
-        "base": {key: evaluations[0][key] for key in ("new", "prior")},
-        "stages": [
-            {key: row[key] for key in keys} | {"seconds": spent[row["skill"]]}
-            for row in evaluations
-            if row["stage_end"]
-        ],
-    }
-    if data.is_first():
-        path = Path(out) / method / "results.json"
-        data.write_atomically(path, json.dumps(results, indent=1).encode())
-    return sum(spent.values())
+# ---- Tables, samples and pictures --------------------------------------------------
+
+
+def table(rows, labels=None):
+    """Evaluations as a table, one line each, with a column for each accuracy. Labels
+    stand in front; without them, the skill that was trained last."""
+    names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
+    titles = [f"new {name}" if group == "new" else name for group, name in names]
+    if labels is None:
+        labels = [row["skill"] if row["step"] else "-" for row in rows]
+    width = max(7, *map(len, labels))
+    lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
+    for label, row in zip(labels, rows, strict=True):
+        cells = [
+            f"{row[group][name]:{len(title)}.2f}"
+            for (group, name), title in zip(names, titles, strict=True)
+        ]
+        lines.append(
+            f"{label:{width}s} {'  '.join(cells)}  {row['kl_student_base']:.2f}"
+        )
+    return "\n".join(lines)
+
+
+def describe(record):
+    """A record of metrics.jsonl as a line or more for the screen."""
+    if "new" in record:
+        lines = [table([record])]
+        for row in record["responses"]:
+            lines.append(f"  {row['prompt']}  ->  {row['response']}")
+        return "\n".join(lines)
+    numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
+    lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
+    if record["eos_rate"] == 0:
+        lines.append(f"warning: EOS rate 0 %, mean length {record['response_length']}: "
+                     "no response came to its end; try a higher --max-new-tokens")
+    elif round(record["response_length"], 3) == 1:
+        lines.append("warning: every response is empty, but for its end")
+    elif record["grad_norm"] == 0:
+        lines.append("warning: the gradient is 0, nothing is learnt: no token carries "
+                     "loss, or teacher and student agree")
+    return "\n".join(lines)
+
+
+def show(args):
+    """The tables of the finished runs in --out, or the last lines of several as one."""
+    folders = args.compare or [args.out]
+    found = [
+        (Path(out) / method, method)
+        for out in folders
+        for method in METHODS
+        if (Path(out) / method / "results.json").exists()
+    ]
+    full = {folder.parent for folder, _ in found}
+    if missing := [out for out in folders if Path(out) not in full]:
+        raise UserError(f"no finished run in {', '.join(missing)}", "another folder?")
+    last, labels = [], []
+    for folder, method in found:
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        rows = stage_ends([row for row in read_metrics(folder) if "new" in row])
+        seconds = results["seconds"]["fine_tune"]
+        name = f"{folder}, seed {results['seed']}"
+        if args.compare:
+            last, labels = [*last, rows[-1]], [*labels, name]
+        else:
+            say(f"\n{method}, {seconds:.0f} s: {name}\n{table(rows)}")
+    if args.compare:
+        say(table(last, labels))
 
 
 def show_sample(args, device, dtype, tok):
-    """What the base and the fine-tuned model answer to one prompt."""
-    base, _ = get_base(args, device, dtype, tok, None, 1)
-    methods = list(METHODS) if args.method == "both" else [args.method]
-    for method in [None, *methods]:
-        if method:
-            path = Path(args.out) / method / "checkpoint.pt"
-            if not path.exists():
-                raise UserError(
-                    f"no run of {method} in {args.out}",
-                    f"python train.py --method {method} --out {args.out} makes one",
-                )
-            saved = data.read_checkpoint(path, device)
-            base.load_state_dict(saved["models"]["student"])
-        ids = [tok.encode(args.sample) + [tok.answer]]
-        text = data.answer(base, ids, tok, args.max_new_tokens)[0]
-        say(f"{method or 'base':5s} {text}")
+    """What the base and the fine-tuned model respond to one prompt: greedily, and two
+    samples. A saved run knows its own seed and sizes; flags must not contradict it."""
+    for method in methods_of(args):
+        path = Path(args.out) / method / "checkpoint.pt"
+        if not path.exists():
+            raise UserError(
+                f"no run of {method} in {args.out}",
+                f"python train.py --method {method} --out {args.out} makes one",
+            )
+        saved = read_checkpoint(path)
+        asked = {n: getattr(args, n, None) for n in saved["settings"]}
+        asked = {n: v for n, v in asked.items() if n == "seed" or n in args.given}
+        has = {name: saved["settings"][name] for name in asked}
+        if other := differences(has, asked):
+            flags = [f"--{k.replace('_', '-')} {v}" for k, v in has.items()]
+            raise UserError(
+                f"{path} holds another run (saved -> asked for): {other}",
+                f"{' '.join(flags)} shows it",
+            )
+        gpt = GPT(GPTConfig(**saved["config"])).to(device)
+        gpt.dtype = dtype
+        steps = saved["settings"]["steps"] * len(data.SKILLS)
+        say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
+            f"{saved['step']} of {steps}")
+        base = Path(args.out) / saved["note"]["base"]
+        if not base.exists():
+            say(f"base   not shown: {base} is gone")
+        elif method == methods_of(args)[0]:
+            gpt.load_state_dict(read_checkpoint(base)["model"])
+            respond("base", gpt, args, tok)
+        gpt.load_state_dict(saved["models"]["student"])
+        respond(method, gpt, args, tok)
+
+
+def respond(name, gpt, args, tok):
+    ids, device = tok.encode(args.sample) + [tok.start], next(gpt.parameters()).device
+    n = args.max_new_tokens or sdft.Config.max_new_tokens
+    say(f"{name:5s}  {data.greedy_responses(gpt, [ids], tok, n)[0]}")
+    prompts, lengths = data.pad_right([ids] * 2, tok.end, device)
+    u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample")).to(device)
+    response, mask = model.generate(gpt, prompts, lengths, n, tok.end, u)
+    for row, count in zip(response.tolist(), mask.sum(1).tolist(), strict=True):
+        say(f"       sampled: {tok.decode(row[:count])}")
 
 
 def plot(out, methods):
@@ -454,7 +1128,7 @@ def plot(out, methods):
     size = (5 * len(methods), 3.5)
     figure, axes = plt.subplots(1, len(methods), figsize=size, squeeze=False)
     for axis, method in zip(axes[0], methods, strict=True):
-        rows = [row for row in read_metrics(out, method) if "new" in row]
+        rows = [row for row in read_metrics(Path(out) / method) if "new" in row]
         x = [row["step"] for row in rows]
         for name in rows[0]["new"]:
             y = [row["new"][name] for row in rows]
@@ -469,78 +1143,44 @@ def plot(out, methods):
     say(f"picture: {Path(out) / 'plot.png'}")
 
 
-def say(text):
-    if data.is_first():
-        print(text, flush=True)
+# ---- The program -------------------------------------------------------------------
 
 
-def run(args):
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError(
-            "--plot needs matplotlib",
-            f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
-        )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    world_size = start_processes(args)
-    device, reason = choose_device(args.device)
-    dtype = choose_dtype(args.dtype, device)
-    say(f"device {device} ({reason}), activations {str(dtype)[6:]}, seed {args.seed}, "
-        f"processes {world_size}, threads {torch.get_num_threads()}, "
-        f"torch {torch.__version__}")
-    tok = data.Tokenizer()
-    if args.sample is not None:
-        return show_sample(args, device, dtype, tok)
-    if args.quick:
-        say("--quick: far too short for the base to read a demonstration; the gate is "
-            "not enforced, and no effect will show")
-    methods = ["sft", "sdft"] if args.method == "both" else [args.method]
-    check_batches("fine-tuning", args, world_size, args.demos)
-    stop, _lock = Stop(), lock(Path(args.out)) if data.is_first() else None
-    base, base_seconds = get_base(args, device, dtype, tok, stop, world_size)
-
-    world = data.World(args.seed)
-    tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
-    stages = {
-        skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
-        for skill in data.SKILLS
-    }
-    gate = teacher_gate(base, tasks, tok, args, args.gate_margin)
-    final = {}
-    for method in methods:
-        cfg, evaluations = fine_tune(method, args, base, stages, tasks, tok, stop)
-        seconds = write_results(
-            args.out, method, cfg, gate, evaluations, base_seconds
-        )
-        rows = [row for row in evaluations if row["stage_end"] or not row["step"]]
-        final[method] = rows[-1]
-        say(f"\n{method}, {seconds:.0f} s:\n{data.table(rows)}")
-    if len(methods) == 2:
-        say(f"\nafter all skills, SFT above SDFT:\n{data.table([*final.values()])}")
-    if args.plot and data.is_first():
-        plot(args.out, methods)
-    for method in methods:
-        say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")
+def command_line(argv):
+    """How this program was started, as one would type it."""
+    start = "python train.py"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        n = os.environ.get("LOCAL_WORLD_SIZE", "2")
+        start = f"torchrun --standalone --nproc_per_node={n} train.py"
+    return f"{start} {shlex.join(argv)}"
 
 
 def main(argv):
     """Run, and turn what the user can mend into an error, a hint and an exit code."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    stop = Stop()
+
+    def tell(message, hint):
+        if is_first():
+            print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+
     try:
-        args = parse_args(argv)
-        run(args)
+        run(parse_args(argv), stop)
     except (UserError, OSError, ValueError) as error:
         if "--debug" in argv:
             raise
-        hint = getattr(error, "hint", "--debug shows where this happened")
-        print(f"error: {error}\nhint: {hint}", file=sys.stderr)
+        tell(error, getattr(error, "hint", "--debug shows where this happened"))
         return 2
     except FloatingPointError as error:
-        print(f"error: {error}\nhint: try a lower --lr", file=sys.stderr)
+        tell(error, "try a lower --lr")
         return 3
-    except KeyboardInterrupt as error:
-        number_ = int(re.search(r"\d+", f"{error} 2")[0])
-        command = shlex.join([arg for arg in argv if arg != "--resume"])
-        print(f"stopped; to go on: python train.py {command} --resume", file=sys.stderr)
+    except KeyboardInterrupt:
+        number_ = stop.agreed()
+        again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
+        if is_first():
+            print(f"stopped; to go on: {command_line(again)}", file=sys.stderr)
         return 128 + number_
     finally:
         if dist.is_initialized():
