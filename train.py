@@ -278,7 +278,9 @@ def write_results(run_, method, cfg, evaluations, student):
         "seed": cfg.seed,
         "config": asdict(cfg),
         "machine": machine_of(student),
-        "seconds": {"base": run_.note["base_seconds"], "fine_tune": sum(spent.values())},
+        "seconds": {
+            "base": run_.note["base_seconds"], "fine_tune": sum(spent.values())
+        },
         "teacher_gate": run_.note["gate"],
         "base": {key: evaluations[0][key] for key in ("new", "prior")},
         "stages": [
@@ -533,7 +535,8 @@ def make_parser():
         help="half a minute, to see that it runs; far too short to show the effect")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--plot", action="store_true", help="draw the accuracies (needs matplotlib)")
-    add("--sample", metavar="PROMPT", help="no training: responses of base and --method")
+    add("--sample", metavar="PROMPT",
+        help="no training: what the base and --method respond to it")
     add("--show", action="store_true", help="no training: the tables of --out again")
     add("--compare", nargs="+", metavar="OUT",
         help="no training: the finished runs of several --out folders as one table")
@@ -680,8 +683,8 @@ def check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size):
         response = max(cfg.max_new_tokens, longest["demo"])
         if longest["prompt"] + response > config.block_size:
             raise UserError(
-                f"{method}: prompt and demonstration of {longest['prompt']} tokens and a "
-                f"response of {response} are more than {config.block_size} together",
+                f"{method}: {longest['prompt']} tokens of prompt and demonstration and "
+                f"{response} of a response are more than {config.block_size} together",
                 "a smaller --max-new-tokens",
             )
 
