@@ -6,8 +6,22 @@ from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when model.py defines its kernel
+pytest.register_assert_rewrite("oracles")
+
+
+@pytest.fixture
+def float64():
+    """New tensors are float64, so that weights of a loss, which are made of whole
+    numbers, lose no digits. A file that wants it for all of its tests says
+
+    pytestmark = pytest.mark.usefixtures("float64")
+    """
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
