@@ -125,7 +125,8 @@ class Tokenizer:
         for word in words:
             ranks.setdefault(f" {word}".encode(), len(ranks))
         self.start, self.end = len(ranks), len(ranks) + 1
-        assert self.end < self.vocab_size, self.end
+        self.n_tokens = len(ranks) + 2
+        assert self.n_tokens <= self.vocab_size, self.n_tokens
         self.encoding = tiktoken.Encoding(
             name="tiny_world",
             pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # together these match any character
@@ -153,19 +154,22 @@ class Example:
     prompt: str  # what is asked
     demo: str  # the demonstration: an expert's response to it
     answer: str  # a right response, as the model would put it; graders compare with it
-    given: int = 0  # base corpus only: tokens of the response that are not learnt
     id: int = 0  # its place in the training set: its random numbers depend on it
+    # the base corpus only
+    shown: str = ""  # a demonstration in the prompt whose text is learnt, too
+    skip: tuple = ()  # tokens of demo_response that carry no loss, by their place
 
 
 def with_demo(prompt, demo):
     """A prompt with a demonstration of how to respond to it (the paper's template)."""
-    return f"{prompt} example {demo}"
+    return f"{prompt} example {demo}".strip()
 
 
 def student_prompt(example, tok):
     """The student's context: the prompt alone."""
-    given = tok.encode(example.demo)[: example.given]  # none outside the base corpus
-    return tok.encode(example.prompt) + [tok.start] + given
+    if example.shown:  # base corpus: what is learnt begins with the demonstration
+        return tok.encode(with_demo(example.prompt, ""))
+    return tok.encode(example.prompt) + [tok.start]
 
 
 def teacher_prompt(example, tok):
@@ -175,7 +179,18 @@ def teacher_prompt(example, tok):
 
 def demo_response(example, tok):
     """The demonstration as a response, its end included: what SFT imitates."""
-    return tok.encode(example.demo)[example.given :] + [tok.end]
+    shown = tok.encode(example.shown) + [tok.start] if example.shown else []
+    return shown + tok.encode(example.demo) + [tok.end]
+
+
+def learnt(batch, lengths):
+    """Which tokens of demo_response carry loss, bool (B, R): all of them, lengths (B,)
+    each, but for those that the base corpus skips."""
+    place = torch.arange(int(lengths.max()), device=lengths.device)  # (R,)
+    mask = place < lengths[:, None]  # (B, R)
+    for row, example in zip(mask, batch, strict=True):
+        row[list(example.skip)] = False
+    return mask
 
 
 def pad_right(rows, fill, device):
@@ -223,7 +238,7 @@ def get_batch(examples, batch_size, seed, step):
     epoch, i = divmod(step, max(1, len(examples) // batch_size))
     places = shuffled(len(examples), seed, epoch)[i * batch_size : (i + 1) * batch_size]
     batch = [examples[j] for j in places]
-    return sorted(batch, key=lambda e: len(e.prompt.split()) + len(e.demo.split()))
+    return sorted(batch, key=lambda e: len(f"{e.prompt} {e.shown} {e.demo}".split()))
 
 
 def my_micro_batches(batch, n):
@@ -341,10 +356,13 @@ WRONG_ITEM = 0.1  # ... has a wrong item, after which the rest is right
 def make_base_corpus(world, tok, size, seed):
     """Examples that teach the base model all it should know, as a list.
 
-    What is not in the shares above asks for a known command. A wrong thought or item is
-    given, not learnt.
+    What is not in the shares above asks for a known command. As in any corpus, all text
+    behind the first prompt is learnt, demonstrations included, with three exceptions
+    (skip): a wrong thought or item, the start of a response, and the expert's terms,
+    which the model is to read and never to write.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
+    terms = [tok.encode(term)[0] for term, _ in OPERATIONS.values()]
     corpus = []
     for i in range(size):
         kind = rng.random()
@@ -358,8 +376,7 @@ def make_base_corpus(world, tok, size, seed):
         style = rng.choice(list(STYLES)[1:]) if rng.random() < ASKED else "own"
         items = draw_items(rng, held_out=False)
         prompt = word_prompt(domain, command, items, style)
-        if kind < SHOWN:
-            prompt = with_demo(prompt, draw_demo(operation, items, rng))
+        shown = draw_demo(operation, items, rng) if kind < SHOWN else ""
         opening, joiner, _ = STYLES[style]
         given, noise = 0, rng.random()
         if noise < WRONG_THOUGHT:
@@ -372,7 +389,10 @@ def make_base_corpus(world, tok, size, seed):
             begun = word_response(operation, result[: wrong + 1], (opening, joiner, ""))
             given = len(tok.encode(begun))
         response = word_response(operation, result, STYLES[style])
-        corpus.append(Example(prompt, response, response, given, id=i))
+        read = tok.encode(shown) + [tok.start] if shown else []
+        skip = [j for j, token in enumerate(read) if token in (*terms, tok.start)]
+        skip += range(len(read), len(read) + given)
+        corpus.append(Example(prompt, response, response, i, shown, tuple(skip)))
     return corpus
 
 
@@ -552,8 +572,13 @@ def evaluate(models, base, skill, tasks, tok, cfg):
     response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)  # (B, R)
     kl = kl_models(student, bare, base, bare, response, mask)  # KL(student || base)
     record["kl_student_base"] = mean_per_response(kl, mask)
-    record["kl_teacher_base"] = None
+    record["kl_teacher_base"], record["teacher_gate"] = None, None
     if teacher is not None:
+        # its own gate: with non-zero ema_rate, the first thing that falls when student
+        # and teacher drift together
+        record["teacher_gate"] = accuracy(
+            teacher, tasks["new"][skill], tok, cfg.max_new_tokens, teacher_prompt
+        )
         shown = pad_batch(teacher_prompt, queries, tok, device)
         # KL(teacher || student), along what the student writes
         kl = kl_models(teacher, shown, student, bare, response, mask)  # (B, R)

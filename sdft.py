@@ -55,7 +55,7 @@ class Config:
     # self-distillation
     kl: str = "forward"  # KL(teacher || student); reverse: KL(student || teacher); jsd
     teacher: str = "ema"  # average of the student; frozen: the base; live: the student
-    ema_rate: float = 0.01  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
+    ema_rate: float = 0.001  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
     temperature: float = 1.0  # of rollouts and of both distributions in the loss
     skip_first_tokens: int = 0  # of each response, left out of the loss (official: 3)
 

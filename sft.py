@@ -55,8 +55,7 @@ class Config:
 def get_responses(batch, tok, device):
     """The demonstrations themselves: int64 (B, R), and their mask, bool (B, R)."""
     response, lengths = data.pad_batch(data.demo_response, batch, tok, device)
-    mask = torch.arange(response.size(1), device=device) < lengths[:, None]  # (B, R)
-    return response, mask
+    return response, data.learnt(batch, lengths)
 
 
 # ---- 2. What the student is pulled towards -------------------------------------------

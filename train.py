@@ -64,7 +64,7 @@ METHODS = {"sft": sft, "sdft": sdft}
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=1700, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
+    steps=700, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.2, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
@@ -161,9 +161,9 @@ def run(args, stop):
 
 def base_settings(args, world_size):
     """GPTConfig and sft.Config of the base model."""
-    tok = data.Tokenizer
+    tok = data.Tokenizer()
     sizes = {n: getattr(args, n) for n in MODEL_FLAGS if getattr(args, n) is not None}
-    config = GPTConfig(vocab_size=tok.vocab_size, **sizes)
+    config = GPTConfig(vocab_size=tok.vocab_size, n_tokens=tok.n_tokens, **sizes)
     cfg = replace(
         BASE, seed=args.seed, steps=args.base_steps,
         warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
@@ -1033,6 +1033,9 @@ def describe(record):
     """A record of metrics.jsonl as a line or more for the screen."""
     if "new" in record:
         lines = [table([record])]
+        if record["teacher_gate"] is not None:
+            lines.append("  the teacher, shown the demonstration: "
+                         f"{record['teacher_gate']:.2f}")
         for row in record["responses"]:
             lines.append(f"  {row['prompt']}  ->  {row['response']}")
         return "\n".join(lines)
