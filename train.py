@@ -68,6 +68,9 @@ BASE = sft.Config(
     weight_decay=0.1, dropout=0.2, log_every=200, save_every=250,
 )  # fmt: skip
 MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
+# Work of an update, and of an evaluation, in updates of the base: for the time left.
+WORK = {"base": 1.0, "sft": 1.7, "sdft": 2.2, "evaluation": 20.0}
+GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
 QUICK = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
 
 # What a flag may be: lowest, highest, both allowed.
@@ -133,24 +136,33 @@ def run(args, stop):
         say("--quick: far too short for the base to read a demonstration; the gate is "
             "not enforced, and no effect will show")
 
+    work = sum(
+        len(stages) * cfg.steps * WORK[method] + (1 + len(stages)) * WORK["evaluation"]
+        for method, cfg in configs.items()
+    )
+    work += 0 if path.exists() else base_cfg.steps * WORK["base"]
+    bar = make_bar(work)
+
     # the base model, and what a demonstration adds to it
     base = GPT(config, data.make_rng(args.seed, "weights")).to(device)
     base.dtype = dtype
     if device.type != "cpu":
         check_device(base)
-    seconds = get_base(args, path, config, base_cfg, base, world, tok, stop)
+    seconds = get_base(args, path, config, base_cfg, base, world, tok, stop, bar)
     gate = check_gate(args, base, tasks, tok, next(iter(configs.values())))
 
     final = {}
     for method, cfg in configs.items():
         note = {"base": os.path.relpath(path, args.out), "gate": gate}
         folder = first_does(open_folder, args, method, resumed[method])
-        run_ = Run(folder, resumed[method], stop, note | {"base_seconds": seconds})
+        note["base_seconds"] = seconds
+        run_ = Run(folder, resumed[method], stop, note, bar, WORK[method])
         rows = fine_tune(method, run_, cfg, base, stages, tasks, tok)
         final[method] = rows[-1]
+    bar.close()
     if len(final) > 1:
         say(f"\nafter all skills:\n{table(list(final.values()), list(final))}")
-    if args.plot and is_first():
+    if args.plot and is_first() and importlib.util.find_spec("matplotlib"):
         plot(args.out, list(final))
     for method in final:
         say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")
@@ -181,7 +193,7 @@ def find_base(args, config, cfg, world, tok, dtype):
     return Path(args.out) / "base" / key / "base.pt"
 
 
-def get_base(args, path, config, cfg, student, world, tok, stop):
+def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took to make, now or earlier."""
     if path.exists():
@@ -197,7 +209,7 @@ def get_base(args, path, config, cfg, student, world, tok, stop):
         f"{cfg.batch_size}; kept in {path.parent} for the next run")
     start = time.perf_counter()
     corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, args.seed)
-    run_ = Run(path.parent, resume=True, stop=stop)
+    run_ = Run(path.parent, resume=True, stop=stop, bar=bar)
     train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
     seconds = time.perf_counter() - start
     about = {**asdict(config), "seed": args.seed}
@@ -307,15 +319,17 @@ class Run:
 
     resume: go on from the checkpoint, if there is one. stop: an object whose `signal`
     is 0 until the run is to stop after its step. note: plain values, kept in the
-    checkpoint.
+    checkpoint. bar: of a longer run that this is a part of; a step is `work` of it.
     """
 
-    def __init__(self, folder, resume=False, stop=None, note=None):
+    def __init__(
+        self, folder, resume=False, stop=None, note=None, bar=None, work=1.0
+    ):
         self.folder, self.resume, self.stop = Path(folder), resume, stop
-        self.note = note or {}
+        self.note, self.bar, self.work = note or {}, bar, work
         self.checkpoint = self.folder / "checkpoint.pt"
         self.metrics = self.folder / "metrics.jsonl"
-        self.settings, self.clock = {}, time.perf_counter()
+        self.settings, self.clock, self.evaluations = {}, time.perf_counter(), []
 
     def load(self, models, optimizer, cfg, examples):
         """Put a saved run into models and optimizer. Returns the step where it goes on
@@ -345,13 +359,17 @@ class Run:
             kept = [row for row in read_metrics(self.folder) if row["step"] < start]
             text = "".join(json.dumps(row) + "\n" for row in kept)
             write_atomically(self.metrics, text.encode())
-        self.clock = time.perf_counter()
+        self.clock, self.evaluations = time.perf_counter(), list(evaluations)
         return start, evaluations
 
     def progress(self, start, end):
         """The steps from start to end - 1, with a bar on a terminal."""
-        hidden = None if is_first() else True  # None: a bar on a terminal only
-        return tqdm(range(start, end), f"{end - 1} steps", disable=hidden)
+        own = self.bar or make_bar((end - 1) * self.work)
+        own.set_description(self.folder.name if self.note else "base model")
+        own.update(start * self.work)
+        for step in range(start, end):
+            yield step  # the trainer returns in the last one, which is no update
+            own.update(self.work)
 
     def log(self, record):
         """A line of metrics.jsonl, and the same on the screen."""
@@ -359,7 +377,13 @@ class Run:
         record["seconds"] = round(self.clock - before, 3)  # since the last record
         if is_first():
             append_line(self.metrics, json.dumps(record))
-            say(describe(record))
+            say(describe(record, self.evaluations, self.note.get("gate")))
+        if "new" in record:
+            self.evaluations.append(record)
+            if self.bar is not None:
+                self.bar.update(WORK["evaluation"])
+                means = (f"{g} {mean_of(record[g]):.2f}" for g in ("new", "prior"))
+                self.bar.set_postfix_str(", ".join(means))
 
     def save(self, step, models, optimizer, evaluations):
         """All that a resume needs; everything random is derived from (seed, step)."""
@@ -379,6 +403,19 @@ class Run:
     def stop_wanted(self):
         """1. if this process was asked to stop, else 0."""
         return float(bool(self.stop and self.stop.signal))
+
+
+def make_bar(total):
+    """A bar with the time left; on a terminal, and for the first process, only."""
+    return tqdm(
+        total=total, disable=None if is_first() else True, dynamic_ncols=True,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left "
+        "{postfix}",
+    )  # fmt: skip
+
+
+def mean_of(accuracies):
+    return sum(accuracies.values()) / max(1, len(accuracies))
 
 
 def read_metrics(folder):
@@ -629,9 +666,10 @@ def check_flags(args):
         raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
 
     for one in ("show", "compare", "sample"):
-        for name in args.given - {one, "out", "debug", "quick"}:
+        for name in sorted(args.given - {one, "out", "debug", "quick"}):
             reads = one == "sample" and name not in ("resume", "plot", "base", "show")
-            if one in args.given and not reads:
+            draws = one == "show" and name == "plot"
+            if one in args.given and not reads and not draws:
                 refuse(name, f"--{one}")
     methods = methods_of(args)
     for name in sorted(args.given):
@@ -658,10 +696,8 @@ def check_flags(args):
 def check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size):
     """What would fail later: packages, files, batches, lengths."""
     if args.plot and not importlib.util.find_spec("matplotlib"):
-        raise UserError(
-            "--plot needs matplotlib",
-            f"pip install matplotlib, or read {args.out}/<method>/metrics.jsonl",
-        )
+        say("--plot: there is no matplotlib. The run goes on; pip install matplotlib, "
+            "and afterwards --show --plot draws it")
     if args.base:
         read_base(Path(args.base), config, args.seed)
     hint = f"a number of processes that divides its {base_cfg.batch_size}: 2, 4, 8"
@@ -1015,7 +1051,10 @@ def table(rows, labels=None):
     names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
     titles = [f"new {name}" if group == "new" else name for group, name in names]
     if labels is None:
-        labels = [row["skill"] if row["step"] else "-" for row in rows]
+        labels = [
+            row["skill"] if row["stage_end"] else str(row["step"]) if row["step"] else "-"
+            for row in rows
+        ]
     width = max(7, *map(len, labels))
     lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
     for label, row in zip(labels, rows, strict=True):
@@ -1029,15 +1068,23 @@ def table(rows, labels=None):
     return "\n".join(lines)
 
 
-def describe(record):
-    """A record of metrics.jsonl as a line or more for the screen."""
+def describe(record, earlier=(), gate=None):
+    """A record of metrics.jsonl as a line or more for the screen: an evaluation with
+    the earlier ones, and a warning if the teacher has lost what it knew."""
     if "new" in record:
-        lines = [table([record])]
-        if record["teacher_gate"] is not None:
-            lines.append("  the teacher, shown the demonstration: "
-                         f"{record['teacher_gate']:.2f}")
+        lines = [table([*stage_ends(earlier), record])]
         for row in record["responses"]:
             lines.append(f"  {row['prompt']}  ->  {row['response']}")
+        now = record["teacher_gate"]
+        if now is not None:
+            lines.append(f"  the teacher, shown the demonstration: {now:.2f}")
+            then = max([row["teacher_gate"] for row in earlier], default=now)
+            then = max(then, gate["teacher"] if gate else 0)
+            if now < then - GATE_LOSS:
+                lines.append(
+                    f"warning: the teacher has fallen from {then:.2f}: it follows its "
+                    "student astray; try a lower --ema-rate, or --teacher frozen"
+                )
         return "\n".join(lines)
     numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
     lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
@@ -1076,6 +1123,10 @@ def show(args):
             say(f"\n{method}, {seconds:.0f} s: {name}\n{table(rows)}")
     if args.compare:
         say(table(last, labels))
+    if args.plot:
+        if not importlib.util.find_spec("matplotlib"):
+            raise UserError("--plot needs matplotlib", "pip install matplotlib")
+        plot(args.out, [method for _, method in found])
 
 
 def show_sample(args, device, dtype, tok):
