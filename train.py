@@ -1051,9 +1051,8 @@ def table(rows, labels=None):
     names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
     titles = [f"new {name}" if group == "new" else name for group, name in names]
     if labels is None:
-        labels = [
-            row["skill"] if row["stage_end"] else str(row["step"]) if row["step"] else "-"
-            for row in rows
+        labels = [  # the base, a skill that was just learnt, or an update on the way
+            row["skill"] if row["stage_end"] else str(row["step"] or "-") for row in rows
         ]
     width = max(7, *map(len, labels))
     lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
