@@ -409,7 +409,7 @@ def make_bar(total):
     """A bar with the time left; on a terminal, and for the first process, only."""
     return tqdm(
         total=total, disable=None if is_first() else True, dynamic_ncols=True,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left "
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
         "{postfix}",
     )  # fmt: skip
 
@@ -1052,7 +1052,8 @@ def table(rows, labels=None):
     titles = [f"new {name}" if group == "new" else name for group, name in names]
     if labels is None:
         labels = [  # the base, a skill that was just learnt, or an update on the way
-            row["skill"] if row["stage_end"] else str(row["step"] or "-") for row in rows
+            row["skill"] if row["stage_end"] else str(row["step"] or "-")
+            for row in rows
         ]
     width = max(7, *map(len, labels))
     lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
