@@ -207,19 +207,17 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     first_does(lambda: held.append(lock(path.parent)))
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {path.parent} for the next run")
-    start = time.perf_counter()
     corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, args.seed)
     run_ = Run(path.parent, resume=True, stop=stop, bar=bar)
     train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
-    seconds = time.perf_counter() - start
     about = {**asdict(config), "seed": args.seed}
     if is_first():
         write_checkpoint(path, {
-            "base": about, "seconds": seconds, "machine": machine_of(student),
+            "base": about, "seconds": run_.seconds(), "machine": machine_of(student),
             "model": student.state_dict(),
         })  # fmt: skip
         held[0].close()
-    return seconds
+    return run_.seconds()
 
 
 def check_gate(args, base, tasks, tok, cfg):
@@ -329,7 +327,9 @@ class Run:
         self.note, self.bar, self.work = note or {}, bar, work
         self.checkpoint = self.folder / "checkpoint.pt"
         self.metrics = self.folder / "metrics.jsonl"
-        self.settings, self.clock, self.evaluations = {}, time.perf_counter(), []
+        self.settings, self.evaluations = {}, []
+        self.start = self.clock = time.perf_counter()
+        self.earlier = 0.0  # seconds, before a resume
 
     def load(self, models, optimizer, cfg, examples):
         """Put a saved run into models and optimizer. Returns the step where it goes on
@@ -354,6 +354,7 @@ class Run:
                 models[name].load_state_dict(weights)
             optimizer.load_state_dict(saved["optimizer"])
             start, evaluations = saved["step"], saved["evaluations"]
+            self.earlier = saved["seconds"]
         if is_first():  # a resumed run makes the lines from `start` on again
             self.folder.mkdir(parents=True, exist_ok=True)
             kept = [row for row in read_metrics(self.folder) if row["step"] < start]
@@ -396,9 +397,14 @@ class Run:
             "optimizer": optimizer.state_dict(),
             "evaluations": evaluations,
             "note": self.note,
+            "seconds": self.seconds(),
         }
         if is_first():
             write_checkpoint(self.checkpoint, content)
+
+    def seconds(self):
+        """What the run has taken so far, the parts before a resume included."""
+        return self.earlier + time.perf_counter() - self.start
 
     def stop_wanted(self):
         """1. if this process was asked to stop, else 0."""
