@@ -270,9 +270,12 @@ class GPT(nn.Module):
         B, T = idx.size()
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens > block_size {self.config.block_size}")
+        used = 0 if cache is None else cache.used
         if positions is None:
+            assert not used, f"positions? {used} columns of the cache are in use"
             cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
         else:  # (B, 1, 1, D/2): each row at a position of its own
+            assert used and T == 1, f"{T} tokens a row, {used} columns in use"
             cos = self.cos[positions][:, None, None]
             sin = self.sin[positions][:, None, None]
         if cache is not None:
@@ -298,6 +301,15 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx, positions, cache))
 
 
+def check_prompts(prompts, lengths):
+    """An empty prompt predicts nothing: column 0 - 1 would be taken for the last."""
+    B, P = prompts.size()
+    if lengths.shape != (B,) or ((lengths < 1) | (lengths > P)).any():
+        raise ValueError(
+            f"{B} prompts in {P} columns have lengths of 1 to {P}, not {lengths}"
+        )
+
+
 def response_hidden(model, prompts, lengths, response, mask):
     """The hidden states that predict the response. The shift by one, only here.
 
@@ -316,10 +328,13 @@ def response_hidden(model, prompts, lengths, response, mask):
         response: int64 (B, R), padded on the right with any token.
         mask: bool (B, R), true at the N tokens that are wanted.
     Returns: (N, C), row after row.
-    Raises: ValueError if the longest row has more than block_size tokens.
+    Raises: ValueError if the longest row has more than block_size tokens, or for
+        lengths that no prompt can have.
     """
     B, R = response.size()
     assert mask.shape == (B, R) and len(prompts) == B, (mask.shape, prompts.shape)
+    assert mask.dtype == torch.bool, mask.dtype
+    check_prompts(prompts, lengths)
     row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
     column = lengths[row] + t - 1  # (N,) where it is predicted
     T = max(column.tolist(), default=0) + 1  # columns behind the last one are not fed
@@ -373,17 +388,21 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
         The mask is true up to and *including* the end; behind it the response holds
         `end`. A response that never ends keeps all its R tokens: its mask has no false.
-    Raises: ValueError if prompt and response do not fit into block_size.
+    Raises: ValueError if prompt and response do not fit into block_size, or for lengths
+        that no prompt can have.
     """
     B, P = prompts.size()
     R = max_new_tokens
+    check_prompts(prompts, lengths)
     if P + R > model.config.block_size:
         raise ValueError(
             f"a prompt of {P} tokens and a response of {R} need {P + R} "
             f"> block_size {model.config.block_size}; nothing is cut"
         )
     assert temperature >= 0, f"temperature {temperature} < 0"
-    assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
+    if temperature > 0:
+        assert u.shape == (B, R), "one number for each row and position"
+        assert ((u >= 0) & (u < 1)).all(), "u is uniform in [0, 1)"
     training = model.training
     model.eval()
     # Tensors made under inference_mode (cheaper than no_grad) cannot take part in
@@ -439,6 +458,16 @@ class LazyLogits(NamedTuple):
         return [(i, min(N, i + size)) for i in range(0, N, size)]
 
 
+def check_rows(logits, weight):
+    """Numbers without a row, or one number for all rows, would not be noticed later;
+    and in a weight of whole numbers (a mask) losses would be cut to whole numbers."""
+    if weight.shape != logits.hidden.shape[:1] or not weight.is_floating_point():
+        raise ValueError(
+            f"weight is {weight.dtype} {tuple(weight.shape)}, and should be one float "
+            f"for each of {len(logits.hidden)} rows"
+        )
+
+
 def fused_linear_nll(logits, tokens, weight):
     """SFT's loss, sum_n weight_n * -log p_n(token_n), in nats: the same as
 
@@ -447,6 +476,8 @@ def fused_linear_nll(logits, tokens, weight):
     Args: logits, LazyLogits of N rows; tokens, int64 (N,); weight, float32 (N,).
     Returns: a scalar, differentiable in logits.hidden and logits.head.
     """
+    check_rows(logits, weight)
+    assert tokens.shape == weight.shape, (tokens.shape, weight.shape)
     grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
     return FusedLinearNLL.apply(*logits, tokens, weight, grad)
 
@@ -552,6 +583,7 @@ def fused_linear_kl(student_logits, teacher_logits, weight, kl="forward"):
     Returns: a scalar, differentiable in the student's hidden states and head.
     Raises: ValueError if the two have other numbers of rows or tokens, or another kl.
     """
+    check_rows(student_logits, weight)
     grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
     return FusedLinearKL.apply(*student_logits, teacher_logits, weight, kl, grad)[0]
 
@@ -580,6 +612,7 @@ def kl_models(p, p_prompts, q, q_prompts, response, mask):
 @torch.no_grad()
 def entropy(logits, weight):
     """sum_n weight_n * entropy_n in nats, of LazyLogits; weight (N,)."""
+    check_rows(logits, weight)
     total = weight.new_zeros(())
     for i, j in logits.chunks():
         log_p = torch.log_softmax(logits.rows(i, j), dim=-1)  # (j - i, V)
@@ -681,6 +714,7 @@ def kl_rows(s, t, weight, kl, grad=True):
     """
     check_kl(s.shape, t.shape, kl)
     assert weight.shape == s.shape[:1], (weight.shape, s.shape)
+    assert weight.is_floating_point(), weight.dtype  # value is of its dtype
     on_gpu = s.is_cuda and s.dtype == torch.float32 and triton is not None
     return (kl_rows_triton if on_gpu else kl_rows_torch)(s, t, weight, kl, grad)
 
