@@ -94,7 +94,7 @@ CHOICES = {"kl": model.KLS, "teacher": ("ema", "frozen", "live")}
 class UserError(ValueError):
     """Something that the user can mend: printed as an error and a hint, exit code 2."""
 
-    def __init__(self, message, hint):
+    def __init__(self, message, hint=""):  # a default, for pickle gives the message
         super().__init__(message)
         self.hint = hint
 
@@ -153,7 +153,8 @@ def run(args, stop):
 
     final = {}
     for method, cfg in configs.items():
-        note = {"base": os.path.relpath(path, args.out), "gate": gate}
+        where = path.absolute() if args.base else os.path.relpath(path, args.out)
+        note = {"base": str(where), "gate": gate}
         folder = first_does(open_folder, args, method, resumed[method])
         note["base_seconds"] = seconds
         run_ = Run(folder, resumed[method], stop, note, bar, WORK[method])
@@ -188,7 +189,8 @@ def find_base(args, config, cfg, world, tok, dtype):
     """Where the base model is, or will be when it is made."""
     if args.base:
         return Path(args.base)
-    cfg = replace(cfg, micro_batches=1)  # however many processes share the work
+    # however many processes share the work, and whatever is recorded of it
+    cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
     key = base_key(config, cfg, world, tok, dtype)
     return Path(args.out) / "base" / key / "base.pt"
 
@@ -196,27 +198,28 @@ def find_base(args, config, cfg, world, tok, dtype):
 def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took to make, now or earlier."""
-    if path.exists():
+    held = []
+    if not first_does(path.exists):
+        first_does(lambda: held.append(lock(path.parent)))
+    if first_does(path.exists):  # perhaps made by another run since we looked
         content = read_base(path, config, args.seed)
         student.load_state_dict(content["model"])
         say(f"base model: found in {path.parent}")
         if other := differences(content["machine"], machine_of(student)):
             say(f"  made on another machine (then -> now): {other}")
         return content["seconds"]
-    held = []
-    first_does(lambda: held.append(lock(path.parent)))
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {path.parent} for the next run")
     corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, args.seed)
     run_ = Run(path.parent, resume=True, stop=stop, bar=bar)
     train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
     about = {**asdict(config), "seed": args.seed}
-    if is_first():
-        write_checkpoint(path, {
-            "base": about, "seconds": run_.seconds(), "machine": machine_of(student),
-            "model": student.state_dict(),
-        })  # fmt: skip
-        held[0].close()
+    first_does(write_checkpoint, path, {
+        "base": about, "seconds": run_.seconds(), "machine": machine_of(student),
+        "model": student.state_dict(),
+    })  # fmt: skip
+    for file in held:
+        file.close()
     return run_.seconds()
 
 
@@ -355,13 +358,16 @@ class Run:
             optimizer.load_state_dict(saved["optimizer"])
             start, evaluations = saved["step"], saved["evaluations"]
             self.earlier = saved["seconds"]
-        if is_first():  # a resumed run makes the lines from `start` on again
-            self.folder.mkdir(parents=True, exist_ok=True)
-            kept = [row for row in read_metrics(self.folder) if row["step"] < start]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            write_atomically(self.metrics, text.encode())
+        first_does(self.cut_metrics, start)
         self.clock, self.evaluations = time.perf_counter(), list(evaluations)
         return start, evaluations
+
+    def cut_metrics(self, start):
+        """Keep the lines before `start`: a resumed run makes those after it again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(self.folder) if row["step"] < start]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        write_atomically(self.metrics, text.encode())
 
     def progress(self, start, end):
         """The steps from start to end - 1, with a bar on a terminal."""
@@ -376,8 +382,8 @@ class Run:
         """A line of metrics.jsonl, and the same on the screen."""
         before, self.clock = self.clock, time.perf_counter()
         record["seconds"] = round(self.clock - before, 3)  # since the last record
+        first_does(append_line, self.metrics, json.dumps(record))
         if is_first():
-            append_line(self.metrics, json.dumps(record))
             say(describe(record, self.evaluations, self.note.get("gate")))
         if "new" in record:
             self.evaluations.append(record)
@@ -399,8 +405,7 @@ class Run:
             "note": self.note,
             "seconds": self.seconds(),
         }
-        if is_first():
-            write_checkpoint(self.checkpoint, content)
+        first_does(write_checkpoint, self.checkpoint, content)
 
     def seconds(self):
         """What the run has taken so far, the parts before a resume included."""
@@ -500,7 +505,9 @@ class Stop:
         self.signal = number_
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
-        print("\nstopping after this step; once more stops at once", file=sys.stderr)
+        if is_first():
+            text = "\nstopping after this step; once more stops at once"
+            print(text, file=sys.stderr)
 
     def agreed(self):
         """The signal that stopped the run, the same number in every process."""
@@ -682,6 +689,10 @@ def check_flags(args):
         method = name.partition(".")[0] if "." in name else "sdft"
         if ("." in name or name in only_sdft()) and method not in methods:
             refuse(name, f"--method {args.method}")
+    for name in sorted(args.given):
+        own = [f"{m}.{name}" for m in methods if hasattr(METHODS[m].Config, name)]
+        if own and args.given.issuperset(own):
+            refuse(name, " and ".join(f"--{each}" for each in own).replace("_", "-"))
     if "base" in args.given and "base_steps" in args.given:
         refuse("base_steps", "--base")
     if "sdft" in methods:
@@ -899,7 +910,7 @@ def sync_folder(folder):
 
 def keep_previous(path):
     """A second name, <name>.previous, for a file that is about to be replaced. At every
-    moment there is one, from the first call on."""
+    moment there is one, from the end of the first call on."""
     previous = path.with_name(path.name + ".previous")
     spare = path.with_name(f"{path.name}.tmp.{os.getpid()}0")
     spare.unlink(missing_ok=True)
@@ -908,6 +919,7 @@ def keep_previous(path):
     except (OSError, AttributeError):  # exFAT, Android, Google Drive have no links
         shutil.copyfile(path, spare)
     os.replace(spare, previous)
+    spare.unlink(missing_ok=True)  # to rename one of two names of a file does nothing
 
 
 def write_atomically(path, content, keep=False):
@@ -1027,9 +1039,12 @@ def base_key(config, cfg, world, tok, dtype):
     of its corpus, and the code that trains it. New words in a docstring, or another
     column of a table, keep it."""
     sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
-    tokens = [(data.student_prompt(e, tok), data.demo_response(e, tok)) for e in sample]
+    batch = data.get_batch(sample, len(sample), cfg.seed, 0)  # in their order, too
+    prompts = [data.student_prompt(example, tok) for example in batch]
+    learnt = [each.tolist() for each in sft.get_responses(batch, tok, "cpu")]
     code = [source_of(module) for module in (model, sft)]
-    return digest(repr((asdict(config), asdict(cfg), tokens, str(dtype), code)))
+    made_of = asdict(config), asdict(cfg), prompts, learnt, str(dtype), code
+    return digest(repr(made_of))
 
 
 def read_base(path, config, seed):
@@ -1146,8 +1161,12 @@ def show_sample(args, device, dtype, tok):
                 f"python train.py --method {method} --out {args.out} makes one",
             )
         saved = read_checkpoint(path)
-        asked = {n: getattr(args, n, None) for n in saved["settings"]}
-        asked = {n: v for n, v in asked.items() if n == "seed" or n in args.given}
+        asked = {**vars(args), **asdict(config_of(method, args))}
+        asked = {
+            n: asked[n]
+            for n in saved["settings"]
+            if n == "seed" or args.given & {n, f"{method}.{n}"}
+        }
         has = {name: saved["settings"][name] for name in asked}
         if other := differences(has, asked):
             flags = [f"--{k.replace('_', '-')} {v}" for k, v in has.items()]
@@ -1165,14 +1184,14 @@ def show_sample(args, device, dtype, tok):
             say(f"base   not shown: {base} is gone")
         elif method == methods_of(args)[0]:
             gpt.load_state_dict(read_checkpoint(base)["model"])
-            respond("base", gpt, args, tok)
+            respond("base", gpt, saved["settings"]["max_new_tokens"], args, tok)
         gpt.load_state_dict(saved["models"]["student"])
-        respond(method, gpt, args, tok)
+        respond(method, gpt, saved["settings"]["max_new_tokens"], args, tok)
 
 
-def respond(name, gpt, args, tok):
+def respond(name, gpt, n, args, tok):
+    """Show the greedy response to args.sample, and two samples, of at most n tokens."""
     ids, device = tok.encode(args.sample) + [tok.start], next(gpt.parameters()).device
-    n = args.max_new_tokens or sdft.Config.max_new_tokens
     say(f"{name:5s}  {data.greedy_responses(gpt, [ids], tok, n)[0]}")
     prompts, lengths = data.pad_right([ids] * 2, tok.end, device)
     u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample")).to(device)
@@ -1225,25 +1244,27 @@ def main(argv):
             stream.reconfigure(errors="replace")
     stop = Stop()
 
-    def tell(message, hint):
+    def tell(text):
         if is_first():
-            print(f"error: {message}\nhint: {hint}", file=sys.stderr)
+            print(text, file=sys.stderr, flush=True)
+        else:  # torchrun ends all when one ends: the first must have spoken before
+            time.sleep(2)
 
     try:
         run(parse_args(argv), stop)
     except (UserError, OSError, ValueError) as error:
         if "--debug" in argv:
             raise
-        tell(error, getattr(error, "hint", "--debug shows where this happened"))
+        hint = getattr(error, "hint", "--debug shows where this happened")
+        tell(f"error: {error}\nhint: {hint}")
         return 2
     except FloatingPointError as error:
-        tell(error, "try a lower --lr")
+        tell(f"error: {error}\nhint: try a lower --lr")
         return 3
     except KeyboardInterrupt:
         number_ = stop.agreed()
         again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
-        if is_first():
-            print(f"stopped; to go on: {command_line(again)}", file=sys.stderr)
+        tell(f"stopped; to go on: {command_line(again)}")
         return 128 + number_
     finally:
         if dist.is_initialized():
