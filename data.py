@@ -235,7 +235,9 @@ def get_batch(examples, batch_size, seed, step):
     which are cut from it, have little padding. (Whole batches must not be of one
     length: some steps would teach to read demonstrations, and others to forget it.)
     """
-    epoch, i = divmod(step, max(1, len(examples) // batch_size))
+    fits = 0 < batch_size <= len(examples)
+    assert fits, f"a batch of {batch_size} from {len(examples)} examples"
+    epoch, i = divmod(step, len(examples) // batch_size)
     places = shuffled(len(examples), seed, epoch)[i * batch_size : (i + 1) * batch_size]
     batch = [examples[j] for j in places]
     return sorted(batch, key=lambda e: len(f"{e.prompt} {e.shown} {e.demo}".split()))
@@ -248,7 +250,7 @@ def my_micro_batches(batch, n):
     if dist.is_initialized():
         rank, world_size = dist.get_rank(), dist.get_world_size()
     size, rest = divmod(len(batch), world_size * n)
-    assert size and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
+    assert size > 0 and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
     return parts[rank * n : (rank + 1) * n]
 
