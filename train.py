@@ -61,6 +61,7 @@ import sft
 from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
@@ -131,7 +132,10 @@ def run(args, stop):
     path = find_base(args, config, base_cfg, world, tok, dtype)
     made = "is used" if path.exists() else f"will be made, {base_cfg.steps} updates"
     say(f"plan: base model: {path} {made}")
-    resumed = {m: first_does(plan_method, args, m, cfg) for m, cfg in configs.items()}
+    resumed = {}
+    for method, cfg in configs.items():
+        settings = settings_of(cfg, config, (stages, tasks))
+        resumed[method] = first_does(plan_method, args, method, settings, path)
     if args.quick:
         say("--quick: far too short for the base to read a demonstration; the gate is "
             "not enforced, and no effect will show")
@@ -201,8 +205,12 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     held = []
     if not first_does(path.exists):
         first_does(lambda: held.append(lock(path.parent)))
+    if not args.base:
+        first_does(remove_temporary, path.parent)
     if first_does(path.exists):  # perhaps made by another run since we looked
         content = read_base(path, config, args.seed)
+        if not args.base and content.get("key", path.parent.name) != path.parent.name:
+            raise UserError(f"{path} is the base {content['key']}", "delete the copy")
         student.load_state_dict(content["model"])
         say(f"base model: found in {path.parent}")
         if other := differences(content["machine"], machine_of(student)):
@@ -215,7 +223,8 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
     about = {**asdict(config), "seed": args.seed}
     first_does(write_checkpoint, path, {
-        "base": about, "seconds": run_.seconds(), "machine": machine_of(student),
+        "base": about, "key": path.parent.name, "seconds": run_.seconds(),
+        "machine": machine_of(student),
         "model": student.state_dict(),
     })  # fmt: skip
     for file in held:
@@ -243,10 +252,10 @@ def check_gate(args, base, tasks, tok, cfg):
 
 
 def open_folder(args, method, resume):
-    """The folder of one method's files. A finished run in it is kept under another
+    """The folder of one method's files. What a run left in it is kept under another
     name; nothing is lost."""
     folder = Path(args.out) / method
-    if (folder / "checkpoint.pt").exists() and not resume:
+    if files_in(folder) and not resume:
         os.replace(folder, free_name(folder))
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporary(folder)
@@ -341,25 +350,28 @@ class Run:
         Raises: ValueError if the folder holds a run and resume is false, or one with
         other settings, examples or first weights.
         """
-        self.settings = settings_of(cfg, models["student"], examples)
-        start, evaluations = 0, []
+        student = models["student"]
+        self.settings = settings_of(cfg, student.config, examples)
+        self.settings["first weights"] = digest_of(student)
+        start, evaluations, unrecorded = 0, [], 0.0
+        if not self.resume and files_in(self.folder):
+            raise UserError(
+                f"{self.folder} holds a run", "resume it, or take another folder"
+            )
         if self.checkpoint.exists():
-            if not self.resume:
-                raise UserError(
-                    f"{self.folder} holds a run", "resume it, or take another folder"
-                )
-            saved = read_checkpoint(self.checkpoint)
+            saved = read_run(self.checkpoint)
             check_settings(self.folder, saved["settings"], self.settings)
-            other = differences(saved["machine"], machine_of(models["student"]))
+            other = differences(saved["machine"], machine_of(student))
             if other:
                 say(f"resumed, but not to the bit (saved -> now): {other}")
             for name, weights in saved["models"].items():
                 models[name].load_state_dict(weights)
             optimizer.load_state_dict(saved["optimizer"])
             start, evaluations = saved["step"], saved["evaluations"]
-            self.earlier = saved["seconds"]
+            self.earlier, unrecorded = saved["seconds"], saved.get("unrecorded", 0.0)
         first_does(self.cut_metrics, start)
-        self.clock, self.evaluations = time.perf_counter(), list(evaluations)
+        self.evaluations = list(evaluations)
+        self.clock = time.perf_counter() - unrecorded
         return start, evaluations
 
     def cut_metrics(self, start):
@@ -404,6 +416,7 @@ class Run:
             "evaluations": evaluations,
             "note": self.note,
             "seconds": self.seconds(),
+            "unrecorded": time.perf_counter() - self.clock,  # since the last record
         }
         first_does(write_checkpoint, self.checkpoint, content)
 
@@ -433,27 +446,33 @@ def read_metrics(folder):
     """The records of a folder, without a last line that a kill has cut in half."""
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.split("\n")[:-1]]
+    try:
+        return [dict(json.loads(line)) for line in text.split("\n")[:-1]]
+    except (ValueError, TypeError):
+        message = f"{path}: not every line is a record"
+        raise UserError(message, "mend it, or choose another --out") from None
+
+
+def settings_of(cfg, config, examples):
+    """All that decides a run but its first weights, as plain values: a resume must find
+    the same."""
+    examples = digest(as_text(examples))
+    return {**asdict(cfg), **asdict(config), "examples": examples}
 
 
 @torch.no_grad()
-def settings_of(cfg, student, examples):
-    """All that decides a run, as plain values: a resume must find the same."""
+def digest_of(student):
     weights = hashlib.sha256()
     for p in student.parameters():
         weights.update(p.cpu().numpy().tobytes())
-    return {
-        **asdict(cfg),
-        **asdict(student.config),
-        "first weights": weights.hexdigest()[:12],
-        "examples": digest(as_text(examples)),
-    }
+    return weights.hexdigest()[:12]
 
 
 def as_text(examples):
     """Stages and tasks as one text: the examples, and the names of graders."""
     if isinstance(examples, data.Benchmark):
-        return f"{examples.grade.__name__} {examples.examples}"
+        grade = getattr(examples.grade, "__name__", type(examples.grade).__name__)
+        return f"{grade} {examples.examples}"
     if isinstance(examples, dict):
         return str([(name, as_text(value)) for name, value in examples.items()])
     if isinstance(examples, tuple):
@@ -678,12 +697,12 @@ def check_flags(args):
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
 
-    for one in ("show", "compare", "sample"):
-        for name in sorted(args.given - {one, "out", "debug", "quick"}):
-            reads = one == "sample" and name not in ("resume", "plot", "base", "show")
-            draws = one == "show" and name == "plot"
-            if one in args.given and not reads and not draws:
-                refuse(name, f"--{one}")
+    # of --sample: it can be added to the flags of a run, which must not contradict it
+    read = args.given - {"show", "compare", "resume", "plot", "base"}
+    used = {"show": {"out", "plot"}, "compare": set(), "sample": read}
+    for one in sorted(used.keys() & args.given):
+        for name in sorted(args.given - used[one] - {one, "debug"}):
+            refuse(name, f"--{one}")
     methods = methods_of(args)
     for name in sorted(args.given):
         method = name.partition(".")[0] if "." in name else "sdft"
@@ -693,6 +712,10 @@ def check_flags(args):
         own = [f"{m}.{name}" for m in methods if hasattr(METHODS[m].Config, name)]
         if own and args.given.issuperset(own):
             refuse(name, " and ".join(f"--{each}" for each in own).replace("_", "-"))
+    for method in methods:
+        cfg = config_of(method, args)
+        if cfg.eval_every >= cfg.steps:
+            refuse("eval_every", f"{method}'s {cfg.steps} steps")
     if "base" in args.given and "base_steps" in args.given:
         refuse("base_steps", "--base")
     if "sdft" in methods:
@@ -756,21 +779,32 @@ def check_batches(name, cfg, world_size, n_examples, hint):
         )
 
 
-def plan_method(args, method, cfg):
+def plan_method(args, method, settings, path):
     """Say what becomes of the folder of a method, and check what can be checked of a
     run that is to go on. Changes nothing. Returns whether it is resumed."""
     folder = Path(args.out) / method
     saved = folder / "checkpoint.pt"
-    if not saved.exists():
-        new = "nothing to resume, a new run" if args.resume else "a new run"
-        say(f"plan: {method}: {new} in {folder}")
-        return False
-    if args.resume:
-        content = read_checkpoint(saved)
-        then = {key: content["settings"].get(key) for key in asdict(cfg)}
-        check_settings(folder, then, asdict(cfg))
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is not a folder", "choose another --out")
+    if args.resume and saved.exists():
+        content = read_run(saved)
+        read_metrics(folder)
+        then = {key: content["settings"].get(key) for key in settings}
+        check_settings(folder, then, settings)
+        own = Path(args.out) / content["note"].get("base", path)
+        if not path.exists() and own.absolute() != path.absolute():
+            raise UserError(
+                f"{folder} started from {own}, and these flags make another base model",
+                f"give its own flags, or --base {shlex.quote(str(own))}",
+            )
         say(f"plan: {method}: {folder} goes on after update {content['step']}")
         return True
+    if not saved.exists():
+        new = "nothing to resume, a new run" if args.resume else "a new run"
+        found = files_in(folder)
+        kept = f"; {', '.join(found)} kept, in {free_name(folder)}" if found else ""
+        say(f"plan: {method}: {new} in {folder}{kept}")
+        return False
     if not (folder / "results.json").exists():
         raise UserError(
             f"{folder} holds a run that was not finished",
@@ -781,10 +815,17 @@ def plan_method(args, method, cfg):
     return False
 
 
+def files_in(folder):
+    """The names there that a run would write to, whoever wrote them."""
+    names = ("checkpoint.pt", "checkpoint.pt.previous", "metrics.jsonl", "results.json")
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
 def free_name(folder):
     """<folder>.previous1, .previous2, ...: the first that is not there."""
     names = (f"{folder.name}.previous{n}" for n in itertools.count(1))
-    return next(path for path in map(folder.with_name, names) if not path.exists())
+    paths = map(folder.with_name, names)
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 # ---- Device and processes ----------------------------------------------------------
@@ -822,21 +863,21 @@ def start_processes(args):
     """Join the process group if torchrun started us; how many processes are there?"""
     if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
         return 1
-    needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    missing = [name for name in needed if name not in os.environ]
+    missing = [name for name in TORCHRUN if name not in os.environ]
     if missing:
         message = f"started as one of several processes, but {missing} not set"
         raise UserError(message, "torchrun --standalone --nproc_per_node=2 train.py")
     cuda = torch.cuda.is_available() and args.device in ("auto", "cuda")
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=10))
     return dist.get_world_size()
 
 
 def is_first():
     """Is this the process that writes and prints? (torchrun may start several.)"""
-    return os.environ.get("RANK", "0") == "0"
+    several = all(name in os.environ for name in TORCHRUN)
+    return not several or os.environ["RANK"] == "0"
 
 
 def first_does(action, *args):
@@ -994,12 +1035,24 @@ def read_checkpoint(path):
         ) from None
 
 
+def read_run(path):
+    """The checkpoint of a method's run: what Run.save wrote."""
+    content = read_checkpoint(path)
+    needed = {"step", "settings", "machine", "config", "models", "note", "seconds"}
+    if missing := sorted(needed - content.keys()):
+        raise UserError(
+            f"{path} is no run of this train.py: it has no {', '.join(missing)}",
+            "it may be of another version, or a base model; choose another --out",
+        )
+    return content
+
+
 def lock(folder):
     """Refuse a folder that another run is using. The operating system lets go of the
     lock when its process ends, however it ends: keep the returned file open."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "lock"
-    file = open(path, "a+")
+    file = open(path, "a+", encoding="utf-8", errors="replace")
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1016,22 +1069,32 @@ def lock(folder):
             file.seek(0)
             message = f"{folder} is in use by another run, process {file.read()}"
             raise UserError(message, "wait for it, or choose another --out") from None
+    file.seek(0)
+    if not re.fullmatch(r"\d*", file.read(100)):  # a lock of ours holds a process id
+        raise UserError(f"{path} is a file of yours", "choose another --out")
     file.truncate(0)
     file.seek(0)
     print(os.getpid(), end="", file=file, flush=True)
-    remove_temporary(folder)
     return file
 
 
 def source_of(module):
-    """The code of a module as text, without comments and docstrings."""
+    """The code of a module as text, without comments and docstrings: the same text in
+    each version of Python (ast.dump's differ)."""
+
+    def as_list(x):
+        if isinstance(x, ast.AST):
+            filled = [(n, y) for n, y in ast.iter_fields(x) if y not in ([], None)]
+            return [type(x).__name__, *((n, as_list(y)) for n, y in filled)]
+        return [as_list(y) for y in x] if isinstance(x, list) else x
+
     tree = ast.parse(inspect.getsource(module))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         first = body[0] if isinstance(body, list) and body else None
         if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
             body[0] = ast.Pass()
-    return ast.dump(tree)
+    return repr(as_list(tree))
 
 
 def base_key(config, cfg, world, tok, dtype):
@@ -1069,7 +1132,7 @@ def read_base(path, config, seed):
 def table(rows, labels=None):
     """Evaluations as a table, one line each, with a column for each accuracy. Labels
     stand in front; without them, the skill that was trained last."""
-    names = [(g, n) for g in ("new", "prior") for n in rows[0][g]]
+    names = dict.fromkeys((g, n) for g in ("new", "prior") for r in rows for n in r[g])
     titles = [f"new {name}" if group == "new" else name for group, name in names]
     if labels is None:
         labels = [  # the base, a skill that was just learnt, or an update on the way
@@ -1080,7 +1143,7 @@ def table(rows, labels=None):
     lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
     for label, row in zip(labels, rows, strict=True):
         cells = [
-            f"{row[group][name]:{len(title)}.2f}"
+            f"{row[group].get(name, math.nan):{len(title)}.2f}"
             for (group, name), title in zip(names, titles, strict=True)
         ]
         lines.append(
@@ -1134,10 +1197,17 @@ def show(args):
         raise UserError(f"no finished run in {', '.join(missing)}", "another folder?")
     last, labels = [], []
     for folder, method in found:
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        rows = stage_ends([row for row in read_metrics(folder) if "new" in row])
-        seconds = results["seconds"]["fine_tune"]
-        name = f"{folder}, seed {results['seed']}"
+        try:
+            results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+            seconds = results["seconds"]["fine_tune"]
+            name = f"{folder}, seed {results['seed']}"
+            rows = stage_ends([row for row in read_metrics(folder) if "new" in row])
+            rows[-1]["kl_student_base"]
+        except (KeyError, IndexError, TypeError, json.JSONDecodeError):
+            raise UserError(
+                f"results.json and metrics.jsonl in {folder} are not what a run writes",
+                "leave the folder out, or run again",
+            ) from None
         if args.compare:
             last, labels = [*last, rows[-1]], [*labels, name]
         else:
@@ -1160,13 +1230,16 @@ def show_sample(args, device, dtype, tok):
                 f"no run of {method} in {args.out}",
                 f"python train.py --method {method} --out {args.out} makes one",
             )
-        saved = read_checkpoint(path)
+        saved = read_run(path)
         asked = {**vars(args), **asdict(config_of(method, args))}
         asked = {
             n: asked[n]
             for n in saved["settings"]
             if n == "seed" or args.given & {n, f"{method}.{n}"}
         }
+        unused = {"base_steps", "demos", "eval_size", "gate_margin", "distance"}
+        if unused := sorted(unused & args.given):
+            say(f"without effect on --sample: {', '.join(unused)}")
         has = {name: saved["settings"][name] for name in asked}
         if other := differences(has, asked):
             flags = [f"--{k.replace('_', '-')} {v}" for k, v in has.items()]
@@ -1221,8 +1294,11 @@ def plot(out, methods):
         axis.set(title=method.upper(), xlabel="updates", ylim=(-0.03, 1.03))
     axes[0][0].set_ylabel("accuracy, held-out queries")
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(Path(out) / "plot.png", dpi=120, bbox_inches="tight")
-    say(f"picture: {Path(out) / 'plot.png'}")
+    path, ours = Path(out) / "plot.png", {"Title": "SDFT, train.py"}
+    if path.is_dir() or path.exists() and b"train.py" not in path.read_bytes()[:1000]:
+        os.replace(path, free_name(path))
+    figure.savefig(path, dpi=120, bbox_inches="tight", metadata=ours)
+    say(f"picture: {path}")
 
 
 # ---- The program -------------------------------------------------------------------
@@ -1239,8 +1315,11 @@ def command_line(argv):
 
 def main(argv):
     """Run, and turn what the user can mend into an error, a hint and an exit code."""
-    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
-        if hasattr(stream, "reconfigure"):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, or a program without a terminal
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a terminal may lack a character
             stream.reconfigure(errors="replace")
     stop = Stop()
 
@@ -1252,6 +1331,11 @@ def main(argv):
 
     try:
         run(parse_args(argv), stop)
+    except BrokenPipeError:  # python train.py | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        tell("error: nobody reads what this prints any more\n"
+             "hint: --resume goes on from the last checkpoint")
+        return 2
     except (UserError, OSError, ValueError) as error:
         if "--debug" in argv:
             raise
