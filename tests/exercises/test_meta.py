@@ -1,0 +1,127 @@
+"""The exercises themselves: stubs, references, mutants, messages, sheets."""
+
+import ast
+import functools
+
+import pytest
+
+import kit
+import make
+from variants import FILES, HERE, Modules, source
+
+IDS = list(kit.exercises())
+each = pytest.mark.parametrize("name", IDS)
+
+
+def changed(kind):
+    """(exercise, name, changes, ...) of all mutants or all other right solutions."""
+    exs = kit.exercises().values()
+    found = [(ex, *case) for ex in exs for case in getattr(ex, kind)]
+    ids = [f"{case[0].id}: {case[1]}" for case in found]
+    return pytest.mark.parametrize("case", found, ids=ids)
+
+
+@functools.cache
+def reference():
+    return Modules()
+
+
+def messages(ex, results):
+    return [kit.explain(error, ex) for error in results.values() if error is not None]
+
+
+@each
+def test_the_reference_passes_at_other_seeds_too(name):
+    ex = kit.exercise(name)
+    for seed in (1, 2):
+        assert not messages(ex, kit.grade(ex, reference(), seed)), f"--seed {seed}"
+
+
+@each
+def test_a_stub_fails_with_not_implemented_error_and_nothing_else(name, tmp_path):
+    ex = kit.exercise(name)
+    assert make.main([name, "--to", str(tmp_path)]) == 0, "make.py refuses"
+    work = kit.Work.of_folder(tmp_path)
+    assert work.state(ex) == "stub", "make.py leaves no stub"
+    for test, error in kit.grade(ex, work.modules(ex)).items():
+        what = f"{test} ends with {error!r}"
+        assert isinstance(error, NotImplementedError), what
+        assert str(error).startswith(f"{name}: "), what
+
+
+@each
+def test_the_stub_keeps_everything_but_the_body(name, tmp_path):
+    ex = kit.exercise(name)
+    make.main([name, "--to", str(tmp_path)])
+    for file in ex.files:
+        own = make.bare_file(file) if file == "extra.py" else source(file)
+        text = (tmp_path / file).read_text(encoding="utf-8")
+        tree, before = ast.parse(text), ast.parse(source(file))
+        for function in ex.names_in(file):
+            node, old = kit.find(tree, function), kit.find(before, function)
+            assert ast.get_docstring(node) == ast.get_docstring(old), "docstring"
+            assert ast.dump(node.args) == ast.dump(old.args), "signature"
+        kept = set(own.splitlines())
+        gone = [
+            line for f in ex.names_in(file)
+            for line in kit.function_source(source(file), f).splitlines()
+        ]  # fmt: skip
+        missing = kept - set(text.splitlines()) - set(gone)
+        assert not missing, f"lines outside of the function are gone: {missing}"
+
+
+@changed("mutants")
+def test_a_wrong_solution_is_rejected_with_the_message_that_names_it(case):
+    ex, name, changes, expected = case
+    modules = kit.work_of(ex, changes).modules(ex)
+    found = [" ".join(m.split()) for m in messages(ex, kit.grade(ex, modules))]
+    assert found, f"{ex.id}: {name} passes"
+    assert any(expected in text for text in found), f"{expected!r} not in {found}"
+
+
+@changed("rights")
+def test_another_right_solution_passes(case):
+    ex, name, text = case
+    modules = kit.work_of(ex, text).modules(ex)
+    for seed in (0, 1):
+        found = messages(ex, kit.grade(ex, modules, seed))
+        assert not found, f"{ex.id}: {name}, --seed {seed}: {found}"
+
+
+@each
+def test_an_exercise_has_all_its_parts(name):
+    ex = kit.exercise(name)
+    assert ex.id == name, "another id than its file"
+    assert len(ex.hints) == 3 and all(h.strip() for h in ex.hints), "three hints"
+    assert len(ex.rights) >= 2 or not ex.mutants, "two other right solutions"
+    assert 1 <= ex.difficulty <= 5, "difficulty from 1 to 5"
+    assert "look at" in ex.sheet, "the sheet says what to look at when it runs"
+    names = [case[0] for case in ex.mutants]
+    assert len(set(names)) == len(names), "two mutants have one name"
+    for text in (ex.sheet, *ex.hints):
+        long = [line for line in text.splitlines() if len(line) > 88]
+        assert not long, f"lines of more than 88 characters: {long}"
+
+
+@each
+def test_its_functions_are_where_it_says(name):
+    """Moved or renamed, an exercise fails here at once."""
+    for function in kit.exercise(name).functions:
+        file, dotted = function.split()
+        assert file in FILES, f"{file} is none of the project's"
+        assert kit.find(ast.parse(source(file)), dotted), f"{file} has no {dotted}"
+
+
+def test_mutants_are_many():
+    n = sum(len(ex.mutants) for ex in kit.exercises().values())
+    assert n >= min(90, 6 * len(IDS)), n
+
+
+@pytest.mark.parametrize("path", sorted(HERE.glob("test_e*.py")), ids=lambda p: p.stem)
+def test_no_assert_is_without_a_message(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    bare = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Assert) and not n.msg]
+    assert not bare, f"{path.name}: lines {bare}"
+    tests = [n for n in tree.body if isinstance(n, ast.FunctionDef)]
+    asked = {a.arg for n in tests if n.name.startswith("test_") for a in n.args.args}
+    assert asked <= {"impl", "rng", "seed", "tmp_path"}, f"unknown fixtures in {asked}"

@@ -1,0 +1,356 @@
+"""The project with some lines changed: named changes, shown as a diff, and run.
+
+    python tests/exercises/variants.py                # the list
+    python tests/exercises/variants.py dft            # one of them, as a diff
+    python tests/exercises/variants.py dft --run --method sft --quick
+    python tests/exercises/variants.py --run --method sft        # the project itself
+
+A change is (file, old text, new text). The old text stands in the file exactly once, or
+applying it is an error: so no change can drift away from the code in silence. What
+follows --run goes to train.py; the base model is the project's own, made once and
+shared, so that a variant changes the fine-tuning and nothing else.
+
+`Modules` loads the changed files beside the project's own, which stay as they are:
+
+    m = Modules(changes_of("dft"))
+    m.sft.compute_loss       # the changed one; m.model, m.data, ... belong to it
+"""
+
+import argparse
+import builtins
+import copy
+import difflib
+import itertools
+import linecache
+import sys
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+FILES = {
+    **{f"{name}.py": ROOT for name in ("model", "data", "sft", "sdft", "train")},
+    "extra.py": HERE,
+}
+
+# ---- The variants ------------------------------------------------------------------
+
+DFT = [(
+    "sft.py",
+    "    loss = fused_linear_nll(student_logits, response[mask], weight)\n",
+    """\
+    # DFT (arXiv 2508.05629): a token weighs as much as the student believes in it
+    tokens = response[mask]  # (N,)
+    with torch.no_grad():
+        p = [
+            student_logits.rows(i, j).softmax(-1).gather(1, tokens[i:j, None])[:, 0]
+            for i, j in student_logits.chunks()
+        ]
+        weight = weight * torch.cat(p)  # (N,)
+    loss = fused_linear_nll(student_logits, tokens, weight)
+""",
+)]  # fmt: skip
+
+OFFPOLICY = [
+    (
+        "sdft.py",
+        "    bare = data.pad_batch(data.student_prompt, batch, tok, device)"
+        "  # (B, P), (B,)\n    u = data",
+        "    bare = data.pad_batch(data.teacher_prompt, batch, tok, device)"
+        "  # (B, P), (B,)\n    u = data",
+    ),
+    (
+        "sdft.py",
+        "get_responses(student, micro, tok, cfg, step)",
+        "get_responses(teacher, micro, tok, cfg, step)",
+    ),
+]
+
+SPECULATIVE = [
+    (
+        "sdft.py",
+        "from model import LazyLogits, fused_linear_kl, generate, kl_stats, "
+        "response_hidden\n",
+        """\
+from model import (
+    KVCache,
+    LazyLogits,
+    fused_linear_kl,
+    kl_reference,
+    kl_stats,
+    response_hidden,
+    sample_token,
+)
+""",
+    ),
+    (
+        "sdft.py",
+        "    skip_first_tokens: int = 0",
+        "    tau: float = 0.3  # the teacher writes a token where KL(teacher || "
+        "student) > tau\n    skip_first_tokens: int = 0",
+    ),
+    (
+        "sdft.py",
+        "def get_responses(student, batch, tok, cfg, step):\n",
+        "def get_responses(student, teacher, batch, tok, cfg, step):\n",
+    ),
+    (
+        "sdft.py",
+        "    return generate(student, *bare, cfg.max_new_tokens, tok.end, u, "
+        "cfg.temperature)\n",
+        """\
+    shown = data.pad_batch(data.teacher_prompt, batch, tok, device)
+    both = [(student.eval(), *bare), (teacher, *shown)]
+    B, R = u.size()
+    response = torch.full((B, R), tok.end, device=device)
+    alive = torch.ones(B, dtype=torch.bool, device=device)
+    caches = [KVCache(m.config, p, n, R, m.dtype) for m, p, n in both]
+    last = [
+        m.hidden(p, cache=cache)[range(B), n - 1]  # (B, C)
+        for (m, p, n), cache in zip(both, caches, strict=True)
+    ]
+    for t in range(R):
+        logits = [m.logits(x) for (m, _, _), x in zip(both, last, strict=True)]
+        s, q = (x / cfg.temperature for x in logits)  # (B, V), student and teacher
+        teacher_writes = kl_reference(s, q, "forward") > cfg.tau  # (B,)
+        token = sample_token(torch.where(teacher_writes[:, None], q, s), u[:, t])
+        response[:, t] = torch.where(alive, token, tok.end)
+        alive = alive & (token != tok.end)
+        if t == R - 1 or not alive.any():
+            break
+        last = [
+            m.hidden(response[:, t : t + 1], n + t, cache)[:, 0]
+            for (m, _, n), cache in zip(both, caches, strict=True)
+        ]
+    student.train()
+    n_tokens = ((response != tok.end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
+    R = int(n_tokens.max())
+    mask = torch.arange(R, device=device) < n_tokens[:, None]  # (B, R)
+    return response[:, :R], mask
+""",
+    ),
+    (
+        "sdft.py",
+        "get_responses(student, micro, tok, cfg, step)",
+        "get_responses(student, teacher, micro, tok, cfg, step)",
+    ),
+    ("train.py", '"temperature": (1e-3, 1e3),', '"temperature": (1e-3, 1e3), '
+     '"tau": (0, 1e9),'),
+]  # fmt: skip
+
+SAMPLED = [(
+    "sdft.py",
+    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
+    """\
+    # KL(student || teacher) from the sampled token alone: what policy gradients use
+    tokens = response[mask]  # (N,)
+
+    def log_p(logits):
+        rows = (
+            logits.rows(i, j).log_softmax(-1).gather(1, tokens[i:j, None])[:, 0]
+            for i, j in logits.chunks()
+        )
+        return torch.cat(list(rows))  # (N,)
+
+    with torch.no_grad():
+        ratio = weight * (log_p(student_logits) - log_p(teacher_logits))  # (N,)
+    loss = fused_linear_nll(student_logits, tokens, -ratio)  # has the gradient
+    loss = loss - loss.detach() + ratio.sum()  # and the value
+""",
+), (
+    "sdft.py",
+    "fused_linear_kl, generate, kl_stats, response_hidden\n",
+    "fused_linear_kl, fused_linear_nll, generate\n"
+    "from model import kl_stats, response_hidden\n",
+)]  # fmt: skip
+
+VARIANTS = {  # name: (what it is, changes)
+    "dft": ("SFT whose tokens weigh as much as the student believes in them", DFT),
+    "offpolicy": ("SDFT, but the teacher writes the responses", OFFPOLICY),
+    "speculative": (
+        "SDFT, but the teacher writes a token where KL(teacher || student) > --tau "
+        "(0: offpolicy, large: SDFT)", SPECULATIVE,
+    ),
+    "sampled": (
+        "SDFT with KL(student || teacher) estimated from the sampled token", SAMPLED,
+    ),
+}  # fmt: skip
+
+
+# ---- Changed text ------------------------------------------------------------------
+
+
+class KitError(ValueError):
+    """Something that the user can mend: printed as an error and a hint, exit code 2."""
+
+    def __init__(self, message, hint):
+        super().__init__(message)
+        self.hint = hint
+
+
+def source(file):
+    """The text of one of the project's files."""
+    return (FILES[file] / file).read_text(encoding="utf-8")
+
+
+def change(text, old, new, where):
+    """The text with old replaced by new. Raises ValueError unless old is there once."""
+    if (n := text.count(old)) != 1:
+        raise ValueError(f"{where}: {n} places match, not one:\n{old}")
+    return text.replace(old, new)
+
+
+def changed_texts(changes):
+    """{file: text} of the files that these changes, made in order, touch."""
+    texts = {}
+    for file, old, new in changes:
+        texts[file] = change(texts.get(file) or source(file), old, new, file)
+    return texts
+
+
+def changes_of(names):
+    """The changes of one or more variants: "dft", or "offpolicy,sampled"."""
+    found = []
+    for name in names.split(",") if isinstance(names, str) else names:
+        if name not in VARIANTS:
+            near = difflib.get_close_matches(name, VARIANTS, 1, 0.4)
+            raise KitError(
+                f"no variant {name!r}",
+                f"did you mean {near[0]}?" if near else f"one of {', '.join(VARIANTS)}",
+            )
+        found += VARIANTS[name][1]
+    return found
+
+
+def diff(changes):
+    """The changes as one diff, as `diff -u` writes it."""
+    lines = []
+    for file, text in changed_texts(changes).items():
+        before, after = source(file).splitlines(), text.splitlines()
+        lines += difflib.unified_diff(before, after, file, file, lineterm="")
+    return "\n".join(lines)
+
+
+# ---- Changed modules ---------------------------------------------------------------
+
+counter = itertools.count(1)
+
+
+class Modules:
+    """model, data, sft, sdft, train and extra with changes, as attributes. Each is
+    loaded when it is first asked for; they import each other, never the project's.
+
+    changes: a list of (file, old, new). after: a function (file name, module), called
+    when a module was loaded and before another one imports from it.
+    """
+
+    def __init__(self, changes=(), after=None):
+        self._texts, self._after = changed_texts(changes), after
+        self._loaded = {}
+        # an import statement asks the __builtins__ of its module: so no other code in
+        # this process can see or meet the changed modules
+        self._builtins = {**vars(builtins), "__import__": self._import}
+
+    def _import(self, name, globals=None, locals=None, fromlist=(), level=0):
+        if level == 0 and f"{name}.py" in FILES:
+            return getattr(self, name)
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
+    def __getattr__(self, name):
+        file = f"{name}.py"
+        if name.startswith("_") or file not in FILES:
+            raise AttributeError(name)
+        if name not in self._loaded:
+            self._loaded[name] = self._load(name, file)
+        return self._loaded[name]
+
+    def _load(self, name, file):
+        path, text = str(FILES[file] / file), self._texts.get(file)
+        n = next(counter)
+        if text is None:
+            text = source(file)
+        else:  # tracebacks and inspect find the changed lines here
+            path = f"<{file}, changed, {n}>"
+            linecache.cache[path] = len(text), None, text.splitlines(True), path
+        module = types.ModuleType(f"{name}_{n}")
+        module.__file__, module.__builtins__ = path, self._builtins
+        sys.modules[module.__name__] = module  # inspect looks for classes there
+        exec(compile(text, path, "exec"), vars(module))
+        if self._after:
+            self._after(file, module)
+        return module
+
+
+# ---- Runs --------------------------------------------------------------------------
+
+
+def share_base(modules):
+    """Let these modules' train find, or make, the base model with the project's own
+    code, in out/base: whatever was changed, the base is the same and is made once."""
+    own = Modules()
+
+    def find_base(args, *rest):
+        args = copy.copy(args)
+        args.out = "out"
+        return own.train.find_base(args, *rest)
+
+    def get_base(args, path, config, cfg, student, *rest):
+        base = own.model.GPT(config, own.data.make_rng(args.seed, "weights"))
+        base = base.to(next(student.parameters()).device)
+        base.dtype = student.dtype
+        seconds = own.train.get_base(args, path, config, cfg, base, *rest)
+        student.load_state_dict(base.state_dict())
+        return seconds
+
+    modules.train.find_base, modules.train.get_base = find_base, get_base
+
+
+def train_with(modules, argv, out):
+    """train.py's main with these modules, on the project's base model, files in `out`
+    unless argv names another folder. Returns its exit code."""
+    share_base(modules)
+    named = any(flag.split("=")[0] == "--out" for flag in argv)
+    return modules.train.main(argv if named else [*argv, "--out", out])
+
+
+def guarded(main, argv):
+    """Run main(argv); what the user can mend becomes an error, a hint and a 2."""
+    for stream in (sys.stdout, sys.stderr):  # a terminal may lack a character
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return main(argv)
+    except (KitError, OSError) as error:
+        hint = getattr(error, "hint", "is the path right?")
+        print(f"error: {error}\nhint: {hint}", file=sys.stderr)
+        return 2
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise KitError(message, f"python tests/exercises/{self.prog} --help")
+
+
+def main(argv):
+    at = argv.index("--run") if "--run" in argv else len(argv)
+    parser = Parser(
+        prog="variants.py", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("names", nargs="?", help="a variant, or several with commas")
+    args = parser.parse_args(argv[:at])
+    changes = changes_of(args.names) if args.names else []
+    if at < len(argv):
+        out = f"out-{args.names.replace(',', '-')}" if args.names else "out"
+        return train_with(Modules(changes), argv[at + 1 :], out)
+    if args.names:
+        print(diff(changes))
+        return 0
+    for name, (text, changes) in VARIANTS.items():
+        files = ", ".join(changed_texts(changes))
+        print(f"{name:12s} {text} [{files}]")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(guarded(main, sys.argv[1:]))
