@@ -1177,7 +1177,7 @@ def describe(record, earlier=(), gate=None):
                      "no response came to its end; try a higher --max-new-tokens")
     elif round(record["response_length"], 3) == 1:
         lines.append("warning: every response is empty, but for its end")
-    elif record["grad_norm"] == 0:
+    if record["grad_norm"] == 0:
         lines.append("warning: the gradient is 0, nothing is learnt: no token carries "
                      "loss, or teacher and student agree")
     return "\n".join(lines)

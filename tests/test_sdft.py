@@ -1,30 +1,41 @@
-"""Self-distillation: contexts, responses, loss and the teacher's average."""
+"""Self-distillation: contexts, responses, loss and the teacher's average.
+
+What it promises together with SFT is tested in test_pair.py.
+"""
 
 import copy
-import itertools
 import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from oracles import (
+    divergences,
+    entropy,
+    equal_weights,
+    gradients,
+    make_model,
+    next_logits,
+    record_tokens,
+    rows_of,
+    sample,
+)
 
 import data
 import sdft
 import sft
-from data import Example, make_rng
+import train
+from data import Benchmark, Example, make_rng
 from model import GPT, KLS, GPTConfig
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 TOK = data.Tokenizer()
-CONFIG = GPTConfig(
-    block_size=64, vocab_size=TOK.vocab_size, n_layer=1, n_head=2, n_kv_head=1,
-    n_embd=32, n_inner=48,
-)  # fmt: skip
-WORLD = data.World(0)
-DEMOS = data.make_demos(WORLD, "A", 16, 0)
+DEMOS = data.make_demos(data.World(0), "A", 16, 0)
 BATCH = [  # prompts and demonstrations of several lengths
     *DEMOS[:5],
-    Example("garden button: wolf", "axe", "", id=5),
+    Example("garden button: owl", "bag", "", id=5),
     Example("kitchen kettle robot: apple", "copy equals apple beep stop", "", id=6),
     Example("harbour violin: candle spoon tower bag", "bag", "", id=7),
 ]
@@ -33,118 +44,41 @@ CFG = sdft.Config(batch_size=len(BATCH), max_new_tokens=8)
 KINDS = pytest.mark.parametrize("kl", KLS)
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """What is made of whole numbers (the weights of the mean) is float64, too."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def make_model(seed=0, tie_weights=True):
-    """A GPT in float64: its predictions are not flat, and about a fifth are the end."""
-    config = replace(CONFIG, tie_weights=tie_weights)
-    model = GPT(config, make_rng(seed, "weights")).double()
-    model.dtype = torch.float64
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p *= 10
-        for block in model.h:  # a channel that is always on, and favours the end
-            block.attn.o_proj.weight[0] = 0
-            block.mlp.down_proj.weight[0] = 0
-        model.wte.weight[:, 0] = 1
-        model.lm_head.weight[TOK.end, 0] = 7
-    return model
+def small_model(seed=0, **changes):
+    """In float64; about a fifth of what it predicts is the end."""
+    sizes = {"vocab_size": TOK.vocab_size, "n_tokens": TOK.n_tokens, "n_layer": 1}
+    return make_model(seed, end=TOK.end, **{**sizes, **changes})
 
 
 def make_pair(seed=0):
     """Student and teacher with different weights."""
-    return make_model(seed), sdft.make_teacher(make_model(seed + 1))
+    return small_model(seed), sdft.make_teacher(small_model(seed + 1))
 
 
-def respond(student, teacher, batch=BATCH, cfg=CFG, step=1):
-    return sdft.get_responses(student, teacher, batch, TOK, cfg, step)
+def respond(student, batch=BATCH, cfg=CFG, step=1):
+    return sdft.get_responses(student, batch, TOK, cfg, step)
 
 
 def sdft_loss(student, teacher, batch, response, mask, cfg=CFG, step=1):
     return sdft.compute_loss(student, teacher, batch, response, mask, TOK, cfg, step)[0]
 
 
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
+def contexts_of(example):
+    """The student's and the teacher's, written out."""
+    bare = TOK.encode(example.prompt) + [TOK.start]
+    shown = TOK.encode(f"{example.prompt} example {example.demo}") + [TOK.start]
+    return bare, shown
 
 
-def equal_weights(a, b):
-    pairs = zip(a.parameters(), b.parameters(), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
-def record_tokens(model):
-    """A list that gets the tokens (B, T) of every later forward pass of the model."""
-    seen = []
-    model.wte.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
-    return seen
-
-
-def rows_of(response, mask):
-    """The responses as lists of tokens, without what stands behind their end."""
-    rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
-    return [row[:n] for row, n in rows]
-
-
-# ---- The truth, in plain loops -----------------------------------------------------
-
-
-def log_softmax_on_paper(logits, temperature):
-    logits = [x / temperature for x in logits]
-    top = max(logits)
-    log_total = top + math.log(math.fsum(math.exp(x - top) for x in logits))
-    return [x - log_total for x in logits]
-
-
-def kl_on_paper(p, q):
-    """KL(p || q) in nats, of two lists of log-probabilities."""
-    return math.fsum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True))
-
-
-def divergence_on_paper(log_s, log_t, kl):
-    if kl == "forward":
-        return kl_on_paper(log_t, log_s)
-    if kl == "reverse":
-        return kl_on_paper(log_s, log_t)
-    both = zip(log_s, log_t, strict=True)
-    log_m = [math.log((math.exp(a) + math.exp(b)) / 2) for a, b in both]
-    return (kl_on_paper(log_t, log_m) + kl_on_paper(log_s, log_m)) / 2
-
-
-@torch.no_grad()
-def divergences_on_paper(student, teacher, example, tokens, kl="forward", tau=1):
+def divergences_of(student, teacher, example, tokens, kl="forward", temperature=1.0):
     """One number for each token of a response: each context alone, no padding."""
-    bare = TOK.encode(example.prompt) + [TOK.answer]
-    shown = TOK.encode(f"{example.prompt} example {example.demo}") + [TOK.answer]
-    values = []
-    for t in range(len(tokens)):  # predict tokens[t] from all that stands before it
-        s = student(torch.tensor([bare + tokens[:t]]))[0, -1].tolist()
-        q = teacher(torch.tensor([shown + tokens[:t]]))[0, -1].tolist()
-        log_s = log_softmax_on_paper(s, tau)
-        log_t = log_softmax_on_paper(q, tau)
-        values.append(divergence_on_paper(log_s, log_t, kl))
-    return values
+    bare, shown = contexts_of(example)
+    return divergences(student, bare, teacher, shown, tokens, kl, temperature)
 
 
-@torch.no_grad()
-def sample_on_paper(model, context, uniforms, temperature=1):
-    """Token by token, each the first whose cumulative probability exceeds u."""
-    tokens = []
-    for u in uniforms:
-        logits = model(torch.tensor([context + tokens]))[0, -1].tolist()
-        p = [math.exp(x) for x in log_softmax_on_paper(logits, temperature)]
-        cumulative = itertools.accumulate(p)
-        tokens.append(next(i for i, total in enumerate(cumulative) if total > u))
-        if tokens[-1] == TOK.end:
-            break
-    return tokens
+def uniforms(n=CFG.max_new_tokens, step=1):
+    """For each example of the batch, the numbers that its response is drawn with."""
+    return data.get_uniform(BATCH, n, CFG.seed, step, "cpu").tolist()
 
 
 # ---- The loss ----------------------------------------------------------------------
@@ -153,13 +87,13 @@ def sample_on_paper(model, context, uniforms, temperature=1):
 @KINDS
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 def test_the_loss_is_what_two_plain_loops_say(kl, tau):
-    """Invariants 20, 21, 33, 42: rows, then tokens, each formula typed out anew."""
+    """Rows, then tokens, each formula typed out anew."""
     student, teacher = make_pair()
     cfg = replace(CFG, kl=kl, temperature=tau)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     means = []
     for example, tokens in zip(BATCH, rows_of(response, mask), strict=True):
-        values = divergences_on_paper(student, teacher, example, tokens, kl, tau)
+        values = divergences_of(student, teacher, example, tokens, kl, tau)
         means.append(math.fsum(values) / len(tokens))
     loss = sdft_loss(student, teacher, BATCH, response, mask, cfg)
     assert loss.item() == pytest.approx(math.fsum(means) / len(BATCH), rel=1e-9)
@@ -168,10 +102,10 @@ def test_the_loss_is_what_two_plain_loops_say(kl, tau):
 
 @KINDS
 def test_same_context_and_weights_give_zero_loss_and_gradient(kl, monkeypatch):
-    """Invariant 13: the signal is the demonstration, and nothing else."""
-    student = make_model()
+    """The signal is the demonstration, and nothing else."""
+    student = small_model()
     teacher, cfg = sdft.make_teacher(student), replace(CFG, kl=kl)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     loss = sdft_loss(student, teacher, BATCH, response, mask, cfg)
     assert loss > 1e-3
     assert max(g.abs().max() for g in gradients(student, loss)) > 1e-4
@@ -186,7 +120,7 @@ def test_the_gradient_is_that_of_finite_differences(kl):
     """Through contexts, temperature and mean; the response itself stays fixed."""
     student, teacher = make_pair()
     cfg = replace(CFG, kl=kl, temperature=0.8, skip_first_tokens=1)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
 
     def loss():
         return sdft_loss(student, teacher, BATCH, response, mask, cfg)
@@ -205,25 +139,23 @@ def test_the_gradient_is_that_of_finite_differences(kl):
 
 
 def test_logits_align_across_contexts():
-    """Invariant 22: both sequences end in the same ids, right behind own contexts."""
+    """Both sequences end in the same tokens, right behind contexts of their own."""
     student, teacher = make_pair()
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     seen_student, seen_teacher = record_tokens(student), record_tokens(teacher)
     sdft_loss(student, teacher, BATCH, response, mask)
     (by_student,), (by_teacher,) = seen_student, seen_teacher
     for i, tokens in enumerate(rows_of(response, mask)):
-        prompt, demo = BATCH[i].prompt, BATCH[i].demo
-        bare = TOK.encode(prompt) + [TOK.answer]
-        shown = TOK.encode(prompt) + TOK.encode(f"example {demo}") + [TOK.answer]
+        bare, shown = contexts_of(BATCH[i])
         for rows, right in ((by_student, bare + tokens), (by_teacher, shown + tokens)):
             row = rows[i].tolist()[: len(right)]
             assert row in (right, right[:-1]), "the longest lacks its last token"
 
 
 def test_another_demonstration_changes_the_teacher_and_not_the_student():
-    """Invariant 23: bit for bit, in the loss, in the sampler and in the evaluation."""
+    """Bit for bit, in the loss and in the sampler."""
     student, teacher = make_pair()
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     seen_student, seen_teacher = record_tokens(student), record_tokens(teacher)
     losses = [
         sdft_loss(student, teacher, batch, response, mask)
@@ -232,156 +164,81 @@ def test_another_demonstration_changes_the_teacher_and_not_the_student():
     assert abs(losses[0] - losses[1]) > 1e-3
     assert torch.equal(*seen_student)
     assert not torch.equal(seen_teacher[0][:, :20], seen_teacher[1][:, :20])
-    again, _ = respond(student, teacher, OTHER_DEMOS)
+    again, _ = respond(student, OTHER_DEMOS)
     assert torch.equal(again, response)
 
 
 def test_no_token_of_a_demonstration_reaches_the_sampler_or_the_evaluator():
-    """Invariant 23: what the student is given to read is its prompt."""
-    student, teacher = make_pair()
-    seen, seen_teacher = record_tokens(student), record_tokens(teacher)
-    respond(student, teacher)
-    data.accuracy(student, "A", BATCH, TOK, 8)
+    """What the student is given to read is its prompt."""
+    student = small_model()
+    seen = record_tokens(student)
+    respond(student)
+    data.accuracy(student, Benchmark(BATCH, data.grade_items), TOK, 8)
     whole = [idx for idx in seen if idx.size(1) > 1]  # the others are single new tokens
-    assert len(whole) == 2 and not seen_teacher
+    assert len(whole) == 2
     for idx in whole:
         for row, example in zip(idx.tolist(), BATCH, strict=True):
-            bare = TOK.encode(example.prompt) + [TOK.answer]
+            bare, _ = contexts_of(example)
             assert row[: len(bare)] == bare
             assert set(row[len(bare) :]) <= {TOK.end}
 
 
-def test_an_evaluation_does_not_depend_on_the_demonstrations():
-    """Invariants 23, 48: but for the teacher, who alone is shown them."""
-    student, teacher = make_pair()
-    base, records = make_model(7), []
-    for batch in (BATCH, OTHER_DEMOS):
-        tasks = {"new": {"A": batch}, "prior": {"knowledge": batch}}
-        models = {"student": student, "teacher": teacher}
-        records.append(sdft.evaluate(models, base, "A", tasks, TOK, CFG))
-    a, b = records
-    for key in ("kl_teacher_base", "kl_teacher_student_by_position"):
-        assert a.pop(key) != b.pop(key)
-    assert a == b and a["kl_student_base"] > 0.01
-
-
-def test_an_evaluation_measures_distances_on_responses_of_one_s_own():
-    """KL(student || base) and KL(teacher || base), by plain loops."""
-    student, teacher = make_pair()
-    base, queries = make_model(7), BATCH[:3]
-    tasks = {"new": {"A": queries}, "prior": {"knowledge": queries}}
-    models = {"student": student, "teacher": teacher}
-    record = sdft.evaluate(models, base, "A", tasks, TOK, CFG)
-    for name, model, make in (
-        ("kl_student_base", student, data.student_prompt),
-        ("kl_teacher_base", teacher, data.teacher_prompt),
-    ):
-        means = []
-        for example in queries:
-            u = data.get_uniform([example], 8, CFG.seed, "evaluate", "cpu")[0].tolist()
-            context = make(example, TOK)
-            tokens = sample_on_paper(model, context, u)
-            bare, values = TOK.encode(example.prompt) + [TOK.answer], []
-            for t in range(len(tokens)):
-                p = model(torch.tensor([context + tokens[:t]]))[0, -1].tolist()
-                q = base(torch.tensor([bare + tokens[:t]]))[0, -1].tolist()
-                p, q = log_softmax_on_paper(p, 1), log_softmax_on_paper(q, 1)
-                values.append(kl_on_paper(p, q))
-            means.append(math.fsum(values) / len(values))
-        assert record[name] == pytest.approx(math.fsum(means) / len(means), rel=1e-9)
-
-
-def test_a_row_s_loss_does_not_depend_on_its_neighbours():
-    """Invariant 28: neither does its response."""
-    student, teacher = make_pair()
-    response, mask = respond(student, teacher)
-    total = 0
-    for i, example in enumerate(BATCH):
-        alone, its_mask = respond(student, teacher, [example])
-        assert rows_of(alone, its_mask) == [rows_of(response, mask)[i]]
-        total += sdft_loss(student, teacher, [example], alone, its_mask).item()
-    loss = sdft_loss(student, teacher, BATCH, response, mask)
-    assert loss.item() == pytest.approx(total, rel=1e-12)
-
-
-@KINDS
-def test_garbage_behind_the_end_changes_nothing(kl):
-    """Invariant 30: not a bit of loss or gradient."""
-    student, teacher = make_pair()
-    cfg = replace(CFG, kl=kl)
-    response, mask = respond(student, teacher)
-    garbage = torch.randint(0, TOK.vocab_size, response.shape, generator=make_rng(1))
-    other = torch.where(mask, response, garbage)
-    assert not torch.equal(other, response)
-    a = sdft_loss(student, teacher, BATCH, response, mask, cfg)
-    b = sdft_loss(student, teacher, BATCH, other, mask, cfg)
-    assert torch.equal(a, b)
-    for x, y in zip(gradients(student, a), gradients(student, b), strict=True):
-        assert torch.equal(x, y)
-
-
-@KINDS
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_the_gradient_does_not_depend_on_the_split(kl, micro_batches):
-    """Invariant 39: 1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, the responses sampled part by
-    part."""
-    student, teacher = make_pair()
-    cfg = replace(CFG, kl=kl)
-    loss = sdft_loss(student, teacher, BATCH, *respond(student, teacher), cfg)
-    whole = gradients(student, loss)
-    for part in data.my_parts(BATCH, micro_batches):
-        sampled = respond(student, teacher, part)
-        sdft_loss(student, teacher, part, *sampled, cfg).backward()
-    for p, g in zip(student.parameters(), whole, strict=True):
-        assert (p.grad - g).abs().max() < 1e-13
-    assert max(g.abs().max() for g in whole) > 1e-3
-
-
 def test_skipped_tokens_are_left_out_of_the_loss_only():
-    """Invariants 40, 41: later tokens still see them; a row of fewer tokens adds 0."""
+    """Later tokens still see them; a row of fewer tokens adds 0."""
     student, teacher = make_pair()
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     rows = rows_of(response, mask)
-    assert min(map(len, rows)) <= 3 < max(map(len, rows))
-    for skip in (0, 1, 3, 100):
+    assert min(map(len, rows)) <= 5 < max(map(len, rows))
+    for skip in (0, 1, 5, 100):
         means = []
         for example, tokens in zip(BATCH, rows, strict=True):
-            values = divergences_on_paper(student, teacher, example, tokens)[skip:]
+            values = divergences_of(student, teacher, example, tokens)[skip:]
             means.append(math.fsum(values) / max(1, len(values)))
         cfg = replace(CFG, skip_first_tokens=skip)
         loss = sdft_loss(student, teacher, BATCH, response, mask, cfg)
         right = math.fsum(means) / len(BATCH)
         assert loss.item() == pytest.approx(right, rel=1e-9, abs=1e-15)
-    assert loss == 0
-    assert all(bool((g == 0).all()) for g in gradients(student, loss))
 
 
-def test_long_and_short_responses_weigh_the_same():
-    """Invariant 42: and duplicating a row keeps the mean."""
+@KINDS
+def test_where_all_tokens_are_skipped_loss_and_gradient_are_exactly_0(kl):
+    """Not NaN from a mean over nothing; what is recorded is 0, too."""
     student, teacher = make_pair()
-    long = torch.tensor([TOK.encode("copy: bag bag bag bag bag") + [TOK.end]])
-    short = torch.full_like(long, TOK.end)
-    one = torch.arange(long.size(1))[None] < 1
-    masks = torch.ones_like(one), one
-    losses = [
-        sdft_loss(student, teacher, BATCH[:1], row, mask, replace(CFG, batch_size=1))
-        for row, mask in zip((long, short), masks, strict=True)
-    ]
-    both = torch.cat((long, short)), torch.cat(masks)
-    pair, cfg = [BATCH[0]] * 2, replace(CFG, batch_size=2)
-    mean = sdft_loss(student, teacher, pair, *both, cfg).item()
-    assert mean == pytest.approx((losses[0] + losses[1]).item() / 2, rel=1e-12)
-    assert abs(losses[0] - losses[1]) > 1e-3, "else this shows nothing"
-    twice, cfg = [x.repeat(2, 1) for x in both], replace(CFG, batch_size=4)
-    again = sdft_loss(student, teacher, pair * 2, *twice, cfg).item()
-    assert again == pytest.approx(mean, rel=1e-12)
+    response, mask = respond(student)
+    cfg = replace(CFG, kl=kl, skip_first_tokens=mask.size(1))
+    loss, extra = sdft.compute_loss(
+        student, teacher, BATCH, response, mask, TOK, cfg, 0
+    )
+    assert loss == 0 and [x.item() for x in extra.values()] == [0, 0, 0]
+    loss.backward()
+    assert all(bool((p.grad == 0).all()) for p in student.parameters())
+
+
+def test_a_run_that_skips_all_tokens_warns_at_each_record(tmp_path, capsys):
+    """And its student stays what it was."""
+    student, records = run(sdft, tmp_path, skip_first_tokens=16)
+    assert [row["loss"] for row in records] == [row["grad_norm"] for row in records]
+    assert [row["loss"] for row in records] == [0, 0, 0]
+    assert equal_weights(student, small_model())
+    text = capsys.readouterr().out
+    assert text.count("warning: the gradient is 0, nothing is learnt") == 3
+    run(sdft, tmp_path / "b", skip_first_tokens=1)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_the_warning_of_a_zero_gradient_is_not_hidden_by_another():
+    """Where no response ends, both are said."""
+    record = {"step": 0, "skill": "A", "loss": 0.0, "response_length": 16.0,
+              "eos_rate": 0.0, "grad_norm": 0.0}  # fmt: skip
+    text = train.describe(record)
+    assert "EOS rate 0 %" in text and "the gradient is 0" in text
 
 
 @KINDS
 def test_a_temperature_divides_the_logits_of_both_models(kl):
-    """Invariant 33: the loss at 2 is that at 1 of two models with halved states."""
+    """The loss at 2 is that at 1 of two models with halved hidden states."""
     student, teacher = make_pair()
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     cool = replace(CFG, kl=kl, temperature=2.0)
     loss = sdft_loss(student, teacher, BATCH, response, mask, cool)
     with torch.no_grad():
@@ -391,37 +248,28 @@ def test_a_temperature_divides_the_logits_of_both_models(kl):
     assert loss.item() == pytest.approx(same.item(), rel=1e-12)
 
 
-def test_a_context_that_does_not_fit_is_refused_and_nothing_is_cut():
-    """Invariant 24."""
+def test_what_is_recorded_beside_the_loss_is_right_by_plain_loops():
+    """At a temperature of 1 and at another; and only in a step that is recorded."""
     student, teacher = make_pair()
-    demo = " ".join(["apple"] * 60)
-    batch = [Example("garden button: wolf", demo, "")]
-    response = torch.full((1, 8), 7)
-    mask = torch.ones(1, 8, dtype=torch.bool)
-    with pytest.raises(ValueError, match="of up to 70 .* need 78 > block_size 64"):
-        sdft_loss(student, teacher, batch, response, mask)
-
-
-def test_records_are_sums_that_no_split_changes():
-    """And what is watched beside the loss is right, by plain loops."""
-    student, teacher = make_pair()
-    response, mask = respond(student, teacher)
-    _, extra = sdft.compute_loss(student, teacher, BATCH, response, mask, TOK, CFG, 10)
-    _, none = sdft.compute_loss(student, teacher, BATCH, response, mask, TOK, CFG, 11)
-    assert none == {} and len(extra) == 3
-    reverse = 0
-    for example, tokens in zip(BATCH, rows_of(response, mask), strict=True):
-        values = divergences_on_paper(student, teacher, example, tokens, "reverse")
-        reverse += math.fsum(values) / len(values) / len(BATCH)
-    assert extra["kl_student_teacher"].item() == pytest.approx(reverse, rel=1e-9)
-    parts = {}
-    for part in data.my_parts(BATCH, 4):
-        sampled = respond(student, teacher, part)
-        more = sdft.compute_loss(student, teacher, part, *sampled, TOK, CFG, 10)[1]
-        for key, value in more.items():
-            parts[key] = parts.get(key, 0) + value
-    for key, value in extra.items():
-        assert parts[key].item() == pytest.approx(value.item(), rel=1e-12)
+    response, mask = respond(student)
+    for tau in (1.0, 0.7):
+        cfg = replace(CFG, temperature=tau)
+        args = student, teacher, BATCH, response, mask, TOK, cfg
+        (_, extra), (_, none) = (sdft.compute_loss(*args, step) for step in (10, 11))
+        assert none == {}
+        right = {"kl_student_teacher": 0, "student_entropy": 0, "teacher_entropy": 0}
+        for example, tokens in zip(BATCH, rows_of(response, mask), strict=True):
+            bare, shown = contexts_of(example)
+            share = 1 / len(tokens) / len(BATCH)
+            values = divergences_of(student, teacher, example, tokens, "reverse", tau)
+            right["kl_student_teacher"] += share * math.fsum(values)
+            for t in range(len(tokens)):
+                s = next_logits(student, bare + tokens[:t])
+                q = next_logits(teacher, shown + tokens[:t])
+                right["student_entropy"] += share * entropy(s, tau)
+                right["teacher_entropy"] += share * entropy(q, tau)
+        got = {key: value.item() for key, value in extra.items()}
+        assert got == pytest.approx(right, rel=1e-9)
 
 
 # ---- The response ------------------------------------------------------------------
@@ -429,41 +277,26 @@ def test_records_are_sums_that_no_split_changes():
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_response_comes_from_the_current_student(temperature):
-    """Invariants 33, 35: by a plain loop, before and after the student has changed."""
-    student, teacher = make_pair()
-    cfg, seen = replace(CFG, temperature=temperature), []
+    """By a plain loop, before and after the student has changed."""
+    student, seen = small_model(), []
+    cfg = replace(CFG, temperature=temperature)
     for change in (0.0, 0.05):
         with torch.no_grad():
             for p in student.parameters():
                 p += change * torch.randn(p.shape, generator=make_rng(0))
-        got = rows_of(*respond(student, teacher, cfg=cfg))
-        u = data.get_uniform(BATCH, CFG.max_new_tokens, CFG.seed, 1, "cpu").tolist()
-        for example, row, numbers in zip(BATCH, got, u, strict=True):
-            context = TOK.encode(example.prompt) + [TOK.answer]
-            assert row == sample_on_paper(student, context, numbers, temperature)
+        got = rows_of(*respond(student, cfg=cfg))
+        for example, row, u in zip(BATCH, got, uniforms(), strict=True):
+            bare, _ = contexts_of(example)
+            assert row == sample(student, bare, u, TOK.end, temperature)
         seen.append(got)
     assert seen[0] != seen[1]
 
 
-def test_responses_come_from_the_teacher_when_asked():
-    """Off-policy, an ablation: the teacher's weights and the teacher's context."""
-    student, teacher = make_pair()
-    cfg = replace(CFG, generate_from="teacher")
-    got = rows_of(*respond(student, teacher, cfg=cfg))
-    u = data.get_uniform(BATCH, CFG.max_new_tokens, CFG.seed, 1, "cpu").tolist()
-    for example, row, numbers in zip(BATCH, got, u, strict=True):
-        shown = f"{example.prompt} example {example.demo}"
-        context = TOK.encode(shown) + [TOK.answer]
-        assert row == sample_on_paper(teacher, context, numbers)
-    assert got != rows_of(*respond(student, teacher))
-
-
 def test_a_rollout_keeps_no_graph_and_restores_the_mode():
-    """Invariant 35."""
     student, teacher = make_pair()
     for training in (True, False):
         student.train(training)
-        response, mask = respond(student, teacher)
+        response, mask = respond(student)
         assert student.training == training
         assert not response.requires_grad and not response.is_inference()
         assert all(p.grad is None for p in student.parameters())
@@ -472,13 +305,13 @@ def test_a_rollout_keeps_no_graph_and_restores_the_mode():
 
 
 def test_a_rollout_cuts_off_no_unlikely_token(monkeypatch):
-    """Invariant 33: neither top-k nor top-p; the last token of all can be drawn."""
-    student, teacher = make_pair()
+    """Neither top-k nor top-p; the last token of all can be drawn."""
+    student = small_model(n_tokens=0)  # all rows of the embedding are tokens
     with torch.no_grad():  # make the last id the least likely of all
-        student.lm_head.weight[-1] = -student.lm_head.weight[0]
-    context = data.pad_batch(data.student_prompt, BATCH, TOK, "cpu")
-    ids, lengths = context
-    logits = student(ids)[range(len(BATCH)), lengths - 1]
+        student.lm_head.weight[-1] *= 3
+        student.lm_head.weight[-1, 0] = student.lm_head.weight[:, 0].min() - 4
+    bare = data.pad_batch(data.student_prompt, BATCH, TOK, "cpu")
+    logits = student(bare[0])[range(len(BATCH)), bare[1] - 1]
     p = torch.softmax(logits, dim=-1)[:, -1]
     assert p.max() < 5e-3 and p.min() > 1e-12
 
@@ -486,15 +319,15 @@ def test_a_rollout_cuts_off_no_unlikely_token(monkeypatch):
         return torch.full((len(batch), n), 1 - 1e-13)
 
     monkeypatch.setattr(data, "get_uniform", nearly_one)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     assert (response == TOK.vocab_size - 1).all() and len(response) == len(BATCH)
 
 
 def test_the_mask_ends_with_the_first_end():
-    """Invariant 36: included; a response without one keeps all, and is counted."""
-    student, teacher = make_pair()
-    cfg, ended = replace(CFG, max_new_tokens=4), 0
-    response, mask = respond(student, teacher, cfg=cfg)
+    """It is included; a response without one keeps all, and is counted."""
+    student, ended = small_model(), 0
+    cfg = replace(CFG, max_new_tokens=4)
+    response, mask = respond(student, cfg=cfg)
     for row, seen in zip(response.tolist(), mask.tolist(), strict=True):
         n = row.index(TOK.end) + 1 if TOK.end in row else 4
         assert seen == [t < n for t in range(len(row))]
@@ -502,26 +335,28 @@ def test_the_mask_ends_with_the_first_end():
     assert 0 < ended < len(BATCH), "both kinds must occur"
     assert response.size(1) == 4
     sums, loss = {}, torch.zeros(())
-    sdft.tally(sums, loss, response, mask, {}, TOK, cfg)
+    sdft.accumulate(sums, loss, response, mask, {}, TOK, cfg)
     assert sums["eos_rate"] == ended / len(BATCH)
     assert sums["response_length"] == mask.sum() / len(BATCH)
 
 
-def test_each_prompt_of_a_step_is_another_one_and_gets_one_response():
-    """Invariant 37."""
-    student, teacher = make_pair()
-    for step in range(4):
-        batch = data.get_batch(DEMOS, 8, 0, step)
+def test_each_prompt_of_a_step_is_another_one_and_gets_one_response_of_its_own():
+    """Drawn after that prompt, with the numbers of that step and example."""
+    student, cfg = small_model(), replace(CFG, max_new_tokens=3)
+    for step in range(3):
+        batch = data.get_batch(DEMOS, 8, CFG.seed, step)
         assert len({example.prompt for example in batch}) == 8
-        response, mask = respond(student, teacher, batch, step=step)
-        assert len(response) == len(mask) == 8
+        rows = rows_of(*respond(student, batch, cfg, step))
+        for example, row in zip(batch, rows, strict=True):
+            u = data.get_uniform([example], 3, CFG.seed, step, "cpu")[0].tolist()
+            assert row == sample(student, contexts_of(example)[0], u, TOK.end)
 
 
 def test_each_step_draws_new_responses():
-    student, teacher = make_pair()
-    first = respond(student, teacher, step=0)[0]
-    assert torch.equal(first, respond(student, teacher, step=0)[0])
-    second = respond(student, teacher, step=1)[0]
+    student = small_model()
+    first = respond(student, step=0)[0]
+    assert torch.equal(first, respond(student, step=0)[0])
+    second = respond(student, step=1)[0]
     assert first.tolist() != second.tolist()
 
 
@@ -530,11 +365,10 @@ def test_each_step_draws_new_responses():
 
 @KINDS
 def test_no_gradient_reaches_the_teacher(kl):
-    """Invariant 14."""
-    student = make_model()
+    student = small_model()
     teacher = sdft.make_teacher(student)
     optimizer = sdft.make_optimizer(student, CFG)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     cfg = replace(CFG, kl=kl)
     sdft_loss(student, teacher, BATCH, response, mask, cfg).backward()
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
@@ -554,7 +388,7 @@ def test_no_gradient_reaches_the_teacher(kl):
 
 
 def test_making_a_teacher_leaves_the_student_alone():
-    student = make_model()
+    student = small_model()
     teacher = sdft.make_teacher(student)
     assert equal_weights(student, teacher)
     assert student.training and all(p.requires_grad for p in student.parameters())
@@ -563,12 +397,12 @@ def test_making_a_teacher_leaves_the_student_alone():
 
 @KINDS
 def test_a_live_teacher_gives_the_gradient_of_a_copy(kl):
-    """Invariant 15: the student itself as teacher is a constant, too."""
+    """The student itself as teacher is a constant, too."""
     student, teacher = make_pair()
     cfg = replace(CFG, kl=kl, teacher="live")
     sdft.update_teacher(teacher, student, cfg)
     assert equal_weights(teacher, student)
-    response, mask = respond(student, teacher)
+    response, mask = respond(student)
     by_teacher = []
     for each in (teacher, copy.deepcopy(student), student):
         loss = sdft_loss(student, each, BATCH, response, mask, cfg)
@@ -579,7 +413,6 @@ def test_a_live_teacher_gives_the_gradient_of_a_copy(kl):
 
 
 def test_a_frozen_teacher_stays_bit_identical():
-    """Invariant 15."""
     student, teacher = make_pair()
     before = copy.deepcopy(teacher)
     for _ in range(5):
@@ -588,7 +421,6 @@ def test_a_frozen_teacher_stays_bit_identical():
 
 
 def test_ema_rate_0_freezes_and_1_copies():
-    """Invariant 16."""
     student, teacher = make_pair()
     before = copy.deepcopy(teacher)
     sdft.update_teacher(teacher, student, replace(CFG, ema_rate=0.0))
@@ -599,7 +431,7 @@ def test_ema_rate_0_freezes_and_1_copies():
 
 @pytest.mark.parametrize("ema_rate", [0.02, 0.3])
 def test_the_teacher_approaches_a_constant_student_geometrically(ema_rate):
-    """Invariant 16: teacher_n = student + (1 - ema_rate)^n (teacher_0 - student)."""
+    """Teacher_n = student + (1 - ema_rate)^n (teacher_0 - student)."""
     student, teacher = make_pair()
     first, student_before = copy.deepcopy(teacher), copy.deepcopy(student)
     cfg = replace(CFG, ema_rate=ema_rate)
@@ -615,7 +447,8 @@ def test_the_teacher_approaches_a_constant_student_geometrically(ema_rate):
 
 def share_closed(dtype):
     """How much of a gap of 1 % an ema_rate of 0.01 closes in 250 updates."""
-    student = GPT(CONFIG, make_rng(0, "weights"))
+    sizes = {"n_layer": 1, "n_head": 2, "n_kv_head": 2, "n_embd": 32, "n_inner": 48}
+    student = GPT(GPTConfig(**sizes), make_rng(0, "weights"))
     teacher = sdft.make_teacher(student)
     with torch.no_grad():
         for p in student.parameters():
@@ -633,13 +466,13 @@ def share_closed(dtype):
 
 
 def test_the_average_moves_in_float32_and_hardly_in_bfloat16():
-    """Invariant 17: 1 - 0.99^250 = 0.919; in bfloat16 most steps round to nothing."""
+    """1 - 0.99^250 = 0.919; in bfloat16 most steps round to nothing."""
     assert share_closed(torch.float32) == pytest.approx(1 - 0.99**250, abs=1e-3)
     assert share_closed(torch.bfloat16) < 0.1
 
 
 def test_tied_embeddings_are_averaged_once_and_stay_tied():
-    """Invariant 18: averaged twice, the teacher would run ahead; tables are copied."""
+    """Averaged twice, the teacher would run ahead; tables are copied."""
     student, teacher = make_pair()
     first = teacher.wte.weight.clone()
     sdft.update_teacher(teacher, student, replace(CFG, ema_rate=0.25))
@@ -649,7 +482,7 @@ def test_tied_embeddings_are_averaged_once_and_stay_tied():
     assert len(list(teacher.parameters())) == len(list(student.parameters()))
     assert torch.equal(teacher.cos, student.cos)
     assert torch.equal(teacher.sin, student.sin)
-    untied = sdft.make_teacher(make_model(tie_weights=False))
+    untied = sdft.make_teacher(small_model(tie_weights=False))
     assert untied.lm_head.weight is not untied.wte.weight
 
 
@@ -658,13 +491,12 @@ def test_tied_embeddings_are_averaged_once_and_stay_tied():
 
 def run(module, folder, seed=0, **settings):
     """Three steps of a method; returns its student and its records, without times."""
-    folder.mkdir()
-    student = make_model()
+    student = small_model()
     cfg = module.Config(
         steps=3, batch_size=4, warmup_steps=1, lr=1e-3, log_every=1, save_every=1,
         seed=seed, **settings,
     )  # fmt: skip
-    module.train(student, {"A": DEMOS}, {}, TOK, cfg, folder)
+    module.train(student, {"A": DEMOS}, {}, TOK, cfg, train.Run(folder))
     records = (folder / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in records]
     assert len(records) == 3
@@ -672,14 +504,14 @@ def run(module, folder, seed=0, **settings):
 
 
 def saved_teacher(folder):
-    teacher = make_model()
-    saved = data.read_checkpoint(folder / "checkpoint.pt")
+    teacher = small_model()
+    saved = train.read_checkpoint(folder / "checkpoint.pt")
     teacher.load_state_dict(saved["models"]["teacher"])
     return teacher
 
 
 def test_the_same_seed_gives_the_same_losses(tmp_path):
-    """Invariant 38: and another seed others."""
+    """And another seed others."""
     student, first = run(sdft, tmp_path / "a")
     again, second = run(sdft, tmp_path / "b")
     other, third = run(sdft, tmp_path / "c", seed=1)
@@ -688,7 +520,7 @@ def test_the_same_seed_gives_the_same_losses(tmp_path):
 
 
 def test_both_methods_see_the_same_examples_in_the_same_order(tmp_path, monkeypatch):
-    """Invariant 38: however many random numbers the responses take."""
+    """However many random numbers the responses take."""
     get_batch, drawn = data.get_batch, []
 
     def keep(*args):
@@ -705,8 +537,8 @@ def test_both_methods_see_the_same_examples_in_the_same_order(tmp_path, monkeypa
 
 
 def test_the_teacher_is_averaged_once_after_each_optimizer_step(tmp_path, monkeypatch):
-    """Invariant 16: not for each micro-batch, and never before the step."""
-    update, students, teachers = sdft.update_teacher, [make_model()], []
+    """Not for each micro-batch, and never before the step."""
+    update, students, teachers = sdft.update_teacher, [small_model()], []
 
     def keep(teacher, student, cfg):
         assert not equal_weights(student, students[-1]), "the step comes first"
@@ -728,35 +560,35 @@ def test_the_teacher_is_averaged_once_after_each_optimizer_step(tmp_path, monkey
 
 
 def test_training_with_a_frozen_a_live_and_an_averaged_teacher(tmp_path):
-    """Invariant 15: frozen it stays the base, live it is the student, ema neither."""
+    """Frozen it stays the base, live it is the student, ema neither."""
     for kind in ("frozen", "live", "ema"):
         student, _ = run(sdft, tmp_path / kind, teacher=kind)
         teacher = saved_teacher(tmp_path / kind)
-        assert equal_weights(teacher, make_model()) == (kind == "frozen")
+        assert equal_weights(teacher, small_model()) == (kind == "frozen")
         assert equal_weights(teacher, student) == (kind == "live")
-        assert not equal_weights(student, make_model())
+        assert not equal_weights(student, small_model())
 
 
 def test_the_teacher_is_the_student_s_weights_before_the_first_step(tmp_path):
     """The first loss of a run is that of the base model, shown the demonstrations."""
     _, records = run(sdft, tmp_path / "a", dropout=0.0)
-    base, means = make_model(), []
+    base, means = small_model(), []
     for example in data.get_batch(DEMOS, 4, 0, 0):
         u = data.get_uniform([example], 16, 0, 0, "cpu")[0].tolist()
-        tokens = sample_on_paper(base, data.student_prompt(example, TOK), u)
-        values = divergences_on_paper(base, base, example, tokens)
+        tokens = sample(base, contexts_of(example)[0], u, TOK.end)
+        values = divergences_of(base, base, example, tokens)
         means.append(math.fsum(values) / len(values))
     assert records[0]["loss"] == pytest.approx(math.fsum(means) / 4, rel=1e-9)
 
 
 def test_distillation_closes_the_gap_to_the_teacher(tmp_path):
     """Eighty steps towards a fixed teacher, on the same prompts, lower the loss."""
-    student = make_model()
+    student = small_model()
     cfg = sdft.Config(
         steps=80, batch_size=8, warmup_steps=1, lr=3e-3, log_every=79,
         teacher="frozen", max_new_tokens=8, dropout=0.0,
     )  # fmt: skip
-    sdft.train(student, {"A": DEMOS[:8]}, {}, TOK, cfg, tmp_path)
+    sdft.train(student, {"A": DEMOS[:8]}, {}, TOK, cfg, train.Run(tmp_path))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     first, last = (json.loads(line)["loss"] for line in lines)
     assert last < 0.25 * first

@@ -1,49 +1,39 @@
-"""Supervised fine-tuning: its loss, its mask, and that it learns."""
+"""Supervised fine-tuning: its responses, its loss, its mask, and that it learns.
+
+What it promises together with SDFT is tested in test_pair.py.
+"""
 
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
+from oracles import log_likelihoods, make_model, record_tokens
 
 import data
 import sft
 from data import Example, make_rng
 from model import GPT, GPTConfig
+from train import Run
+
+pytestmark = pytest.mark.usefixtures("float64")
 
 TOK = data.Tokenizer()
-CONFIG = GPTConfig(
-    block_size=64, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1,
-    n_embd=32, n_inner=48,
-)  # fmt: skip
 DEMOS = data.make_demos(data.World(0), "A", 8, 0)
-BATCH = [  # responses of 2 to 16 tokens
+BATCH = [  # responses of 2 to 16 tokens; the last two as the base corpus has them
     *DEMOS[:2],
     Example("kitchen kettle: apple river stone", "reverse: stone river apple", ""),
-    Example("garden button: wolf", "axe", ""),
-    Example("harbour fox: candle spoon tower", "last gives tower done sir", "", 3),
-    *DEMOS[2:5],
-]
+    Example("garden button: owl", "bag", ""),
+    *DEMOS[2:4],
+    Example("harbour fox: candle spoon tower", "last gives tower done sir", "",
+            skip=(0, 1, 2)),
+    Example("garden cork: cake door", "first: cake", "", shown="well friend, front so "
+            "you get cake as ever", skip=(3, 10, 11)),
+]  # fmt: skip
 CFG = sft.Config(batch_size=len(BATCH))
 
 
-@pytest.fixture(autouse=True)
-def float64():
-    """What is made of whole numbers (the weights of the mean) is float64, too."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def make_model(seed=0):
-    """A GPT in float64 whose predictions are not flat."""
-    model = GPT(CONFIG, make_rng(seed, "weights")).double()
-    model.dtype = torch.float64
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.dim() == 2:
-                p *= 8
-    return model
+def small_model(seed=0):
+    return make_model(seed, vocab_size=TOK.vocab_size, n_tokens=TOK.n_tokens)
 
 
 def sft_loss(model, batch, cfg=CFG):
@@ -51,146 +41,95 @@ def sft_loss(model, batch, cfg=CFG):
     return sft.compute_loss(model, batch, response, mask, TOK, cfg)
 
 
-def gradients(model, loss):
-    return torch.autograd.grad(loss, list(model.parameters()))
+def written(example):
+    """Context, response, and which tokens of the response are learnt; by hand."""
+    prompt, demo = TOK.encode(example.prompt), TOK.encode(example.demo)
+    context, response = [*prompt, TOK.start], [*demo, TOK.end]
+    if example.shown:  # what is learnt begins with the demonstration in the prompt
+        context = [*prompt, *TOK.encode("example")]
+        response = [*TOK.encode(example.shown), TOK.start, *response]
+    return context, response, [t not in example.skip for t in range(len(response))]
+
+
+# ---- The response ------------------------------------------------------------------
 
 
 def test_the_response_is_the_demonstration_and_the_mask_its_length():
-    """Invariants 21, 31: the end counts, pads behind it do not; both are one token."""
+    """The end counts, pads behind it do not; both are one token."""
     response, mask = sft.get_responses(BATCH, TOK, "cpu")
     rows = response.tolist(), mask.tolist()
     for example, row, counts in zip(BATCH, *rows, strict=True):
-        tokens = TOK.encode(example.demo)[example.given :]
+        _, tokens, learnt = written(example)
         assert row[: len(tokens)] == tokens
-        assert set(row[len(tokens) :]) == {TOK.end}
-        assert counts == [t <= len(tokens) for t in range(len(row))]
+        assert set(row[len(tokens) :]) <= {TOK.end}
+        assert counts == learnt + [False] * (len(row) - len(tokens))
+        if not example.skip:
+            assert tokens == TOK.encode(example.demo) + [TOK.end] and all(learnt)
+    assert mask.sum(1).unique().numel() > 3
+
+
+# ---- The loss ----------------------------------------------------------------------
 
 
 def test_loss_is_minus_log_likelihood():
-    """Invariants 20, 21, 42: the mean of each response, then of the batch."""
-    model, means = make_model(), []
-    for example in BATCH:  # one by one, without padding
-        context = TOK.encode(example.prompt) + [TOK.answer]
-        tokens = TOK.encode(example.demo) + [TOK.end]
-        logits = model(torch.tensor([context + tokens]))[0]
-        first = len(context) + example.given
-        targets = torch.tensor((context + tokens)[first:])
-        means.append(F.cross_entropy(logits[first - 1 : -1], targets))
+    """The mean of each response, then of the batch; one by one, without padding."""
+    model, means = small_model(), []
+    for example in BATCH:
+        context, response, learnt = written(example)
+        values = log_likelihoods(model, context, response)
+        values = [x for x, on in zip(values, learnt, strict=True) if on]
+        means.append(-math.fsum(values) / len(values))
     loss, extra = sft_loss(model, BATCH)
-    assert loss.item() == pytest.approx(sum(means).item() / len(means), rel=1e-12)
+    assert loss.item() == pytest.approx(math.fsum(means) / len(means), rel=1e-12)
     assert extra == {}
-    lengths = [len(TOK.encode(example.demo)) for example in BATCH]
-    assert len(set(lengths)) > 2, "with equal lengths every mean is the same"
 
 
-def test_a_long_and_a_short_response_weigh_the_same():
-    """Invariant 42: duplicating a row keeps the mean."""
-    model, *both = make_model(), *sorted(BATCH, key=lambda e: len(e.demo))
-    short, long = both[0], both[-1]
-    a = sft_loss(model, [long], sft.Config(batch_size=1))[0]
-    b = sft_loss(model, [short], sft.Config(batch_size=1))[0]
-    both = sft_loss(model, [long, short], sft.Config(batch_size=2))[0]
-    assert both.item() == pytest.approx((a + b).item() / 2, rel=1e-12)
-    twice = sft_loss(model, [long, short] * 2, sft.Config(batch_size=4))[0]
-    assert twice.item() == pytest.approx(both.item(), rel=1e-12)
-    assert abs(a - b) > 0.01, "else this shows nothing"
+def test_the_loss_reads_the_student_s_context_and_the_response_behind_it():
+    """And so no other context: token for token."""
+    model = small_model()
+    seen = record_tokens(model)
+    sft_loss(model, BATCH)
+    (idx,) = seen
+    for example, row in zip(BATCH, idx.tolist(), strict=True):
+        context, response, _ = written(example)
+        right = context + response
+        assert row[: len(right)] in (right, right[:-1]), "the longest lacks its last"
 
 
-def place_gradients(model, batch):
-    """All tokens of the batch (B, T), and d loss / d states at each of them (B, T, C):
-    a place's logits come from its state, so neither or both get a gradient."""
-    seen = {}
+def test_only_what_predicts_a_learnt_token_gets_a_gradient():
+    """Not the prompt, and not what is skipped. A place's logits come from its hidden
+    state, so neither or both get a gradient."""
+    model, seen = small_model(), {}
 
     def keep(idx):
-        states = GPT.states(model, idx)
-        states.retain_grad()
-        seen["states"], seen["idx"] = states, idx
-        return states
+        seen["hidden"] = GPT.hidden(model, idx)
+        seen["hidden"].retain_grad()
+        return seen["hidden"]
 
-    model.states = keep
-    loss, _ = sft_loss(model, batch)
-    loss.backward()
-    del model.states
-    return seen["idx"], seen["states"].grad
-
-
-def test_prompt_logits_get_no_gradient():
-    """Only places that predict a token of the response, its end included, do."""
-    idx, grad = place_gradients(make_model(), BATCH)
-    for row, example in enumerate(BATCH):
-        prompt = len(TOK.encode(example.prompt)) + 1 + example.given
-        n = len(TOK.encode(example.demo)) - example.given + 1
-        learnt = [bool(g.any()) for g in grad[row]]
-        places = range(idx.size(1))
-        assert learnt == [prompt - 1 <= t < prompt + n - 1 for t in places]
+    model.hidden = keep
+    sft_loss(model, BATCH)[0].backward()
+    for example, grad in zip(BATCH, seen["hidden"].grad, strict=True):
+        context, response, learnt = written(example)
+        right = [False] * (len(context) - 1) + learnt
+        right += [False] * (len(grad) - len(right))
+        assert [bool(g.any()) for g in grad] == right[: len(grad)]
+    assert sum(len(example.skip) for example in BATCH) == 6
 
 
-def test_given_tokens_are_not_learnt():
-    """They are context: the loss starts behind them, whatever they are."""
-    model = make_model()
+def test_skipped_tokens_are_context_whatever_they_are():
+    """One more takes its own term out of the sum, and the rest still sees it."""
+    model, cfg = small_model(), sft.Config(batch_size=1)
     prompt, demo = "garden button: lamp pearl rope", "reverse: rope pearl lamp"
-    n = len(TOK.encode(demo))
-    cfg, losses = sft.Config(batch_size=1), []
-    for given in range(n + 1):
-        example = Example(prompt, demo, "", given)
-        losses.append(sft_loss(model, [example], cfg)[0].item())
-    sums = [loss * (n + 1 - given) for given, loss in enumerate(losses)]
-    context = TOK.encode(prompt) + [TOK.answer]
-    idx = torch.tensor([context + TOK.encode(demo) + [TOK.end]])
-    log_p = torch.log_softmax(model(idx)[0], dim=-1)
-    for t in range(n):  # one more given token takes its own term out of the sum
-        place = len(context) + t
-        term = -log_p[place - 1, idx[0, place]].item()
-        assert sums[t] - sums[t + 1] == pytest.approx(term, rel=1e-9)
+    context, response, _ = written(Example(prompt, demo, ""))
+    terms = [-x for x in log_likelihoods(model, context, response)]
+    for n in range(len(response)):
+        example = Example(prompt, demo, "", skip=tuple(range(n)))
+        loss = sft_loss(model, [example], cfg)[0].item()
+        right = math.fsum(terms[n:]) / (len(terms) - n)
+        assert loss == pytest.approx(right, rel=1e-9)
 
 
-def test_garbage_behind_the_end_changes_nothing():
-    """Invariant 30: not a bit of loss or gradient."""
-    model = make_model()
-    response, mask = sft.get_responses(BATCH, TOK, "cpu")
-    garbage = torch.randint(0, TOK.vocab_size, response.shape, generator=make_rng(1))
-    other = torch.where(mask, response, garbage)
-    assert not torch.equal(other, response)
-    a, _ = sft.compute_loss(model, BATCH, response, mask, TOK, CFG)
-    b, _ = sft.compute_loss(model, BATCH, other, mask, TOK, CFG)
-    assert torch.equal(a, b)
-    for x, y in zip(gradients(model, a), gradients(model, b), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_a_row_s_loss_does_not_depend_on_its_neighbours():
-    """Invariant 28."""
-    model = make_model()
-    alone = sum(sft_loss(model, [example])[0] for example in BATCH)
-    together = sft_loss(model, BATCH)[0]
-    assert together.item() == pytest.approx(alone.item(), rel=1e-12)
-
-
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_the_gradient_does_not_depend_on_the_split(micro_batches):
-    """Invariant 39: 1 x 8 = 2 x 4 = 4 x 2 = 8 x 1."""
-    model = make_model()
-    whole = gradients(model, sft_loss(model, BATCH)[0])
-    for part in data.my_parts(BATCH, micro_batches):
-        sft_loss(model, part)[0].backward()  # accumulates in p.grad
-    for p, g in zip(model.parameters(), whole, strict=True):
-        assert (p.grad - g).abs().max() < 1e-13
-    assert max(g.abs().max() for g in whole) > 1e-2
-
-
-def test_records_do_not_depend_on_the_split():
-    model, sums = make_model(), {1: {}, 4: {}}
-    for n in sums:
-        for part in data.my_parts(BATCH, n):
-            response, mask = sft.get_responses(part, TOK, "cpu")
-            loss, extra = sft.compute_loss(model, part, response, mask, TOK, CFG)
-            sft.tally(sums[n], loss, response, mask, extra, TOK, CFG)
-    tokens = sum(len(TOK.encode(e.demo)) + 1 - e.given for e in BATCH)
-    for got in sums.values():
-        assert got["tokens"] == tokens
-        assert got["response_length"].item() == pytest.approx(tokens / len(BATCH))
-        assert got["eos_rate"] == 1
-        assert got["loss"].item() == pytest.approx(sft_loss(model, BATCH)[0].item())
+# ---- The update --------------------------------------------------------------------
 
 
 def test_the_learning_rate_warms_up_and_falls_to_zero():
@@ -202,8 +141,27 @@ def test_the_learning_rate_warms_up_and_falls_to_zero():
     assert rates[12] == 0
 
 
+def test_the_warm_up_takes_at_most_half_of_a_stage_and_the_rest_falls_to_zero():
+    """Else a short stage would never reach its rate, and end at its highest."""
+    for steps in (1, 2, 3, 4, 7, 20, 30, 40, 41, 79, 80, 300):
+        for warmup_steps in (0, 1, 10, 40, 1000):
+            cfg = sft.Config(lr=2.0, warmup_steps=warmup_steps, steps=steps)
+            rates = [sft.get_lr(t, cfg) for t in range(steps)]
+            rising = sum(b > a for a, b in zip([0, *rates], rates, strict=False))
+            assert max(rates) == 2 and min(rates) > 0
+            assert rising <= max(1, steps / 2), "the first of all rises from 0"
+            top = rates.index(2)
+            assert rates[: top + 1] == sorted(rates[: top + 1])
+            assert rates[top:] == sorted(rates[top:], reverse=True)
+            assert sft.get_lr(steps, cfg) == 0
+            if steps >= 20:
+                assert rates[-1] < 0.03 * 2
+    short = sft.Config(lr=2.0, warmup_steps=40, steps=20)
+    assert [sft.get_lr(t, short) for t in (4, 9, 10)] == [1.0, 2.0, 2.0]
+
+
 def test_only_matrices_decay():
-    model = make_model()
+    model = small_model()
     decay, rest = sft.make_optimizer(model, sft.Config(weight_decay=0.1)).param_groups
     assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
     assert {p.dim() for p in decay["params"]} == {2}
@@ -213,29 +171,18 @@ def test_only_matrices_decay():
 
 
 def test_it_overfits_one_batch(tmp_path):
-    """And then answers with the demonstrations, word for word."""
+    """And then responds with the demonstrations, word for word."""
     torch.set_default_dtype(torch.float32)
-    student = GPT(CONFIG, make_rng(0, "weights"))
+    config = GPTConfig(
+        block_size=64, vocab_size=TOK.vocab_size, n_layer=2, n_head=2, n_kv_head=1,
+        n_embd=32, n_inner=48,
+    )  # fmt: skip
+    student = GPT(config, make_rng(0, "weights"))
     cfg = sft.Config(
         steps=160, batch_size=8, lr=1e-2, log_every=80, beta2=0.95, dropout=0.0
     )
-    sft.train(student, {"A": DEMOS}, {}, TOK, cfg, tmp_path)
-    loss = sft_loss(student, DEMOS, cfg)[0].item()
-    assert loss < 0.05
+    sft.train(student, {"A": DEMOS}, {}, TOK, cfg, Run(tmp_path))
+    assert sft_loss(student, DEMOS, cfg)[0].item() < 0.05
     contexts = [data.student_prompt(e, TOK) for e in DEMOS]
-    assert data.answer(student, contexts, TOK, 16) == [e.demo for e in DEMOS]
-
-
-def test_a_step_whose_loss_is_not_finite_is_not_made(tmp_path):
-    """Weights stay what they were; the error names the step and the examples."""
-    student = make_model()
-    with torch.no_grad():
-        student.ln_f.weight[0] = math.inf
-    before = [p.clone() for p in student.parameters()]
-    cfg = sft.Config(steps=2, batch_size=8)
-    named = r"step 0: .*\[0, 1, 2, 3, 4, 5, 6, 7\]"
-    with pytest.raises(FloatingPointError, match=named):
-        sft.train(student, {"A": DEMOS}, {}, TOK, cfg, tmp_path)
-    for p, old in zip(student.parameters(), before, strict=True):
-        assert torch.equal(p, old)
-    assert not (tmp_path / "checkpoint.pt").exists()
+    responses = data.greedy_responses(student, contexts, TOK, 16)
+    assert responses == [e.demo for e in DEMOS]
