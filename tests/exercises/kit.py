@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from variants import FILES, HERE, KitError, Modules, change, source
 
 # ---- What an exercise is -----------------------------------------------------------
@@ -312,17 +311,15 @@ def run_test(test, impl, seed, folder):
         test(**{name: has[name]() for name in inspect.signature(test).parameters})
 
 
-def grade(ex, impl, seed=0):
-    """{test name: None, or the exception that it ended with}, in this process."""
-    results = {}
+def results(ex, impl, seed=0):
+    """(test name, None or the exception that it ended with), one after the other."""
     for name, test in graders(ex).items():
         with tempfile.TemporaryDirectory() as folder:
             try:
                 run_test(test, impl, seed, folder)
-                results[name] = None
+                yield name, None
             except (Exception, SystemExit) as error:
-                results[name] = error
-    return results
+                yield name, error
 
 
 def explain(error, ex):
@@ -369,8 +366,9 @@ def is_close(a, b, tolerance):
 def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
     """Assert that yours is the truth; if not, say which mistake it is.
 
-    mistakes: {message: the value that this mistake gives}, tried in order. Those that
-    give the truth itself for these inputs are not tried.
+    mistakes: {message: the value that this mistake gives}, tried in order, or a
+    function that makes this dict when it is needed. Those that give the truth itself
+    for these inputs are not tried.
     """
     assert torch.is_tensor(yours), f"{what} is a {type(yours).__name__}, not a tensor"
     truth = torch.as_tensor(truth)
@@ -382,7 +380,8 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
     )
     if is_close(yours, truth, tolerance):
         return
-    for message, value in dict(mistakes).items():
+    mistakes = mistakes() if callable(mistakes) else dict(mistakes)
+    for message, value in mistakes.items():
         value = torch.as_tensor(value)
         same = value.shape == truth.shape and is_close(value, truth, tolerance)
         assert same or not is_close(yours, value, max(tolerance, 1e-7)), message

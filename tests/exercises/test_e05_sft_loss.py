@@ -3,11 +3,11 @@
 The truth is a loop: one context, one token, one forward pass after the other.
 """
 
+import functools
 from dataclasses import replace
 
 import oracles
 import torch
-
 from kit import compare, small_model
 
 FLOAT64 = True  # what is made in here, or in the function, is float64 by default
@@ -72,8 +72,11 @@ def loss_of(impl, *args):
 
 
 def mistakes(impl, args):
-    """What usual mistakes give, by the message that names them."""
-    student, batch, response, mask, tok, cfg = args
+    """A function that says what usual mistakes give, by the message that names them."""
+    return functools.partial(values_of_mistakes, impl, *args)
+
+
+def values_of_mistakes(impl, student, batch, response, mask, tok, cfg):
     n, B = cfg.batch_size, len(batch)
     log_p = log_likelihoods(impl, student, batch, response, tok)
     no_end = mask & (mask.cumsum(1) < mask.sum(1, keepdim=True))

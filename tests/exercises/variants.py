@@ -20,6 +20,7 @@ import argparse
 import builtins
 import copy
 import difflib
+import functools
 import itertools
 import linecache
 import sys
@@ -236,6 +237,11 @@ def diff(changes):
 counter = itertools.count(1)
 
 
+@functools.lru_cache(maxsize=32)
+def compiled(text, path):
+    return compile(text, path, "exec")
+
+
 class Modules:
     """model, data, sft, sdft, train and extra with changes, as attributes. Each is
     loaded when it is first asked for; they import each other, never the project's.
@@ -275,7 +281,7 @@ class Modules:
         module = types.ModuleType(f"{name}_{n}")
         module.__file__, module.__builtins__ = path, self._builtins
         sys.modules[module.__name__] = module  # inspect looks for classes there
-        exec(compile(text, path, "exec"), vars(module))
+        exec(compiled(text, path), vars(module))
         if self._after:
             self._after(file, module)
         return module
