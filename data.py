@@ -258,6 +258,8 @@ def my_micro_batches(batch, n):
 def get_uniform(examples, n_tokens, seed, when, device):
     """Uniform numbers in [0, 1), float32 (B, n_tokens): one for each token that may be
     sampled. They depend on (seed, when, example); `when` is a step, or a name."""
+    ids = {example.id for example in examples}
+    assert len(ids) == len(examples), "examples with one id get the same numbers"
     rngs = [make_rng(seed, "rollout", when, example.id) for example in examples]
     return torch.stack([torch.rand(n_tokens, generator=g) for g in rngs]).to(device)
 
@@ -405,6 +407,7 @@ def expert_demo(operation, items, distance):
     """How the expert responds. distance, how far he is from the model: "own", he writes
     as the model does; "known", in the style that the model knows as "expert"; "terms",
     so, and in terms of his own, which the model reads but never writes."""
+    assert distance in DISTANCES, distance
     term, operate = OPERATIONS[operation]
     thought = term if distance == "terms" else operation
     style = STYLES["own" if distance == "own" else "expert"]

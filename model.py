@@ -196,12 +196,12 @@ def make_dropout(p, seed, device):
 
     Not nn.Dropout, which draws from torch's global generator: here a resumed run, and
     two processes that share a batch, drop the same entries as one run without a stop.
-    p is rounded to 1/256: random bytes are the cheapest noise on a CPU.
+    p is rounded to 1/256, and never to 0: random bytes are the cheapest noise on a CPU.
     """
     if p == 0:
         return lambda x: x
     rng = torch.Generator(device).manual_seed(seed)
-    cut = round(256 * p)
+    cut = max(1, round(256 * p))
 
     def drop(x):
         noise = torch.empty(x.numel() // 4 + 1, dtype=torch.int32, device=x.device)
