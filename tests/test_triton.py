@@ -46,7 +46,7 @@ def in_float64(s, t, weight, kl):
 def test_kernel_equals_float64(kl, V):
     """Ragged vocabularies, far and near teachers: values within 1e-5 absolute (of the
     largest, if that is above 1), gradients within 1e-5 relative. A teacher that is
-    nearer than 0.1 costs digits in proportion: float32 holds log_ratio to about 1e-7."""
+    nearer than 0.1 costs digits in proportion: log_ratio is right to about 1e-7."""
     for scale, distance in ((1, 3), (2, 0.1), (2, 0.01), (10, 1)):
         s, t = draw_logits(3, V, scale, distance, seed=V)
         weight = torch.tensor([1.0, 0.25, 2.0])

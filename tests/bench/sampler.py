@@ -85,8 +85,8 @@ def no_cache(model, prompts, lengths, n, u):
     row = torch.arange(len(idx), device=idx.device)
     for t in range(n):
         at = lengths + t
-        states = model.states(idx[:, : prompts.size(1) + t])
-        logits = model.head(states[row, at - 1])
+        hidden = model.hidden(idx[:, : prompts.size(1) + t])  # (B, T, C)
+        logits = model.logits(hidden[row, at - 1])  # (B, V)
         numbers = None if u is None else u[:, t]
         idx[row, at] = sample_token(logits, numbers, 0 if u is None else 1.0)
     return idx.gather(1, lengths[:, None] + torch.arange(n, device=idx.device))
