@@ -104,7 +104,7 @@ def sdft_steps(batch, n, steps):
     optimizer = sdft.make_optimizer(student, cfg)
     for step in range(1, steps + 1):  # not 0: no statistics beside the loss
         times = [measure.clock()]
-        response, mask = sdft.get_responses(student, teacher, shown, tok, cfg, step)
+        response, mask = sdft.get_responses(student, shown, tok, cfg, step)
         times.append(measure.clock())
         both = student, teacher, shown, response, mask
         loss, _ = sdft.compute_loss(*both, tok, cfg, step)
@@ -212,7 +212,7 @@ def fixed_responses(batch, n):
     """Responses of lengths 2 to n, their ends included, as lists of tokens."""
     tok, rng = data.Tokenizer(), random.Random(1)
     lengths = [2 + i * (n - 2) // max(1, batch - 1) for i in range(batch)]
-    return [[rng.randrange(256, tok.answer) for _ in range(k - 1)] + [tok.end]
+    return [[rng.randrange(256, tok.start) for _ in range(k - 1)] + [tok.end]
             for k in lengths]  # fmt: skip
 
 
