@@ -921,6 +921,7 @@ def test_dropout_drops_its_share_as_its_seed_decides_and_only_in_train_mode():
     assert torch.equal(one, same) and not torch.equal(one, other)
     assert ((one == 0).float().mean() - 26 / 256).abs() < 5 * (0.09 / x.numel()) ** 0.5
     assert (one.mean() - 1).abs() < 0.01  # those that stay make up for those that go
+    assert (make_dropout(0.001, 1, "cpu")(x) == 0).any(), "not rounded to nothing"
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=48))
     ids = torch.arange(8)[None]
     model.dropout = 0.5
