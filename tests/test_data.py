@@ -646,8 +646,9 @@ QUERIES = [  # prompts and demonstrations of several lengths
 
 
 def small_model(seed=0, **changes):
+    """About a fifth of what it predicts is the end, unless end=None is given."""
     sizes = {"vocab_size": TOK.vocab_size, "n_tokens": TOK.n_tokens, "n_layer": 1}
-    return make_model(seed, end=TOK.end, **{**sizes, **changes})
+    return make_model(seed, **{"end": TOK.end, **sizes, **changes})
 
 
 def is_even(example, text):
@@ -672,7 +673,7 @@ def test_a_benchmark_is_any_examples_and_any_grade():
     sums = [Example(f"{a} + {a * a} = ?", "so: é 日", str(a + a * a), id=a)
             for a in range(12)]  # fmt: skip
     tasks = {"new": {"sums": Benchmark(sums, is_even)}, "prior": {}}
-    student = small_model()
+    student = small_model(end=None)  # its most likely token is hardly ever the end
     models = {"student": student}
     record = data.evaluate(models, small_model(1), "sums", tasks, TOK, EVAL)
     assert record["new"] == {"sums": share_right(student, tasks["new"]["sums"])}
@@ -686,9 +687,12 @@ def test_a_benchmark_is_any_examples_and_any_grade():
 @pytest.mark.usefixtures("float64")
 def test_accuracies_are_those_of_the_most_likely_tokens():
     """Of all benchmarks, and of the teacher in a context of its own."""
-    student, teacher = small_model(), small_model(1)
+    student, teacher = small_model(end=None), small_model(1, end=None)
     tasks = {
-        "new": {"A": Benchmark(QUERIES, is_even), "B": Benchmark(DEMOS["B"], is_even)},
+        "new": {
+            "A": Benchmark(QUERIES + DEMOS["A"][5:14], is_even),
+            "B": Benchmark(DEMOS["B"][:16], is_even),
+        },
         "prior": {"mine": Benchmark(DEMOS["C"][:5], is_even)},
     }
     models = {"student": student, "teacher": teacher}
@@ -699,6 +703,7 @@ def test_accuracies_are_those_of_the_most_likely_tokens():
     queries = tasks["new"]["A"]
     right = share_right(teacher, queries, data.teacher_prompt)
     assert record["teacher_gate"] == right
+    assert right != share_right(teacher, queries), "else the context is not tested"
     gate = data.teacher_gate(teacher, {"x": queries, "y": tasks["new"]["B"]}, TOK, 8)
     for name, tokens_of in (
         ("student", data.student_prompt), ("teacher", data.teacher_prompt),
