@@ -24,7 +24,7 @@ from variants import FILES, HERE, KitError, Modules, change, source
 # ---- What an exercise is -----------------------------------------------------------
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Exercise:
     id: str  # "e05"
     functions: tuple  # of "sft.py compute_loss" or "model.py Class.method"
@@ -387,7 +387,10 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
         assert same or not is_close(yours, value, max(tolerance, 1e-7)), message
     if not yours.isfinite().all() and truth.isfinite().all():
         raise AssertionError(f"{what} is not finite: {short(yours)}")
-    raise AssertionError(f"{what} is {short(yours)}, it should be {short(truth)}")
+    far = (yours.detach().double() - truth.double()).abs().max().item()
+    raise AssertionError(
+        f"{what} is {short(yours)}, it should be {short(truth)}: up to {far:.2g} away"
+    )
 
 
 def short(x):
