@@ -638,7 +638,7 @@ def test_a_sample_is_of_the_weights_that_were_saved(finished, go):
     rewrite(finished / "sdft" / "checkpoint.pt", speak)
     _, out, _ = go(finished, "--sample x", [])
     line = next(line for line in out.splitlines() if line.startswith("sdft"))
-    assert line.split("  ")[-1] == data.Tokenizer().decode([0] * 8)
+    assert line.removeprefix("sdft   ") == data.Tokenizer().decode([0] * 8)
 
 
 @kind(KEYS)
@@ -768,7 +768,7 @@ def test_no_step_is_recorded_twice(stopped, go):
 @kind(RESUME)
 @pytest.mark.parametrize("recorded", [0, 1, 3])
 def test_seconds_count_once_what_was_before_the_stop(recorded, tmp_path, monkeypatch):
-    """A clock by hand: 5 s to the last record, 7 s to the save, 100 s of a pause, 1 s."""
+    """A clock by hand: 5 s to a record, 7 s to the save, 100 s of a pause, 1 s."""
     now = [50.0]
     monkeypatch.setattr(train.time, "perf_counter", lambda: now[0])
     gpt = GPT(GPTConfig(n_layer=1, n_head=2, n_kv_head=2, n_embd=8, n_inner=8))
@@ -863,7 +863,7 @@ LATE = "checked before the work"
     ("--device abacus", "abacus"), ("--device mps:7", "mps"), ("--device meta", "meta"),
     ("--lr nan", "--lr"), ("--seed -1", "--seed"), ("--steps 0", "--steps"),
     ("--sft.lr nan --method sft", "--sft.lr"), ("--base nothing.pt", "nothing.pt"),
-    ("--sdft.lr", "--sdft.lr"), ("--compare", "--compare"), ("positional", "positional"),
+    ("--sdft.lr", "--sdft.lr"), ("--compare", "--compare"), ("typed", "typed"),
 ])  # fmt: skip
 def test_bad_flags_are_refused_before_anything_is_made(
     flags, word, tmp_path, go, no_training
@@ -894,7 +894,7 @@ def test_a_file_in_the_place_of_a_folder_is_refused(place, tmp_path, go, no_trai
 
 
 @kind(LATE)
-def test_a_folder_that_cannot_be_made_is_refused(go, tmp_path, no_training, monkeypatch):
+def test_a_folder_that_cannot_be_made_is_refused(go, tmp_path, monkeypatch):
     def mkdir(self, *args, **kwargs):
         raise PermissionError(errno.EACCES, "Permission denied", str(self))
 
@@ -1019,7 +1019,7 @@ def test_a_whole_run_goes_through_on_windows(windows, tmp_path, go):
 
 @kind(PLATFORM)
 def test_nothing_asks_for_the_name_of_the_system():
-    """What is tried works on a system nobody has heard of; what is looked up may not."""
+    """What is tried works on a system nobody has heard of; a look-up may not."""
     for module in (train, data, model, sft, sdft):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute):
@@ -1171,7 +1171,7 @@ def test_a_kill_at_any_call_leaves_a_checkpoint_and_the_one_before(
 @kind(PLATFORM)
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "cp437", "utf-16"])
 def test_a_terminal_that_lacks_a_character_ends_nothing(encoding, made, tmp_path):
-    """Random weights say bytes that are no text, U+FFFD, in a folder named in Danish."""
+    """Random weights say bytes that are no text; the folder is named in Danish."""
     out = shutil.copytree(made, tmp_path / "a\xf8 \u6f22 b")
     screen, errors = BytesIO(), BytesIO()
     with pytest.MonkeyPatch.context() as patch:
