@@ -1,6 +1,9 @@
 """What must hold when things go wrong: real processes, real SIGKILL, damaged files.
 
-Short versions; the full figures come from tests/bench/reliability.py.
+Short versions; the full figures come from tests/bench/reliability.py. A kill comes at a
+step that a test names, and in the midst of what the process does then: so each test
+asserts only what holds at every moment. That a save may die at any moment is shown in
+test_a_save_may_die_at_any_moment, call by call.
 """
 
 import ast
@@ -17,25 +20,66 @@ import signal
 import socket
 import sys
 import time
+import types
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
-from test_train import METHODS, ROOT, SMALL, read, start, without_times
+from test_train import (
+    METHODS,
+    ROOT,
+    SMALL,
+    as_in_a_process_of_its_own,  # noqa: F401, a fixture
+    base_file,
+    files_in,
+    read,
+    start,
+    without_times,
+)
 
 import data
+import model
 import sdft
 import sft
 import train
 from model import GPT, GPTConfig
 
 FLAGS = [*SMALL, "--base-steps", "40", "--steps", "6", "--save-every", "2"]
-FLAGS += ["--device", "cpu", "--method", "both"]
+FLAGS += ["--method", "both"]
 # The base model, too, is to be saved and shown often: no flag does that.
 OFTEN = {"log_every": 1, "save_every": 3}
-PATCH = f"vars(train.BASE).update({OFTEN})"
-PYTHON = [sys.executable, "-c", f"import sys, train; {PATCH}; "
-          "sys.exit(train.main(sys.argv[2:]))"]  # fmt: skip
+# train.py, in which something happens right after the record of a step: AT is a list of
+# [part, step, what, seconds later, processes], part one of "base model", "sft", "sdft".
+PROGRAM = f"""
+import json, os, signal, sys, threading, time
+import train
+vars(train.BASE).update({OFTEN})
+log, moments = train.Run.log, json.loads(os.environ.get("AT", "[]"))
+
+def log_and_act(run, record):
+    log(run, record)
+    part = run.folder.name if run.note else "base model"
+    for *place, what, later, processes in moments:
+        here = os.environ.get("RANK", "0") in processes
+        if place == [part, record["step"]] and "loss" in record and here:
+            if what == "wait":  # until it is asked to stop
+                while not run.stop.signal:
+                    time.sleep(0.01)
+            elif what == "sleep":
+                time.sleep(60)
+            else:
+                kill = os.kill, (os.getpid(), getattr(signal, what))
+                threading.Timer(later, *kill).start() if later else kill[0](*kill[1])
+
+train.Run.log = log_and_act
+"""
+PYTHON = [sys.executable, "-c", PROGRAM + "sys.exit(train.main(sys.argv[2:]))"]
+
+
+def at(part, step, what, later=0.0, processes="0"):
+    """For the environment of a process: what happens after a step, see PROGRAM."""
+    return json.dumps([[part, step, what, later, processes]])
 
 
 def begin(out, *args, before=(), **kwargs):
@@ -56,22 +100,16 @@ def wait_for(process, part, step):
         lines.append(line)
         begun = begun or line.startswith(f"{part}: ")
         if begun and line.startswith(f"step {step:4d} "):
-            break
-    return lines
+            return lines
+    raise AssertionError(f"no step {step} of {part}: {process.stderr.read()}")
 
 
-def kill_at(process, part, step, delay=0.0, writing=None):
-    """SIGKILL so many seconds after a step, and then only in a write of a checkpoint
-    into the folder `writing`, if given. Returns the lines that it printed."""
-    lines = wait_for(process, part, step)
-    time.sleep(delay)
-    while writing and process.poll() is None:
-        if any(writing.rglob("checkpoint.pt.tmp.*")):
-            break
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before the kill"
-    return lines
+def killed_at(out, *args, part, step, later=0.0, **kwargs):
+    """A run that was killed so many seconds after a step: the lines that it printed."""
+    moment = at(part, step, "SIGKILL", later)
+    code, text, err = finish(begin(out, *args, AT=moment, **kwargs))
+    assert code == -signal.SIGKILL, f"it ended before the kill: {err}"
+    return text.splitlines()
 
 
 def first_step(lines, part):
@@ -105,12 +143,18 @@ def digest(x):
 
 def digests(folder):
     """A digest of each part of what a run of one method, or the base, has left."""
-    parts = data.read_checkpoint(folder / "checkpoint.pt")
+    parts = train.read_checkpoint(folder / "checkpoint.pt")
+    parts = {name: part for name, part in parts.items() if name not in TIMES}
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     parts["metrics"] = [json.loads(line) for line in lines]
     if (folder / "results.json").exists():
         parts["results"] = read(folder.parent, folder.name)[0]
+    if (folder / "base.pt").exists():
+        parts["base"] = train.read_checkpoint(folder / "base.pt")
     return {name: digest(part) for name, part in parts.items()}
+
+
+TIMES = ("seconds", "unrecorded")
 
 
 def base_folder(out):
@@ -124,23 +168,17 @@ def with_base(out, whole):
 
 
 @pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own(monkeypatch):
-    """The base saved often; threads and signals as they were afterwards."""
+def base_saved_often(monkeypatch):
     monkeypatch.setattr(train, "BASE", replace(train.BASE, **OFTEN))
-    threads = torch.get_num_threads()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of an uninterrupted run of both methods."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    code, _, err = finish(begin(out, PYTHONHASHSEED="1"))
-    assert code == 0, err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "BASE", replace(train.BASE, **OFTEN))
+        assert go_on(out) == 0
     return out
 
 
@@ -152,34 +190,37 @@ def killed(tmp_path_factory):
     out, rng = tmp_path_factory.mktemp("killed") / "out", random.Random(5)
     printed = []
     for part, steps in (("base model", 40), ("sft", 18), ("sdft", 18)):
-        moment = part, rng.randrange(steps // 3, steps * 2 // 3), rng.uniform(0, 0.02)
+        moment = {
+            "part": part, "step": rng.randrange(steps // 3, steps * 2 // 3),
+            "later": rng.uniform(0, 0.02), "PYTHONHASHSEED": f"{len(printed)}7",
+        }  # fmt: skip
         again = ["--resume"] * bool(printed)
-        process = begin(out, *again, cwd=out.parent, PYTHONHASHSEED=f"{len(printed)}7")
-        printed.append(kill_at(process, *moment))
+        printed.append(killed_at(out, *again, cwd=out.parent, **moment))
     return out, printed
 
 
 @pytest.fixture
 def unfinished(killed, tmp_path):
-    """A copy of that folder; sdft has a checkpoint wherever the kill struck."""
+    """A copy of that folder. The kill came in sdft, after step 6 or later: with a save
+    every two steps there are a checkpoint and a previous one, wherever it struck."""
     out = shutil.copytree(killed[0], tmp_path / "unfinished")
-    path = out / "sdft" / "checkpoint.pt"
-    if not path.exists():
-        shutil.copy(f"{path}.previous", path)
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):
+        train.read_checkpoint(out / "sdft" / name)
     return out
 
 
 # ---- Kills -------------------------------------------------------------------------
 
 
-def test_a_run_killed_three_times_ends_as_an_uninterrupted_one(killed, whole, tmp_path):
-    """r1: base model, sft and sdft; tensors, metrics and results, to the bit."""
+def test_a_run_killed_three_times_ends_as_an_uninterrupted_one(
+    killed, whole, tmp_path, capsys
+):
+    """Base model, sft and sdft; tensors, metrics and results, to the bit."""
     out = shutil.copytree(killed[0], tmp_path / "out")
-    saved = data.read_checkpoint(out / "sdft" / "checkpoint.pt")["step"]
-    code, text, err = finish(begin(out, "--resume"))
-    assert code == 0, err
-    base, fine_tuned = killed[1][1:]
-    assert first_step(killed[1][0], "base model") == 0
+    saved = train.read_checkpoint(out / "sdft" / "checkpoint.pt")["step"]
+    assert go_on(out, "--resume") == 0
+    text, (first, base, fine_tuned) = capsys.readouterr().out, killed[1]
+    assert first_step(first, "base model") == 0
     assert first_step(base, "base model") > 0 and first_step(fine_tuned, "sft") > 0
     assert first_step(text.splitlines(), "sdft") == saved > 0
     assert digests(base_folder(out)) == digests(base_folder(whole))
@@ -191,7 +232,7 @@ def test_a_run_killed_three_times_ends_as_an_uninterrupted_one(killed, whole, tm
 def save_forever(path, step, weights):
     while True:
         step += 1
-        data.write_checkpoint(path, {"step": step, "weights": weights})
+        train.write_checkpoint(path, {"step": step, "weights": weights})
 
 
 def stop_in_a_write(process, path):
@@ -207,11 +248,13 @@ def stop_in_a_write(process, path):
 
 def kill_in_saves(path, kills, seed):
     """Kill a process that only saves, so many times: at any moment, and the last time
-    in the middle of a write, wherever the others fell. Returns how often the file could
-    not be read afterwards, how many temporary files were left, and the steps read."""
+    in the middle of a write, wherever the others fell. Returns how often the file, or
+    the previous one, could not be read afterwards, how many temporary files were left,
+    and the steps read."""
     rng, weights = random.Random(seed), data.make_rng(seed, "weights")
     weights = torch.randn(1 << 18, generator=weights)
-    data.write_checkpoint(path, {"step": 0, "weights": weights})
+    for step in (-1, 0):  # from the second save on there is a previous one, too
+        train.write_checkpoint(path, {"step": step, "weights": weights})
     unreadable, steps = 0, [0]
     for i in range(kills):
         process = multiprocessing.get_context("fork").Process(
@@ -224,7 +267,8 @@ def kill_in_saves(path, kills, seed):
         process.kill()
         process.join()
         try:
-            read = data.read_checkpoint(path)
+            train.read_checkpoint(path.with_name(f"{path.name}.previous"))
+            read = train.read_checkpoint(path)
         except (OSError, ValueError):
             unreadable += 1
         else:
@@ -234,17 +278,176 @@ def kill_in_saves(path, kills, seed):
 
 
 def test_a_kill_inside_a_save_leaves_a_checkpoint_that_loads(tmp_path):
-    """r2. What was saved once is never lost: the steps do not go back."""
+    """What was saved once is never lost: the steps do not go back."""
     unreadable, stale, steps = kill_in_saves(tmp_path / "checkpoint.pt", 10, seed=0)
     assert unreadable == 0
-    assert len(steps) == 11 and steps == sorted(steps) and steps[-1] > 0
+    assert len(steps) == 11 and steps == sorted(steps)
     assert stale > 0, "no kill came in the middle of a write"
 
 
+class Calls:
+    """Wraps each call of a save that touches the disk, in this process. There is a
+    moment before it, one after it and, where it writes, one in its middle; what happens
+    at a moment decides act(number of the moment, name of the call)."""
+
+    def __init__(self, act, links=True):
+        self.act, self.count, self.links = act, 0, links
+        for owner, name in (
+            (os, "link"), (os, "replace"), (os, "fsync"), (os, "close"),
+            (shutil, "copyfile"), (Path, "unlink"), (train, "open"),
+        ):  # fmt: skip
+            real = getattr(owner, name, open)
+            setattr(owner, name, self.wrap(name, real))
+
+    def moment(self, name):
+        self.count += 1
+        self.act(self.count - 1, name)
+
+    def wrap(self, name, real):
+        def call(*args, **kwargs):
+            self.moment(name)
+            if name == "link" and not self.links:
+                raise PermissionError(1, "Operation not permitted")
+            if name == "copyfile" and not Path(args[1]).exists():
+                source = Path(args[0]).read_bytes()
+                Path(args[1]).write_bytes(source[: len(source) // 2])
+                self.moment("half of copyfile")
+            result = real(*args, **kwargs)
+            if name == "open":
+                result = self.halve(result)
+            self.moment(name)
+            return result
+
+        return call
+
+    def halve(self, file):
+        calls, write = self, file.write
+
+        class File:
+            def write(self, content):
+                write(content[: len(content) // 2])
+                file.flush()
+                calls.moment("half of write")
+                write(content[len(content) // 2 :])
+
+            def __getattr__(self, name):
+                return getattr(file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *error):
+                file.close()
+
+        return File()
+
+
+def save_in_a_fork(path, content, act, links):
+    """Save in a process of its own, which leaves no trace here; its exit code: 0 it
+    saved, 1 it raised OSError with the path, 9 it died."""
+    child = os.fork()
+    if not child:
+        code = 2
+        try:
+            Calls(act, links)
+            train.write_atomically(path, content, keep=True)
+            code = 0
+        except OSError as error:
+            code = 1 if str(path) in str(error) else 2
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def two_saves(folder):
+    folder.mkdir(parents=True)
+    for content in CONTENTS[:2]:
+        train.write_atomically(folder / "checkpoint.pt", content, keep=True)
+    return folder / "checkpoint.pt", folder / "checkpoint.pt.previous"
+
+
+CONTENTS = [bytes([48 + i]) * 10**4 for i in range(5)]
+
+
+def deaths_in_a_save(folder, links):
+    """Let a save die at each of its moments: the file is the old one or the new one,
+    there is a previous one, saves after it work, and half a file is left for the next
+    start to remove. Returns how many moments there are."""
+    first, second, third, fourth, fifth = CONTENTS
+    die_at, codes, left = 0, [], set()
+    while codes[-1:] != [0]:
+        path, previous = two_saves(folder / str(die_at))
+
+        def act(moment, name, die_at=die_at):
+            if moment == die_at:
+                os._exit(9)
+
+        codes.append(save_in_a_fork(path, third, act, links))
+        assert codes[-1] in (0, 9), die_at
+        now = path.read_bytes(), previous.read_bytes()
+        assert now in ((second, first), (second, second), (third, second)), die_at
+        names = {each.name for each in path.parent.iterdir()}
+        left.add(len(names - {path.name, previous.name}))
+        # another process goes on in the same folder, whether it cleans up or not
+        for content, before in ((fourth, now[0]), (fifth, fourth)):
+            train.write_atomically(path, content, keep=True)
+            assert (path.read_bytes(), previous.read_bytes()) == (content, before)
+        train.remove_temporary(path.parent)
+        names = {each.name for each in path.parent.iterdir()}
+        assert names == {path.name, previous.name}
+        die_at += 1
+    assert {0, 1} <= left, "no death left a temporary file: this shows nothing"
+    return len(codes) - 1
+
+
+def failures_in_a_save(folder, links):
+    """Let each of its moments fail as on a full disk: nothing is lost, nothing is left,
+    and there is an error with the path unless the new file is there. Returns how many
+    moments there are."""
+    fail_at, reached = 0, folder / "reached"
+    folder.mkdir()
+    while True:
+        path, previous = two_saves(folder / str(fail_at))
+
+        def act(moment, name, fail_at=fail_at):
+            if moment == fail_at:
+                reached.touch()
+                raise OSError(28, "No space left on device")
+
+        code = save_in_a_fork(path, CONTENTS[2], act, links)
+        first, second, third = CONTENTS[:3]
+        now = path.read_bytes(), previous.read_bytes()
+        assert now in ((second, first), (second, second), (third, second)), fail_at
+        assert code == 1 or code == 0 and now[0] == third, fail_at
+        names = {each.name for each in path.parent.iterdir()}
+        assert names == {path.name, previous.name}, fail_at
+        if not reached.exists():
+            return fail_at
+        reached.unlink()
+        fail_at += 1
+
+
+@pytest.fixture
+def no_sync(monkeypatch):
+    """A process that dies takes no page of the system's with it; syncs only cost."""
+    monkeypatch.setattr(os, "fsync", lambda number: None)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_save_may_die_at_any_moment(links, tmp_path, no_sync):
+    """Before, in and after each call that touches the disk; with hard links, and where
+    there are none."""
+    assert deaths_in_a_save(tmp_path / "saves", links) > 15
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_save_may_fail_at_any_moment(links, tmp_path, no_sync):
+    assert failures_in_a_save(tmp_path / "saves", links) > 15
+
+
 def test_temporary_files_of_a_killed_process_are_gone_after_the_next_start(unfinished):
-    """r4"""
     stale = [unfinished / "sdft" / "checkpoint.pt.tmp.12345",
-             base_folder(unfinished) / "metrics.jsonl.tmp.6"]  # fmt: skip
+             unfinished / "sdft" / "metrics.jsonl.tmp.6"]  # fmt: skip
     for path in stale:
         path.write_bytes(b"half of")
     assert go_on(unfinished, "--resume", "--method", "sdft") == 0
@@ -264,28 +467,25 @@ def test_a_line_of_metrics_cut_in_half_does_not_stop_a_resume(
     assert digests(out / method) == digests(whole / method)
 
 
-@pytest.mark.parametrize("after", (False, True))
-@pytest.mark.parametrize("call", ("link", "replace", "unlink"))
-def test_a_kill_in_the_middle_of_a_save_loses_nothing(call, after, unfinished, capsys):
-    """Before or after each change of a name: a resume goes on, and not from 0."""
+@pytest.mark.parametrize(("call", "after"), [("link", True), ("replace", False)])
+def test_a_resume_after_a_death_in_the_middle_of_a_save_loses_nothing(
+    call, after, unfinished, capsys
+):
+    """It goes on, and not from 0."""
     real = getattr(os, call)
 
-    def die(source, *target):
-        name = os.path.basename(target[0] if target else source)
-        if not name.startswith("checkpoint") or ".tmp." in name:
-            return real(source, *target)
+    def die(source, target):
+        if "checkpoint.pt" not in os.path.basename(target):
+            return real(source, target)
         if after:
-            real(source, *target)
+            real(source, target)
         raise SystemExit
 
     args = unfinished, "--resume", "--method", "sdft"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, call, die)
-        try:
-            code = go_on(*args)
-        except SystemExit:
-            code = None
-    assert code is None, "it saved nothing"
+        with pytest.raises(SystemExit):
+            go_on(*args)
     capsys.readouterr()
     assert go_on(*args) == 0
     assert first_step(capsys.readouterr().out.splitlines(), "sdft") > 0
@@ -311,7 +511,7 @@ def count_refused(source, path, flips, cuts, seed):
     for bad in damaged(source.read_bytes(), flips, cuts, seed):
         path.write_bytes(bad)
         try:
-            data.read_checkpoint(path)
+            train.read_checkpoint(path)
         except ValueError as error:
             reason = f"{path}: {len(bad)} bytes, checksum differs"
             refused += str(error).startswith(reason)
@@ -319,11 +519,10 @@ def count_refused(source, path, flips, cuts, seed):
 
 
 def test_flipped_bits_and_cut_files_are_refused(whole, tmp_path):
-    """r3"""
     source, path = whole / "sdft" / "checkpoint.pt", tmp_path / "checkpoint.pt"
     assert count_refused(source, path, 20, 5, seed=0) == 25
     shutil.copy(source, path)
-    assert data.read_checkpoint(path)["step"] == 18
+    assert train.read_checkpoint(path)["step"] == 18
 
 
 def test_a_resume_from_a_damaged_file_is_refused_and_offers_the_one_before(
@@ -340,7 +539,7 @@ def test_a_resume_from_a_damaged_file_is_refused_and_offers_the_one_before(
 
 
 def test_a_full_disk_is_an_error_and_the_checkpoint_before_still_loads(unfinished):
-    """r5: no file may grow beyond 32 KiB. Python itself ignores SIGXFSZ."""
+    """No file may grow beyond 32 KiB. Python itself ignores SIGXFSZ."""
     path = unfinished / "sdft" / "checkpoint.pt"
     before = path.read_bytes()
     limit = ["bash", "-c", 'ulimit -f 32; exec "$@"', "limit"]
@@ -349,53 +548,89 @@ def test_a_full_disk_is_an_error_and_the_checkpoint_before_still_loads(unfinishe
     assert code == 2 and "Traceback" not in err and "saved" not in text + err
     size = re.search(rf"error: {re.escape(str(path))} not written: .* (\d+) bytes", err)
     assert size and int(size[1]) == pytest.approx(len(before), rel=0.1)
-    assert path.read_bytes() == before and data.read_checkpoint(path)["step"] > 0
+    assert path.read_bytes() == before and train.read_checkpoint(path)["step"] > 0
     assert not list(unfinished.rglob("*.tmp.*"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_full_disk_is_told_with_the_path_when_metrics_are_written(method, tmp_path):
-    log = METHODS[method].Log(tmp_path, 0)
-    log.path.unlink()
-    log.path.symlink_to("/dev/full")
-    with pytest.raises(OSError, match="metrics.jsonl"):
-        log.write({"step": 0, "skill": "A", "loss": 1.0})
+def test_a_full_disk_is_told_with_the_path_when_metrics_are_written(tmp_path):
+    run = train.Run(tmp_path)
+    run.metrics.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="metrics.jsonl not written: No space"):
+        run.log({"step": 0, "skill": "A", "loss": 1.0, "grad_norm": 1.0,
+                 "eos_rate": 1.0, "response_length": 2.0})  # fmt: skip
 
 
 # ---- Signals and numbers that are not finite ---------------------------------------
 
 
-def test_ctrl_c_saves_the_last_step_and_the_command_it_prints_goes_on(whole, tmp_path):
-    """r6"""
+def test_ctrl_c_saves_the_last_step_and_the_command_it_prints_goes_on(
+    whole, tmp_path, capsys
+):
     out = with_base(tmp_path / "out", whole)
-    process = begin(out, "--method", "sdft")
+    process = begin(out, "--method", "sdft", AT=at("sdft", 5, "wait"))
     wait_for(process, "sdft", 5)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process)
     assert code == 130, err
     last = json.loads((out / "sdft" / "metrics.jsonl").read_text().splitlines()[-1])
-    saved = data.read_checkpoint(out / "sdft" / "checkpoint.pt")
+    saved = train.read_checkpoint(out / "sdft" / "checkpoint.pt")
     assert saved["step"] == last["step"] + 1
+    assert go_on(out, "--method", "sdft") == 2  # not by accident from the start
+    assert "was not finished" in capsys.readouterr().err
     words = shlex.split(err.split("to go on: ")[1])
     assert words[:2] == ["python", "train.py"] and words[-1] == "--resume"
     assert train.main(words[2:]) == 0
     assert digests(out / "sdft") == digests(whole / "sdft")
 
 
-def test_the_first_signal_asks_to_stop_and_the_second_stops_at_once(capsys):
-    stop = train.Stop()
-    assert stop.signal == 0
-    os.kill(os.getpid(), signal.SIGINT)
-    assert stop.signal == signal.SIGINT
-    for number in (signal.SIGINT, signal.SIGTERM):
-        assert signal.getsignal(number) == signal.SIG_DFL
+@pytest.mark.parametrize("method", METHODS)
+def test_sigterm_in_the_first_or_the_last_step_goes_on_to_the_same_end(
+    method, whole, tmp_path
+):
+    """Of a stage, where a save and an evaluation stand beside the stop."""
+    out = with_base(tmp_path / "out", whole)
+    real, steps = train.Run.log, [6, 10]
+
+    def log(run, record):
+        real(run, record)
+        if run.note and "loss" in record and record["step"] in steps:
+            steps.remove(record["step"])
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "log", log)
+        assert go_on(out, "--method", method) == 143
+        assert train.read_checkpoint(out / method / "checkpoint.pt")["step"] == 8
+        assert go_on(out, "--method", method, "--resume") == 143
+        assert train.read_checkpoint(out / method / "checkpoint.pt")["step"] == 12
+    assert go_on(out, "--method", method, "--resume") == 0
+    assert steps == [] and digests(out / method) == digests(whole / method)
+
+
+def test_the_first_signal_asks_to_stop_and_the_second_stops_at_once(tmp_path):
+    """The process stands still inside a step, so it cannot end by itself."""
+    process = begin(tmp_path / "out", AT=at("base model", 7, "sleep"))
+    try:
+        wait_for(process, "base model", 7)
+        process.send_signal(signal.SIGTERM)
+        while "once more stops at once" not in (line := process.stderr.readline()):
+            assert line, "it ended at the first signal"
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+    finally:
+        process.kill()
+        process.communicate()
+    (path,) = (tmp_path / "out").rglob("checkpoint.pt")
+    assert train.read_checkpoint(path)["step"] == 6  # the save before step 7
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_nan_in_a_weight_ends_with_3_and_a_checkpoint_that_is_sound(
     method, whole, tmp_path, monkeypatch, capsys
 ):
-    """r9: the step, its examples and the last good checkpoint are named."""
+    """The step, its examples and the last good checkpoint are named."""
     real, calls = METHODS[method].compute_loss, []
 
     def poisoned(student, *args):
@@ -410,34 +645,165 @@ def test_nan_in_a_weight_ends_with_3_and_a_checkpoint_that_is_sound(
     err, path = capsys.readouterr().err, out / method / "checkpoint.pt"
     assert re.search(r"error: step 5: .*its examples: \[\d", err)
     assert f"last good checkpoint: {path}" in err and "lower --lr" in err
-    saved = data.read_checkpoint(path)
+    saved = train.read_checkpoint(path)
     assert saved["step"] == 4
     weights = [w for m in saved["models"].values() for w in m.values()]
     assert all(w.isfinite().all() for w in weights)
 
 
-# ---- The same numbers --------------------------------------------------------------
+# ---- Several processes -------------------------------------------------------------
+
+# Both processes of a group, one command line after the other, without torchrun.
+GROUP = f"""
+{PROGRAM}
+import resource
+real = time.sleep
+time.sleep = lambda seconds: real(min(seconds, 0.3))  # of those that wait for the first
+for line in json.loads(os.environ["LINES"]):
+    os.environ["MASTER_PORT"], moments = line["port"], line["at"]
+    if line["full"] and os.environ["RANK"] == "0":
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limit[1]))
+    code = train.main(line["argv"])
+    for stream in (sys.stdout, sys.stderr):
+        print(f"code {{code}}", file=stream, flush=True)
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN += ["--nproc_per_node=2"]
 
 
-def test_two_processes_equal_two_micro_batches_to_the_bit(whole, tmp_path):
-    """r7: from the same base, for both methods."""
-    one, two = (with_base(tmp_path / name, whole) for name in ("one", "two"))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc_per_node=2", "--no-python"]
-    code, text, err = finish(begin(two, before=torchrun))
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
+
+
+def run_group(*lines):
+    """Run command lines (argv, what happens at a step, is the disk full?) one after
+    the other in a group of two. Returns a list: for each of them its two exit codes,
+    the two outputs and the two texts of errors."""
+    lines = [
+        {"argv": list(map(str, argv)), "at": at, "full": full, "port": free_port()}
+        for argv, at, full in lines
+    ]
+    group = {"LINES": json.dumps(lines), "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2",
+             "MASTER_ADDR": "127.0.0.1", "LOCAL_WORLD_SIZE": "2",
+             "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
+    launcher = [sys.executable, "-c", GROUP]
+    processes = [
+        start(launcher=launcher, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"
+    ]
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    outputs, errors = ([
+        re.split(r"^code (\d+)$", result[i], flags=re.MULTILINE) for result in results
+    ] for i in (1, 2))  # fmt: skip
+    for texts in (*outputs, *errors):
+        assert len(texts) == 2 * len(lines) + 1
+    return [
+        ([int(texts[i + 1]) for texts in outputs], [texts[i] for texts in outputs],
+         [texts[i] for texts in errors])
+        for i in range(0, 2 * len(lines), 2)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped_twice(whole, tmp_path_factory):
+    """The folder of a run on two processes that was stopped in sft by SIGTERM, which
+    one of them got, went on, was stopped in sdft by SIGINT, which both got, and went on
+    by the command that was printed, to the end; and the two stops."""
+    out = with_base(tmp_path_factory.mktemp("two") / "out", whole)
+    argv = [*FLAGS, "--out", out]
+    stops = run_group(
+        (argv, [["sft", 8, "SIGTERM", 0, "1"]], False),
+        ([*argv, "--resume"], [["sdft", 11, "SIGINT", 0, "01"]], False),
+    )
+    words = shlex.split(stops[1][2][0].split("to go on: ")[1])
+    place = words.index("train.py")
+    assert words[:place] == ["torchrun", *TORCHRUN[3:]]
+    code, text, err = finish(start(*words[place + 1 :], launcher=TORCHRUN))
     assert code == 0, err
-    assert "processes 2, threads 2" in text
+    return out, stops, text
+
+
+def test_two_processes_that_are_stopped_end_with_143_or_130(stopped_twice):
+    """Once, whoever got the signal: the numbers are not added up."""
+    term, interrupt = stopped_twice[1]
+    assert term[0] == [143, 143] and interrupt[0] == [130, 130]
+    for codes, _, (first, second) in (term, interrupt):
+        assert first.count("stopped; to go on: ") == 1, codes
+        assert "Traceback" not in first + second and "to go on" not in second
+
+
+def test_two_processes_print_a_torchrun_command_that_goes_on(stopped_twice):
+    _, stops, text = stopped_twice
+    start_of_it = "to go on: torchrun --standalone --nproc_per_node=2 train.py "
+    for _, _, (first, _) in stops:
+        line = next(line for line in first.splitlines() if start_of_it in line)
+        assert line.split().count("--resume") == 1
+    assert "processes 2" in text
+    assert first_step(text.splitlines(), "sdft") == 13  # 11 + the next one + 1
+
+
+def test_two_processes_equal_two_micro_batches_to_the_bit(
+    stopped_twice, whole, tmp_path
+):
+    """From the same base, for both methods; and though the two were stopped twice."""
+    one, two = with_base(tmp_path / "one", whole), stopped_twice[0]
     assert go_on(one, "--micro-batches", 2) == 0
     for method in METHODS:
         rows = [read(out, method)[1] for out in (one, two)]
         assert len([row for row in rows[0] if "loss" in row]) == 18
         assert digest(rows[0]) == digest(rows[1])
-        saved = [data.read_checkpoint(o / method / "checkpoint.pt") for o in (one, two)]
+        saved = [
+            train.read_checkpoint(out / method / "checkpoint.pt") for out in (one, two)
+        ]
         assert digest(saved[0]["models"]) == digest(saved[1]["models"])
+        assert [each["machine"]["processes"] for each in saved] == [1, 2]
+
+
+def test_an_error_of_several_processes_is_printed_once(whole, killed, tmp_path):
+    """Whichever of them has it: no traceback, and nobody waits for one that is gone."""
+    unfinished = shutil.copytree(killed[0], tmp_path / "unfinished")
+    busy, full = tmp_path / "busy", with_base(tmp_path / "full", whole)
+    lines = {
+        "did you mean --steps": [*SMALL, "--stpes", 5],
+        f"{busy} is in use": [*FLAGS, "--out", busy],
+        "cannot be cut into equal parts": [*SMALL, "--batch-size", 9],
+        "was not finished": [*FLAGS, "--out", unfinished],
+        "checkpoint.pt not written": [*FLAGS, "--method", "sft", "--out", full],
+    }
+    with train.lock(busy):
+        results = run_group(
+            *((argv, [], "written" in message) for message, argv in lines.items())
+        )
+    for message, (codes, outputs, (first, second)) in zip(lines, results, strict=True):
+        assert codes == [2, 2], (message, first, second)
+        assert first.count("error: ") == first.count("hint: ") == 1, first
+        assert message in first
+        for word in ("error: ", "hint: ", "Traceback"):
+            assert word not in second, second
+        assert "Traceback" not in first and outputs[1] == "\n" * (outputs[1] != "")
+    assert "step    1 A" in outputs[0] and "step    2 A" not in outputs[0]
+
+
+def test_torchrun_does_not_end_the_first_process_before_its_error():
+    """Here the first loads for longer, and the second knows the error before it."""
+    slow = "import os, sys, time; time.sleep(1.5 * (os.environ['RANK'] == '0')); "
+    slow += "import train; sys.exit(train.main(sys.argv[2:]))"
+    before = [*TORCHRUN, "--no-python"]
+    launcher = [*before, sys.executable, "-c", slow]
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    code, _, err = finish(start("--stpes", 5, launcher=launcher, **environment))
+    assert code != 0 and err.count("error: unknown argument '--stpes'") == 1, err
+    assert err.count("did you mean --steps?") == 1
+
+
+# ---- The same numbers --------------------------------------------------------------
 
 
 def test_records_and_evaluations_do_not_change_the_weights(whole, tmp_path):
-    """r8. The killed run has another PYTHONHASHSEED and another working folder than
+    """The killed run has another PYTHONHASHSEED and another working folder than
     the whole one; here, the base made again, others are the intervals."""
     out = tmp_path / "out"
     assert go_on(out, "--log-every", 4, "--eval-every", 3) == 0
@@ -461,7 +827,6 @@ OTHER = {
 
 @pytest.mark.parametrize("flags", OTHER)
 def test_a_resume_with_other_settings_is_refused_by_name(flags, unfinished, capsys):
-    """r11"""
     files = [unfinished / "sdft" / name for name in ("checkpoint.pt", "metrics.jsonl")]
     before = [path.read_bytes() for path in files]
     args = ["--resume", "--method", "sdft", *flags.split()]
@@ -478,7 +843,6 @@ def test_a_resume_of_another_method_s_file_is_refused_by_name(unfinished, capsys
 
 
 def test_a_resume_with_other_threads_says_so_and_goes_on(unfinished, capsys):
-    """r12"""
     assert go_on(unfinished, "--resume", "--method", "sdft", "--threads", 1) == 0
     text = capsys.readouterr().out
     assert text.count("not to the bit (saved -> now): threads: 2 -> 1") == 1
@@ -490,14 +854,14 @@ def test_a_resume_with_other_threads_says_so_and_goes_on(unfinished, capsys):
 TOK = data.Tokenizer()
 CHANGES = {
     "seed": 1, "steps": 4, "batch_size": 16, "micro_batches": 2, "lr": 2e-3,
-    "warmup_steps": 2, "beta2": 0.9, "weight_decay": 0.1, "grad_clip": 0.1,
+    "warmup_steps": 0, "beta2": 0.9, "weight_decay": 0.1, "grad_clip": 0.1,
     "dropout": 0.5, "max_new_tokens": 4, "log_every": 2, "eval_every": 2,
     "save_every": 2, "kl": "reverse", "teacher": "live", "ema_rate": 0.5,
-    "temperature": 2.0, "skip_first_tokens": 1, "generate_from": "teacher",
+    "temperature": 2.0, "skip_first_tokens": 1,
 }  # fmt: skip
 
 
-def trace(method, out_dir, **changes):
+def trace(method, folder, **changes):
     """Three steps; a digest of metrics and final weights, the steps that were saved,
     and in how many parts each batch was cut."""
     trainer, world = METHODS[method], data.World(0)
@@ -510,31 +874,31 @@ def trace(method, out_dir, **changes):
     settings = {"steps": 3, "batch_size": 8, "warmup_steps": 1, "lr": 1e-3,
                 "log_every": 1, "max_new_tokens": 6, **changes}  # fmt: skip
     stages, saves, parts = {"A": data.make_demos(world, "A", 16, 0)}, [], []
-    save, cut = data.write_checkpoint, data.my_parts
+    save, cut = train.write_checkpoint, data.my_micro_batches
 
     def write_checkpoint(path, content):
         saves.append(content["step"])
         save(path, content)
 
-    def my_parts(*args):
+    def my_micro_batches(*args):
         parts.append(cut(*args))
         return parts[-1]
 
-    out_dir.mkdir()
-    queries = data.make_demos(world, "A", 2, 1)
+    queries = data.Benchmark(data.make_demos(world, "A", 2, 1), data.grade_items)
     tasks = {"new": {"A": queries}, "prior": {"knowledge": queries}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "write_checkpoint", write_checkpoint)
-        patch.setattr(data, "my_parts", my_parts)
-        trainer.train(student, stages, tasks, TOK, trainer.Config(**settings), out_dir)
-    all_parts = digests(out_dir)
+        patch.setattr(train, "write_checkpoint", write_checkpoint)
+        patch.setattr(data, "my_micro_batches", my_micro_batches)
+        cfg, run = trainer.Config(**settings), train.Run(folder)
+        trainer.train(student, stages, tasks, TOK, cfg, run)
+    all_parts = digests(folder)
     sizes = [len(part) for part in parts]
     return all_parts["metrics"], all_parts["models"], saves, sizes
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_setting_changes_metrics_weights_or_files(method, tmp_path):
-    """r14: 0 dead settings, no exceptions."""
+    """There is no dead setting, without exceptions."""
     names = [field.name for field in fields(METHODS[method].Config)]
     usual = trace(method, tmp_path / "usual")
     assert usual == trace(method, tmp_path / "again")
@@ -550,24 +914,92 @@ def test_every_setting_has_a_changed_value():
     assert {field.name for field in fields(sft.Config)} < set(CHANGES)
 
 
-def test_every_setting_of_the_base_model_gives_it_another_name():
-    config, cfg = GPTConfig(n_head=4, n_kv_head=1), train.BASE
-    keys = [train.base_key(config, cfg)]
+# ---- The name of a base model ------------------------------------------------------
+
+CONFIG, BASE = GPTConfig(n_head=4, n_kv_head=1), train.BASE
+
+
+def key_of(config=CONFIG, dtype=torch.float32, train=train, data=data, **changes):
+    """The folder that train.py gives to a base model."""
+    cfg, corpus = replace(BASE, **changes), data.make_base_corpus
+    args = types.SimpleNamespace(base=None, out="out")
+    world, tok = data.World(cfg.seed), data.Tokenizer()
+    with pytest.MonkeyPatch.context() as patch:  # a smaller sample is as good, here
+        patch.setattr(data, "make_base_corpus", lambda w, t, n, s: corpus(w, t, 99, s))
+        return train.find_base(args, config, cfg, world, tok, dtype).parent.name
+
+
+def test_all_that_makes_the_base_model_gives_it_another_name():
+    keys = [key_of()]
     for name in train.MODEL_FLAGS:
-        changed = replace(config, **{name: getattr(config, name) * 2})
-        keys.append(train.base_key(changed, cfg))
-    for change in ({"seed": 1}, {"lr": 1.0}, {"steps": cfg.steps + 1}):
-        keys.append(train.base_key(config, replace(cfg, **change)))
-    assert train.base_key(config, cfg) == keys[0]
+        keys.append(key_of(replace(CONFIG, **{name: getattr(CONFIG, name) * 2})))
+    for change in ({"seed": 1}, {"lr": 1.0}, {"steps": BASE.steps + 1}):
+        keys.append(key_of(**change))
+    keys.append(key_of(dtype=torch.bfloat16))
+    assert key_of() == keys[0]
     assert len(set(keys)) == len(keys)
 
 
-def test_every_flag_is_read():
-    source = (ROOT / "train.py").read_text()
-    used = set(re.findall(r"\bargs\.(\w+)", source)) | set(CHANGES)
-    used |= set(train.MODEL_FLAGS) | {"help", "debug"}  # debug: before args exist
-    unread = {action.dest for action in train.make_parser()._actions} - used
-    assert unread == set()
+def test_what_does_not_make_the_base_model_leaves_its_name():
+    """How many processes share the work, and how often it is recorded and saved."""
+    for change in ({"micro_batches": 4}, {"log_every": 7}, {"save_every": 11}):
+        assert key_of(**change) == key_of()
+
+
+def edited(module, folder, old, new):
+    """A module whose source is that of another, with an edit."""
+    source = Path(module.__file__).read_text()
+    assert source.count(old) == 1, old
+    path = folder / f"{module.__name__}.py"
+    path.write_text(source.replace(old, new))
+    made = types.ModuleType(module.__name__)
+    made.__file__ = str(path)
+    if module is not model:  # of which the key reads the source only
+        exec(path.read_text(), vars(made))
+    return made
+
+
+# a name of what is edited -> module, what stands there, and what is to stand there
+KEEP = {
+    "a docstring": ("sft", '"""Learning rate of update', '"""The rate of update'),
+    "a comment": ("sft", "    # one update\n", "    # one step more\n"),
+    "a comment of a setting": ("sft", "# of AdamW, on matrices", "# AdamW, matrices"),
+    "a docstring of the model": ("model", '"""tokens (B, T) -> log', '"""-> log'),
+    "a column of the table": ("train", '  KL(student || base)"]', '  KL"]'),
+    "a record": ("data", 'record["kl_teacher_base"], record', 'record["x"], record'),
+}
+CHANGE = {
+    "the loss": ("sft", ") / cfg.batch_size  # (B, R)", ") / 7  # (B, R)"),
+    "the optimizer": ("sft", "betas=(0.9, cfg.beta2)", "betas=(0.8, cfg.beta2)"),
+    "a default": ("sft", "grad_clip: float = 10.0", "grad_clip: float = 9.0"),
+    "the model": ("model", "rope_theta: float = 1", "rope_theta: float = 2"),
+    "the corpus": ("data", 'KNOWN, UNKNOWN = 120,', 'KNOWN, UNKNOWN = 119,'),
+    "a style": ("data", '("", "gives", "done sir")', '("", "gives", "done")'),
+    "what carries loss": ("data", "row[list(example.skip)] = False", "row[:0] = False"),
+    "the order of a batch": ("data", "{e.prompt} {e.shown} {e.demo}", "{e.prompt}"),
+}
+def key_with(edit, folder, monkeypatch):
+    name, old, new = edit
+    module = edited({"train": train, "model": model, "sft": sft, "data": data}[name],
+                    folder, old, new)  # fmt: skip
+    if name == "train":
+        return key_of(train=module)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, name, module)
+        if name == "data":
+            patch.setattr(sft, name, module)
+            return key_of(data=module)
+        return key_of()
+
+
+@pytest.mark.parametrize("what", KEEP)
+def test_an_edit_that_makes_no_other_base_keeps_its_name(what, tmp_path, monkeypatch):
+    assert key_with(KEEP[what], tmp_path, monkeypatch) == key_of()
+
+
+@pytest.mark.parametrize("what", CHANGE)
+def test_an_edit_that_makes_another_base_changes_its_name(what, tmp_path, monkeypatch):
+    assert key_with(CHANGE[what], tmp_path, monkeypatch) != key_of()
 
 
 # ---- No code from files, no network ------------------------------------------------
@@ -612,7 +1044,6 @@ def faults(source):
 
 @pytest.mark.parametrize("name", ["data", "model", "sdft", "sft", "train"])
 def test_a_source_runs_no_code_from_files_and_opens_no_connection(name):
-    """r10"""
     assert faults((ROOT / f"{name}.py").read_text()) == []
 
 
@@ -636,7 +1067,6 @@ def test_the_scan_lets_pass_what_is_harmless():
 
 
 def test_nothing_connects_to_anything(tmp_path, monkeypatch, capsys):
-    """r15"""
     calls = []
 
     def refuse(*args, **kwargs):
@@ -657,50 +1087,92 @@ def test_nothing_connects_to_anything(tmp_path, monkeypatch, capsys):
 # ---- Two at once; what a user types ------------------------------------------------
 
 
-def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(tmp_path, capsys):
-    """r16: the first stands still in the middle of making the base."""
-    out = tmp_path / "out"
-    process = begin(out, "--method", "sft")
+def lasting(folder):
+    """What a run would notice if another wrote there."""
+    return {path: content for path, content in files_in(folder).items()
+            if ".tmp." not in path.name}  # fmt: skip
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(tmp_path, capsys):
+    """The first stands still in the middle of making the base. A second one in its
+    folder is refused, and so is one elsewhere that shares its folder of bases. When it
+    is gone they go on, and the base is made once."""
+    out, other = tmp_path / "out", tmp_path / "other"
+    moment = at("base model", 10, "SIGSTOP")
+    process = begin(out, "--method", "sft", AT=moment)
     try:
-        wait_for(process, "base model", 10)
-        process.send_signal(signal.SIGSTOP)
-        before = sorted(path for path in out.rglob("*") if ".tmp." not in path.name)
-        assert go_on(out, "--method", "sft") == 2
-        err = capsys.readouterr().err
-        assert f"error: {out} is in use by another run, process {process.pid}\n" in err
-        assert "--out" in err.splitlines()[-1]
-        after = sorted(path for path in out.rglob("*") if ".tmp." not in path.name)
-        assert after == before
+        printed = wait_for(process, "base model", 10)
+        os.waitpid(process.pid, os.WUNTRACED)
+        other.mkdir()
+        (other / "base").symlink_to(out / "base")
+        before = lasting(out)
+        for folder, used in ((out, out), (other, base_folder(out))):
+            assert go_on(folder, "--method", "sft") == 2
+            err, name = capsys.readouterr().err, folder / used.relative_to(out)
+            message = f"{name} is in use by another run, process {process.pid}\n"
+            if folder == other:
+                message = message.replace(str(name), str(other / "base" / used.name))
+            assert f"error: {message}" in err
+            assert "--out" in err.splitlines()[-1]
+            assert lasting(out) == before
     finally:
         process.kill()
         process.communicate()
     assert process.returncode == -signal.SIGKILL
+    assert first_step([line.rstrip() for line in printed], "base model") == 0
+    assert go_on(other, "--method", "sft") == 0
+    assert first_step(capsys.readouterr().out.splitlines(), "base model") >= 9
+    made = base_file(out).read_bytes()
     assert go_on(out, "--method", "sft") == 0
-    assert (out / "sft" / "results.json").exists()
+    assert "base model: found" in capsys.readouterr().out
+    assert base_file(out).read_bytes() == made
+    assert digests(out / "sft")["models"] == digests(other / "sft")["models"]
 
 
-def test_sample_makes_no_base_in_a_folder_that_is_in_use(tmp_path, capsys):
-    out = tmp_path / "out"
-    file = train.lock(out)
-    assert go_on(out, "--sample", "kitchen kettle: apple") == 2
-    assert "error: " in capsys.readouterr().err
-    assert not list(out.rglob("checkpoint.pt"))
-    file.close()
+def test_a_base_that_was_made_while_one_looked_is_not_made_again(
+    whole, tmp_path, capsys, monkeypatch
+):
+    """Another run finishes it between the look and the lock."""
+    out, real = tmp_path / "out", train.lock
+
+    def lock(folder):
+        file = real(folder)
+        if folder.parent.name == "base":
+            shutil.copy(base_file(whole), folder)
+        return file
+
+    monkeypatch.setattr(train, "lock", lock)
+    assert go_on(out, "--method", "sft") == 0
+    text = capsys.readouterr().out
+    assert "will be made" in text and "base model: found" in text
+    assert not (base_folder(out) / "checkpoint.pt").exists()
+    assert digests(out / "sft")["models"] == digests(whole / "sft")["models"]
 
 
-@pytest.mark.parametrize("text", ["<|end|>", "kitchen kettle: <|answer|> apple"])
+@pytest.mark.parametrize("flags", ["--sample kitchen", "--show"])
+def test_what_does_not_train_makes_nothing_in_a_folder_that_is_in_use(
+    flags, tmp_path, capsys
+):
+    with train.lock(tmp_path / "out"):
+        before = files_in(tmp_path)
+        assert train.main([*flags.split(), "--out", str(tmp_path / "out")]) == 2
+        assert "error: " in capsys.readouterr().err
+        assert files_in(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["<|end|>", "kitchen kettle: <|start|> apple"])
 def test_special_tokens_cannot_be_injected_through_sample(
     text, whole, monkeypatch, capsys
 ):
-    seen, real = [], data.answer
+    seen, real = [], data.greedy_responses
 
-    def answer(model, contexts, *args):
+    def greedy_responses(model, contexts, *args):
         seen.extend(contexts)
         return real(model, contexts, *args)
 
-    monkeypatch.setattr(data, "answer", answer)
+    monkeypatch.setattr(data, "greedy_responses", greedy_responses)
     assert go_on(whole, "--sample", text) == 0
     assert len(seen) == 3  # base, sft, sdft
     for ids in seen:
-        assert ids[-1] == TOK.answer and TOK.answer not in ids[:-1]
+        assert ids[-1] == TOK.start and TOK.start not in ids[:-1]
         assert TOK.end not in ids and TOK.decode(ids[:-1]) == text

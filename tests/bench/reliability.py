@@ -1,10 +1,11 @@
-"""Kills, damaged files, bad inputs and memory, counted: the figures of the README.
+"""Kills, damaged files, bad inputs and memory, counted: the figures of the notebook.
 
     python tests/bench/reliability.py            # about ten minutes on one core
     python tests/bench/reliability.py --quick    # about two minutes
 
 Prints a table and writes it to tests/bench/results/reliability.json. The short
-versions of the same run with the tests, in tests/test_reliability.py.
+versions of the same run with the tests, in tests/test_reliability.py. Real processes,
+of which some are killed in the middle of a write: Linux and macOS.
 """
 
 import argparse
@@ -15,10 +16,11 @@ import os
 import platform
 import random
 import re
-import shlex
 import shutil
+import signal
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -28,14 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import test_reliability as short  # noqa: E402
-from test_train import BAD, SMALL, start  # noqa: E402
+from test_train import BAD, BAD_BASES, SMALL, bad_argv, base_file, start  # noqa: E402
 
 import train  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results"
 EACH = "--save-every", "1"
-MEASURE = (
-    "import resource, sys, train; code = train.main(sys.argv[2:]); "
+MEASURE = short.PROGRAM + (
+    "import resource; code = train.main(sys.argv[2:]); "
     "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
 )
 
@@ -46,19 +48,32 @@ def succeed(process):
     return text
 
 
+def kill_in_a_write(process, part, step, later, folder):
+    """So many seconds after a step, and then in the next write of a checkpoint."""
+    short.wait_for(process, part, step)
+    time.sleep(later)
+    while process.poll() is None and not any(folder.rglob("checkpoint.pt.tmp.*")):
+        pass
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "it ended before the kill"
+
+
 def killed_and_resumed(part, folder, whole, rng, in_write):
     """Kill one run in one part, at random or in a write, and resume it: is it then
     the uninterrupted one? And did the kill leave half a file?"""
     method = "sft" if part == "base model" else part
     steps = 40 if part == "base model" else 18
-    moment = part, rng.randrange(3, steps - 5), rng.uniform(0, 0.03)
-    out = folder / "out"
+    step, later = rng.randrange(3, steps - 5), rng.uniform(0, 0.03)
+    out, args = folder / "out", (*EACH, "--method", method)
     if part != "base model":
         short.with_base(out, whole)
-    process = short.begin(out, *EACH, "--method", method)
-    short.kill_at(process, *moment, writing=out if in_write else None)
+    if in_write:
+        kill_in_a_write(short.begin(out, *args), part, step, later, out)
+    else:
+        short.killed_at(out, *args, part=part, step=step, later=later)
     half = bool(list(out.rglob("*.tmp.*")))
-    succeed(short.begin(out, *EACH, "--method", method, "--resume"))
+    succeed(short.begin(out, *args, "--resume"))
     folders = [short.base_folder(out).relative_to(out), method]
     same = all(short.digests(out / f) == short.digests(whole / f) for f in folders)
     return same, half
@@ -73,27 +88,42 @@ def count_kills(part, kills, whole, work, rng):
     return same, halves
 
 
-def is_refused(flags, small, work):
+def refused(argv, message):
     """Does a bad input get an error that names it, a hint and exit code 2?"""
-    with tempfile.TemporaryDirectory(dir=work) as folder:
-        os.symlink(small / "base", Path(folder) / "base")
-        argv = [] if "--n-" in flags else SMALL
-        argv = [*argv, "--out", folder, *shlex.split(flags)]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = train.main(argv)
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = train.main([str(arg) for arg in argv])
     lines = err.getvalue().strip().splitlines()[-2:]
     told = [line.split(":")[0] for line in lines] == ["error", "hint"]
     clean = "Traceback" not in out.getvalue() + err.getvalue()
-    return code == 2 and told and clean and BAD[flags] in err.getvalue()
+    return code == 2 and told and clean and message in err.getvalue()
 
 
-def start_usual(out, *args):
+def bad_inputs_refused(small, work):
+    count = 0
+    for flags, message in BAD.items():
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            os.symlink(small / "base", Path(folder) / "base")
+            count += refused(bad_argv(flags, folder), message)
+    return count
+
+
+def bad_bases_refused(small, work):
+    count = 0
+    for spoil, message in BAD_BASES.values():
+        with tempfile.TemporaryDirectory(dir=work) as folder:
+            path = Path(shutil.copy(base_file(small), folder))
+            argv = bad_argv(f"--base {path}", f"{folder}/out")
+            count += refused([*argv, *spoil(path, small)], message)
+    return count
+
+
+def start_usual(out, *args, **environment):
     """A short run with a model of the usual size, that tells its peak at its end."""
     few = "--device cpu --method sdft --base-steps 8 --steps 4 --gate-margin -1"
     few += " --log-every 1 --save-every 1"
     launcher = [sys.executable, "-c", MEASURE]
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     return start(*few.split(), "--out", out, *args, launcher=launcher, **environment)
 
 
@@ -124,16 +154,24 @@ def measure(quick, work):
     refused = short.count_refused(source, work / "checkpoint.pt", flips, cuts, seed=1)
     what = f"{flips} flipped bits and {cuts} cut files"
     rows.append((what, f"{refused}/{flips + cuts} refused"))
+    for count, what in (
+        (short.deaths_in_a_save, "dies"), (short.failures_in_a_save, "fails")
+    ):  # fmt: skip
+        n = sum(count(work / f"{what}{links}", links) for links in (True, False))
+        what = f"a save that {what} before, in or after a call that touches the disk"
+        rows.append((what, f"{n}/{n} lose nothing"))
     succeed(start(*SMALL, "--method", "both", "--out", small))
-    refused = sum(is_refused(flags, small, work) for flags in BAD)
     what = "bad inputs: an error that names it, a hint, exit code 2"
-    rows.append((what, f"{refused}/{len(BAD)}"))
+    rows.append((what, f"{bad_inputs_refused(small, work)}/{len(BAD)}"))
+    what = "a --base that is damaged, missing or of another run: the same"
+    rows.append((what, f"{bad_bases_refused(small, work)}/{len(BAD_BASES)}"))
     out = work / "memory"
     succeed(start_usual(out))  # makes the base
     shutil.rmtree(out / "sdft")
     fresh = peak_memory(start_usual(out))
     shutil.rmtree(out / "sdft")
-    short.kill_at(start_usual(out), "sdft", 5)
+    code, _, err = short.finish(start_usual(out, AT=short.at("sdft", 5, "SIGKILL")))
+    assert code == -signal.SIGKILL, err
     again = peak_memory(start_usual(out, "--resume"))
     what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
     rows.append((what, f"{again:.0f} MiB, {again / fresh:.2f} times"))
