@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from variants import FILES, HERE, KitError, Modules, change, source
+from variants import FILES, HERE, ROOT, KitError, Modules, change, source
 
 # ---- What an exercise is -----------------------------------------------------------
 
@@ -63,8 +63,9 @@ class Exercise:
 @functools.cache
 def exercises():
     """id -> Exercise, of every eNN.py in this folder."""
-    if str(HERE) not in sys.path:
-        sys.path.insert(0, str(HERE))
+    for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
+        if str(path) not in sys.path:
+            sys.path.insert(0, str(path))
     names = sorted(path.stem for path in HERE.glob("e[0-9][0-9].py"))
     return {name: importlib.import_module(name).EXERCISE for name in names}
 
@@ -82,6 +83,12 @@ def exercise_of(module_name):
 
 
 # ---- Python's source, by its syntax tree -------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def parse(text):
+    """The syntax tree of a text; it is shared, so nobody may change it."""
+    return ast.parse(text)
 
 
 def find(tree, dotted):
@@ -102,14 +109,14 @@ def first_line(node):
 
 def function_source(text, dotted):
     """The lines of a function, or None."""
-    node = find(ast.parse(text), dotted)
+    node = find(parse(text), dotted)
     if node is None:
         return None
     return "".join(text.splitlines(True)[first_line(node) : node.end_lineno])
 
 
 def replace_function(text, dotted, new):
-    node = find(ast.parse(text), dotted)
+    node = find(parse(text), dotted)
     lines = text.splitlines(True)
     return "".join([*lines[: first_line(node)], new, *lines[node.end_lineno :]])
 
@@ -117,7 +124,7 @@ def replace_function(text, dotted, new):
 def empty_function(text, dotted, message):
     """The text with the function's body gone: its signature, docstring and decorators
     stay, and every line around it."""
-    node, lines = find(ast.parse(text), dotted), text.splitlines(True)
+    node, lines = find(parse(text), dotted), text.splitlines(True)
     first = node.body[0]
     start = first.lineno - 1
     if ast.get_docstring(node) is not None:
@@ -171,7 +178,7 @@ class Work:
         self.files, self.trees = {}, {}
         for file, (path, text) in files.items():
             try:
-                tree = ast.parse(text)
+                tree = parse(text)
             except SyntaxError as error:
                 at = f"{path}:{error.lineno}:{error.offset}"
                 raise KitError(f"{at}: {error.msg}", "Python cannot read it") from None
@@ -196,7 +203,7 @@ class Work:
             return "missing"
         if is_stub(node):
             return "stub"
-        same = shape_of(node) == shape_of(find(ast.parse(source(file)), name))
+        same = shape_of(node) == shape_of(find(parse(source(file)), name))
         return "project" if same else "written"
 
     def state(self, ex):
@@ -211,7 +218,7 @@ class Work:
         """The statements that are taken from a file, and (class name, functions)."""
         if file not in self.trees:
             return [], {}
-        has = set().union(*(bound_names(n) for n in ast.parse(source(file)).body))
+        has = set().union(*(bound_names(n) for n in parse(source(file)).body))
         wanted = [name for ex in exs for name in ex.names_in(file)]
         methods = {}
         for name in wanted:
