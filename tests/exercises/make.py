@@ -18,6 +18,7 @@ from kit import (
     exercise,
     exercises,
     find,
+    first_line,
     function_source,
     is_stub,
     replace_function,
@@ -46,16 +47,34 @@ def show_sheet(ex):
     print(ex.sheet.strip())
 
 
+def definitions(text):
+    """{name: source} of the functions and classes of a file."""
+    lines, found = text.splitlines(True), {}
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found[node.name] = "".join(lines[first_line(node) : node.end_lineno])
+    return found
+
+
 def bare_file(file):
     """The project's text of a file; of extra.py, which holds nothing but solutions,
-    without the functions of any exercise."""
+    what stands above the first of them."""
     text = source(file)
     if file == "extra.py":
-        for ex in exercises().values():
-            for name in ex.names_in(file):
-                text = replace_function(text, name, "")
-        text = text.rstrip("\n") + "\n"
+        for part in definitions(text).values():
+            text = text.replace(part, "")
+        text = text.strip("\n") + "\n"
     return text
+
+
+def with_helpers(text, name):
+    """A function of extra.py, behind those helpers of it that the text lacks."""
+    own, parts = definitions(source("extra.py")), [name]
+    for part in parts:
+        used = {n.id for n in ast.walk(ast.parse(own[part])) if isinstance(n, ast.Name)}
+        parts += [n for n in own if n in used and n not in parts]
+    has = definitions(text)
+    return "\n\n".join(own[n] for n in reversed(parts) if n not in has)
 
 
 def message_of(ex, name):
@@ -78,7 +97,7 @@ def begin(exs, folder, force):
             text, own = texts[path], function_source(source(file), name)
             node = find(ast.parse(text), name)
             if node is None and "." not in name:
-                text = f"{text.rstrip()}\n\n\n{own}"
+                text = f"{text.rstrip()}\n\n\n{with_helpers(text, name)}"
             elif node is None:
                 raise KitError(f"{path} has no {name}", "delete the file, begin again")
             elif is_stub(node) and not force:

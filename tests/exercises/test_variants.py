@@ -1,0 +1,184 @@
+"""Named changes of the source: what they do, and that nothing else notices."""
+
+import sys
+
+import kit
+import oracles
+import pytest
+import torch
+import variants
+from variants import KitError, Modules, changes_of
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def setting(m, seed=3):
+    """Student, teacher, examples, tokenizer; demos of several lengths."""
+    tok = m.data.Tokenizer()
+    sizes = {"vocab_size": tok.vocab_size, "end": tok.end}
+    student = kit.small_model(m, seed=seed, **sizes)
+    teacher = kit.small_model(m, seed=seed + 1, **sizes)
+    words = m.data.NOUNS
+    batch = [
+        m.data.Example(f"kitchen {words[i]}", " ".join(words[i : i + 2 + i]), "", id=i)
+        for i in range(4)
+    ]
+    return student, teacher, batch, tok
+
+
+@pytest.mark.parametrize("name", variants.VARIANTS)
+def test_a_variant_matches_its_place_and_shows_as_a_diff(name):
+    diff = variants.diff(changes_of(name))
+    assert diff.startswith("--- ") and "\n-" in diff and "\n+" in diff, diff
+    for file in variants.changed_texts(changes_of(name)):
+        assert getattr(Modules(changes_of(name)), file.removesuffix(".py")), file
+
+
+def test_old_text_that_is_gone_or_there_twice_is_an_error():
+    for old in ("no such text", "import"):
+        with pytest.raises(ValueError, match="places match, not one"):
+            Modules([("sft.py", old, "x")])
+
+
+def test_an_unknown_variant_is_an_error_with_a_near_name():
+    with pytest.raises(KitError) as caught:
+        changes_of("dtf")
+    assert "dft" in caught.value.hint, caught.value.hint
+
+
+def test_changed_modules_live_beside_the_projects_own():
+    names = ("model", "data", "sft", "sdft", "train")
+    before = {name: sys.modules.get(name) for name in names}
+    one, other = Modules(changes_of("dft")), Modules()
+    assert one.sft.data is one.data, "an import went astray"
+    assert one.train.sft is one.sft, "an import went astray"
+    assert one.sft is not other.sft and one.model is not other.model, "they are shared"
+    assert one.data.generate is one.model.generate, "from model import ... went astray"
+    assert {name: sys.modules.get(name) for name in names} == before, "sys.modules"
+
+
+def test_dft_weighs_each_token_by_its_own_probability_which_has_no_gradient():
+    m, plain = Modules(changes_of("dft")), Modules()
+    student, _, batch, tok = setting(m)
+    response, mask = m.sft.get_responses(batch, tok, "cpu")
+    cfg = m.sft.Config(batch_size=4)
+    loss, _ = m.sft.compute_loss(student, batch, response, mask, tok, cfg)
+    total = 0
+    for example, row in zip(batch, oracles.rows_of(response, mask), strict=True):
+        context = m.data.student_prompt(example, tok)
+        ids = torch.tensor([context + row])
+        log_p = torch.log_softmax(student(ids), -1)[0, len(context) - 1 : -1]
+        log_p = log_p.gather(1, torch.tensor(row)[:, None])
+        total = total - (log_p.detach().exp() * log_p).mean() / 4
+    oracles.close(loss, total)
+    pair = oracles.gradients(student, loss), oracles.gradients(student, total)
+    oracles.close(*pair)
+    sft, _ = plain.sft.compute_loss(student, batch, response, mask, tok, cfg)
+    assert sft > loss, "DFT weighs tokens by at most 1"
+
+
+def rollouts(m, student, teacher, batch, tok, **settings):
+    cfg = m.sdft.Config(batch_size=4, **settings)
+    return m.sdft.get_responses(student, teacher, batch, tok, cfg, 7), cfg
+
+
+def test_speculative_rollouts_are_the_students_with_a_large_tau_the_teachers_with_0():
+    m, plain = Modules(changes_of("speculative")), Modules()
+    student, teacher, batch, tok = setting(m)
+    cfg = plain.sdft.Config(batch_size=4)
+    own = plain.sdft.get_responses(student, batch, tok, cfg, 7)
+    shown = m.data.pad_batch(m.data.teacher_prompt, batch, tok, "cpu")
+    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 7, "cpu")
+    theirs = m.model.generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
+    for tau, right in ((1e9, own), (0.0, theirs)):
+        (response, mask), _ = rollouts(m, student, teacher, batch, tok, tau=tau)
+        assert torch.equal(mask, right[1]), f"tau {tau}: another mask"
+        assert torch.equal(response, right[0]), f"tau {tau}: other tokens"
+    assert not torch.equal(own[0], theirs[0]), "these inputs show nothing"
+
+
+def test_in_between_the_teacher_writes_where_it_differs_by_more_than_tau():
+    m = Modules(changes_of("speculative"))
+    student, teacher, batch, tok = setting(m)
+    (response, mask), cfg = rollouts(m, student, teacher, batch, tok, tau=1.0)
+    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 7, "cpu")
+    wrote = set()
+    for example, row, numbers in zip(
+        batch, oracles.rows_of(response, mask), u.tolist(), strict=True
+    ):
+        bare = m.data.student_prompt(example, tok)
+        shown = m.data.teacher_prompt(example, tok)
+        for t, token in enumerate(row):
+            s = oracles.next_logits(student, bare + row[:t])
+            q = oracles.next_logits(teacher, shown + row[:t])
+            far = oracles.divergence(s, q, "forward") > cfg.tau
+            wrote.add(far)
+            assert token == oracles.sample_token(q if far else s, numbers[t]), (t, far)
+    assert wrote == {True, False}, "these inputs show nothing"
+
+
+def test_off_policy_rollouts_are_the_teachers_in_its_own_context():
+    m = Modules(changes_of("offpolicy"))
+    _, teacher, batch, tok = setting(m)
+    cfg = m.sdft.Config(batch_size=4)
+    response, mask = m.sdft.get_responses(teacher, batch, tok, cfg, 7)
+    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 7, "cpu").tolist()
+    rows = oracles.rows_of(response, mask)
+    for example, row, numbers in zip(batch, rows, u, strict=True):
+        context = m.data.teacher_prompt(example, tok)
+        assert row == oracles.sample(teacher, context, numbers, tok.end), example
+
+
+def test_the_sampled_estimator_has_the_gradient_of_a_policy_gradient():
+    m = Modules(changes_of("sampled"))
+    student, teacher, batch, tok = setting(m)
+    cfg = m.sdft.Config(batch_size=4)
+    response, mask = m.sdft.get_responses(student, batch, tok, cfg, 7)
+    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    value, surrogate = 0.0, 0
+    for example, row in zip(batch, oracles.rows_of(response, mask), strict=True):
+        bare = m.data.student_prompt(example, tok)
+        shown = m.data.teacher_prompt(example, tok)
+        s = oracles.log_likelihoods(student, bare, row)
+        q = oracles.log_likelihoods(teacher, shown, row)
+        ratio = torch.tensor(s) - torch.tensor(q)
+        log_p = torch.log_softmax(student(torch.tensor([bare + row])), -1)
+        log_p = log_p[0, len(bare) - 1 : -1].gather(1, torch.tensor(row)[:, None])[:, 0]
+        value += ratio.mean().item() / 4
+        surrogate = surrogate + (ratio * log_p).mean() / 4
+    oracles.close(loss.detach(), torch.tensor(value))
+    pair = oracles.gradients(student, loss), oracles.gradients(student, surrogate)
+    oracles.close(*pair)
+
+
+def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
+                                                                     monkeypatch):
+    """dft changes sft.py, which makes the base: its key is the project's own."""
+    monkeypatch.chdir(tmp_path)
+    made = []
+    for names in ("", "dft", "speculative"):
+        m = Modules(changes_of(names) if names else [])
+        variants.share_base(m)
+        args = m.train.parse_args(["--quick", "--out", f"out-{names}"])
+        config, cfg = m.train.base_settings(args, 1)
+        tok, world = m.data.Tokenizer(), m.data.World(args.seed)
+        made.append(m.train.find_base(args, config, cfg, world, tok, torch.float32))
+    assert len(set(made)) == 1 and made[0].parts[0] == "out", made
+
+
+def test_speculative_has_a_flag_for_tau():
+    m = Modules(changes_of("speculative"))
+    args = m.train.parse_args(["--tau", "0.7"])
+    assert m.train.config_of("sdft", args).tau == 0.7, "the flag does nothing"
+
+
+def test_the_list_and_a_diff_are_printed(capsys):
+    assert variants.main([]) == 0 and variants.main(["dft"]) == 0
+    said = capsys.readouterr().out
+    assert all(name in said for name in variants.VARIANTS), said
+    assert "+++ sft.py" in said, said
