@@ -8,6 +8,9 @@ import math
 
 import torch
 
+import data
+from model import generate, kl_reference, response_hidden
+
 
 def log_softmax(x):
     """The logarithm of the softmax over the last dimension.
@@ -55,6 +58,42 @@ def reverse_kl(student_logits, teacher_logits, mask):
     return (weight[mask] * values).sum()
 
 
+def sdft_step(student, teacher, optimizer, batch, u, tok, cfg):
+    """One update of SDFT: changes the student, then the teacher, in place.
+
+    Args:
+        student, teacher: GPT, with weights of their own.
+        optimizer: over the student's parameters.
+        batch: list of B data.Example.
+        u: float (B, R) in [0, 1), with R = cfg.max_new_tokens: the sampler's numbers.
+        tok: data.Tokenizer; cfg: sdft.Config, of which max_new_tokens, temperature,
+            grad_clip and ema_rate count here.
+    Returns: (loss, response, mask): the loss before the update, in nats per token, a
+        scalar without a graph; what the student wrote, int64 (B, R') and bool (B, R').
+    """
+    bare = data.pad_batch(data.student_prompt, batch, tok, u.device)  # (B, P), (B,)
+    shown = data.pad_batch(data.teacher_prompt, batch, tok, u.device)
+    response, mask = generate(
+        student, *bare, cfg.max_new_tokens, tok.end, u, cfg.temperature
+    )  # (B, R'), (B, R')
+    hidden = response_hidden(student, *bare, response, mask)  # (N, C)
+    student_logits = student.logits(hidden) / cfg.temperature  # (N, V)
+    with torch.no_grad():
+        hidden = response_hidden(teacher, *shown, response, mask)  # (N, C)
+        teacher_logits = teacher.logits(hidden) / cfg.temperature  # (N, V)
+    weight = mask / mask.sum(1, keepdim=True) / len(batch)  # (B, R')
+    kl = kl_reference(student_logits, teacher_logits, "forward")  # (N,)
+    loss = (weight[mask] * kl).sum()
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
+    optimizer.step()
+    with torch.no_grad():
+        for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
+            t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)
+    return loss.detach(), response, mask
+
+
 def forgetting(acc):
     """How much of each skill was lost since it was known best, by the last row.
 
@@ -86,3 +125,119 @@ def backward_transfer(acc):
         if len(measured) and not column[-1].isnan():
             changes.append(column[-1] - measured[0])
     return torch.stack(changes).mean() if changes else acc.new_full((), math.nan)
+
+
+class Quiet:
+    """What sdft.train needs of a run, and no files: after m.sdft.train(student,
+    {"A": examples}, {}, tok, cfg, run) its last models are in run.models."""
+
+    def load(self, models, optimizer, cfg, examples):
+        self.models, self.records = models, []
+        return 0, []
+
+    def progress(self, start, end):
+        return range(start, end)
+
+    def log(self, record):
+        self.records.append(record)
+
+    def save(self, step, models, optimizer, evaluations):
+        self.models = models
+
+    def stop_wanted(self):
+        return 0.0
+
+
+@torch.no_grad()
+def small_world(m, seed=6):
+    """Something small to try m.sdft with, m a set of modules: student, teacher (other
+    weights, float64, much of what they predict is the end), a batch of two examples,
+    the tokenizer and a configuration. Change what you like in it."""
+    tok, models = m.data.Tokenizer(), []
+    config = m.model.GPTConfig(
+        vocab_size=tok.vocab_size, n_tokens=tok.n_tokens, n_layer=1, n_head=2,
+        n_kv_head=2, n_embd=16, n_inner=16, tie_weights=False,
+    )  # fmt: skip
+    for i in range(2):
+        model, rng = m.model.GPT(config).double(), m.data.make_rng(seed, "small", i)
+        model.dtype = torch.float64
+        for p in model.parameters():
+            noise = torch.randn(p.shape, generator=rng, dtype=torch.float64)
+            p.copy_(p if p.dim() == 1 else noise * 0.35)
+        # channel 0 is 1 for every token, and only the end's row of the head reads it
+        model.wte.weight[:, 0], model.lm_head.weight[:, 0] = 1, 0
+        model.h[0].attn.o_proj.weight[0] = model.h[0].mlp.down_proj.weight[0] = 0
+        model.lm_head.weight[tok.end, 0] = 9
+        models.append(model)
+    teacher = models[1].requires_grad_(False).eval()
+    texts = [
+        ("garden cork: candle spoon tower", "advance so you get spoon tower candle"),
+        ("kitchen horn: apple", "well friend"),
+    ]
+    batch = [m.data.Example(*text, "", id=i) for i, text in enumerate(texts)]
+    cfg = m.sdft.Config(
+        steps=2, batch_size=2, lr=0.002, warmup_steps=0, dropout=0.0, max_new_tokens=4,
+        log_every=1, ema_rate=0.25,
+    )  # fmt: skip
+    return models[0].eval(), teacher, batch, tok, cfg
+
+
+def check_sdft(m):
+    """Raise AssertionError, with the reason, if m.sdft is broken; else return None.
+
+    Args: m, a set of modules as attributes. m.sdft may be broken, in one place; m.data
+        and m.model are right. Each call gets a set of its own: it may be patched.
+    """
+    student, teacher, batch, tok, cfg = small_world(m)
+
+    # the response: the student's own, to the bare prompt
+    bare = m.data.pad_batch(m.data.student_prompt, batch, tok, "cpu")
+    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 0, "cpu")
+    own, _ = m.model.generate(student, *bare, cfg.max_new_tokens, tok.end, u)
+    response, mask = m.sdft.get_responses(student, batch, tok, cfg, 0)
+    assert torch.equal(response, own), "the responses are not the student's own"
+    ends = (response == tok.end) & mask
+    assert ends.any() and not mask.all(), "no response ends: try another seed"
+
+    # the loss: KL(teacher || student), both after their own context; the teacher comes
+    # from a model with dropout and is to have none
+    teacher.dropout = 0.3
+    teacher = m.sdft.make_teacher(teacher.train())
+    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    teacher.eval()
+    total = 0.0
+    for example, row, counts in zip(batch, response, mask, strict=True):
+        tokens, logits = row[counts].tolist(), []
+        for model, prompt in (
+            (student, m.data.student_prompt), (teacher, m.data.teacher_prompt)
+        ):  # fmt: skip
+            context = prompt(example, tok)
+            ids = torch.tensor([context + tokens])
+            logits.append(model(ids)[0, len(context) - 1 : -1])  # (R, V)
+        total += m.model.kl_reference(*logits, "forward").mean() / len(batch)
+    assert abs(loss - total) < 1e-4, f"the loss is {loss}, it should be {total}"
+
+    # the average
+    before = [p.clone() for p in teacher.parameters()]
+    m.sdft.update_teacher(teacher, student, cfg)
+    for old, new, s in zip(
+        before, teacher.parameters(), student.parameters(), strict=True
+    ):
+        right = cfg.ema_rate * s + (1 - cfg.ema_rate) * old
+        assert torch.allclose(new, right), "the teacher's average is wrong"
+
+    # the loop: who responds, from which gradients, and when the teacher moves
+    get_responses = m.sdft.get_responses
+
+    def watch(model, *args):
+        pairs = zip(model.parameters(), student.parameters(), strict=True)
+        assert all(torch.equal(x, y) for x, y in pairs), "stale responses"
+        left = [p for p in student.parameters() if p.grad is not None and p.grad.any()]
+        assert not left, "the gradients of the step before are still there"
+        return get_responses(model, *args)
+
+    m.sdft.get_responses = watch
+    cfg.teacher, run = "live", Quiet()
+    m.sdft.train(student, {"A": batch}, {}, tok, cfg, run)
+    pairs = zip(run.models["teacher"].parameters(), student.parameters(), strict=True)
+    assert all(torch.allclose(x, y) for x, y in pairs), "the teacher is a step behind"
