@@ -113,4 +113,12 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    wire=(
+        (
+            "model.py",
+            "                log_p = torch.log_softmax(s, dim=-1).gather(",
+            "                import extra\n\n"
+            "                log_p = extra.log_softmax(s).gather(",
+        ),
+    ),
 )

@@ -119,4 +119,12 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    wire=(
+        (
+            "model.py",
+            "    mask = torch.arange(R, device=prompts.device) < n_tokens[:, None]",
+            "    import extra\n\n"
+            "    mask = extra.response_mask(response[:, :R], 0 * n_tokens, end)",
+        ),
+    ),
 )

@@ -1,11 +1,13 @@
 """make.py and pytest --impl, as a student meets them."""
 
+import importlib
 import subprocess
 import sys
 
 import kit
 import make
 import pytest
+import torch
 from variants import ROOT, guarded, source
 
 BODY = '    raise NotImplementedError("e04: response_mask is yours to write")\n'
@@ -93,3 +95,45 @@ def test_pytest_grades_a_folder_and_says_which_mistake_it_is(tmp_path):
     assert "\ntokens behind the end count in yours\n" in done.stdout, done.stdout
     assert "hint: python tests/exercises/make.py e04 --hint 1" in done.stdout
     assert "def test_" not in done.stdout, "a traceback of the grader"
+
+
+def test_a_run_takes_what_is_written_and_leaves_stubs_to_the_project(tmp_path, capsys):
+    make_run = importlib.import_module("run")
+    run("e02", "e05", "--to", tmp_path)
+    with pytest.raises(kit.KitError, match="no exercise is written"):
+        make_run.take_part(kit.Work.of_folder(tmp_path))
+    path = tmp_path / "sft.py"
+    text = path.read_text(encoding="utf-8")
+    stub = 'raise NotImplementedError("e05: compute_loss is yours to write")'
+    assert stub in text, text
+    path.write_text(text.replace(stub, 'return "mine"'), encoding="utf-8")
+    work = kit.Work.of_folder(tmp_path)
+    written, wired = make_run.take_part(work)
+    modules = work.modules(written, wired)
+    assert [ex.id for ex in written] == ["e05"], written
+    assert modules.train.sft.compute_loss(*range(6)) == "mine", "it is not in place"
+    token = modules.model.sample_token(torch.eye(2), None, 0)
+    assert token.tolist() == [0, 1], "the stub of e02 is in place, not the project's"
+
+
+def test_the_wires_of_all_exercises_fit_the_source():
+    for ex in kit.exercises().values():
+        modules = kit.work_of(ex, ex.rights[0][1]).modules(ex, ex.wire)
+        assert modules.train.main, ex.id
+
+
+@pytest.mark.parametrize("name", ["e01", "e04"])
+def test_a_wired_function_is_the_one_that_the_job_calls(name):
+    ex = kit.exercise(name)
+    words = "def log_softmax(x):\n    return None" if name == "e01" else (
+        "def response_mask(ids, lengths, end):\n    return (ids == ids) & (ids != end)")
+    modules = kit.work_of(ex, words).modules(ex, ex.wire)
+    gpt = kit.small_model(modules)
+    if name == "e01":
+        logits = modules.model.LazyLogits(torch.rand(1, 16).double(), gpt.head())
+        with pytest.raises(AttributeError):
+            modules.model.fused_linear_nll(logits, torch.tensor([1]), torch.ones(1))
+        return
+    prompts, u = torch.tensor([[1, 2], [3, 4]]), torch.full((2, 4), 0.5)
+    response, mask = modules.model.generate(gpt, prompts, torch.tensor([2, 2]), 4, 0, u)
+    assert torch.equal(mask, response != 0), "the project's mask is in place"

@@ -58,7 +58,7 @@ def test_the_stub_keeps_everything_but_the_body(name, tmp_path):
     for file in ex.files:
         own = make.bare_file(file) if file == "extra.py" else source(file)
         text = (tmp_path / file).read_text(encoding="utf-8")
-        tree, before = ast.parse(text), ast.parse(source(file))
+        tree, before = ast.parse(text), kit.parse(source(file))
         for function in ex.names_in(file):
             node, old = kit.find(tree, function), kit.find(before, function)
             assert ast.get_docstring(node) == ast.get_docstring(old), "docstring"
@@ -115,7 +115,7 @@ def test_its_functions_are_where_it_says(name):
     for function in kit.exercise(name).functions:
         file, dotted = function.split()
         assert file in FILES, f"{file} is none of the project's"
-        assert kit.find(ast.parse(source(file)), dotted), f"{file} has no {dotted}"
+        assert kit.find(kit.parse(source(file)), dotted), f"{file} has no {dotted}"
 
 
 def test_mutants_are_many():
