@@ -241,3 +241,15 @@ def check_sdft(m):
     m.sdft.train(student, {"A": batch}, {}, tok, cfg, run)
     pairs = zip(run.models["teacher"].parameters(), student.parameters(), strict=True)
     assert all(torch.allclose(x, y) for x, y in pairs), "the teacher is a step behind"
+
+
+def dft_loss(logits, tokens, weight):
+    """The loss of DFT: SFT's, each token weighed by its own probability as well.
+
+    Args: logits, floating point (N, V), of the rows that carry loss; tokens, int64
+        (N,), what is imitated; weight, (N,), what each row counts.
+    Returns: a scalar, sum_n weight_n * p_n * -log p_n in nats, with p_n the probability
+        of the token. No gradient flows through p_n: it is a weight.
+    """
+    log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # (N,)
+    return -(weight * log_p.detach().exp() * log_p).sum()
