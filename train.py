@@ -354,7 +354,7 @@ class Run:
         self.settings = settings_of(cfg, student.config, examples)
         self.settings["first weights"] = digest_of(student)
         start, evaluations, unrecorded = 0, [], 0.0
-        if not self.resume and files_in(self.folder):
+        if not self.resume and first_does(files_in, self.folder):
             raise UserError(
                 f"{self.folder} holds a run", "resume it, or take another folder"
             )
