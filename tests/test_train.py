@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 SMALL = shlex.split(
     "--n-layer 1 --n-head 2 --n-kv-head 1 --n-embd 32 --n-inner 48 --base-steps 4 "
     "--steps 3 --batch-size 8 --demos 16 --eval-size 8 --gate-margin -1 --log-every 1 "
-    "--device cpu"
+    "--device cpu --threads 1"
 )
 METHODS = {"sft": sft, "sdft": sdft}
 
@@ -735,9 +735,9 @@ def test_a_command_of_the_readme_is_accepted(line):
         train.parse_args(argv)
 
 
-def test_the_first_command_of_the_readme_runs(with_base):
+def test_the_first_command_of_the_readme_runs(with_base, call):
     line = next(c for c in readme_commands() if "--method sdft" in c)
     words = shlex.split(line)
     assert words[:2] == ["python", "train.py"]
-    code, text, err = run(*words[2:], *SMALL, "--out", with_base)
+    code, text, err = call(*words[2:], *SMALL, "--out", with_base)
     assert code == 0 and (with_base / "sdft" / "results.json").exists(), err
