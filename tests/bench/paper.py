@@ -318,7 +318,7 @@ def draw_distance(plt, name, rows):
             x = [j + 0.06 * (i - 0.5) for j in range(3)]
             label = method.upper()
             axis.errorbar(x, y, [low, high], fmt="o-", color=color, label=label)
-        axis.set_xticks(range(3), ["own manner", "known manner", "own terms"])
+        axis.set_xticks(range(3), ["own style", "known style", "own terms"])
         axis.set_title(key)
         axis.set_xlabel("distance of the demonstrations")
     axes[0].set_ylabel("after A, B, C")
