@@ -58,6 +58,31 @@ def reverse_kl(student_logits, teacher_logits, mask):
     return (weight[mask] * values).sum()
 
 
+def kl_surrogate(student_logits, teacher_logits, tokens, mask, estimator):
+    """One number for each response, whose gradient estimates that of KL(student ||
+    teacher) of whole responses.
+
+    Args:
+        student_logits, teacher_logits: float (B, R, V), at each token of responses that
+            the student sampled.
+        tokens: int64 (B, R), what was sampled; mask: bool (B, R), which of them count.
+        estimator: "token", "full" or "rao_blackwell".
+    Returns: (B,), sums over the tokens; differentiable in student_logits alone. The
+        value may be anything, the gradient is the estimate.
+    """
+    log_p = torch.log_softmax(student_logits, -1)  # (B, R, V)
+    log_q = torch.log_softmax(teacher_logits.detach(), -1)  # (B, R, V)
+    own = log_p.gather(-1, tokens[..., None])[..., 0] * mask  # (B, R)
+    if estimator == "token":
+        other = log_q.gather(-1, tokens[..., None])[..., 0] * mask  # (B, R)
+        return ((own - other).detach() * own).sum(1)
+    k = (log_p.exp() * (log_p - log_q)).sum(-1) * mask  # (B, R)
+    if estimator == "full":
+        return k.sum(1)
+    later = (k.sum(1, keepdim=True) - k.cumsum(1)).detach()  # (B, R) of all t > i
+    return k.sum(1) + (own * later).sum(1)
+
+
 def sdft_step(student, teacher, optimizer, batch, u, tok, cfg):
     """One update of SDFT: changes the student, then the teacher, in place.
 
