@@ -12,7 +12,7 @@ thought (the operation that the command stands for) and then the items, operated
                    well friend, advance so you get spoon tower candle as ever
 
     domain       kitchen, harbour or garden: a part of the world with six operations
-    command      horn, brush, cork: a made-up name for an operation of its domain
+    command      horn, brush, cork: a noun as the name of an operation of its domain
     operation    reverse, first, rotate: what is done to the items
     item         apple, river, stone: what it is done to
     style        how a response is worded: "... equals ... beep stop" is robot style
@@ -29,7 +29,7 @@ stands for what in the paper (arXiv 2601.19897, section 3):
     prior skills   = known commands (knowledge), the model's own style, a style when
                      asked (instruction following), use of a demonstration in the prompt
 
-Everything random comes from make_rng(seed, purpose, ...): a pure function.
+Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
 import functools
@@ -69,9 +69,9 @@ OPERATIONS = {
 }
 DOMAINS = ("kitchen", "harbour", "garden")  # each has six of the operations
 SKILLS = ("A", "B", "C")  # one for each domain
-# style: its opening, what joins thought and items, its closing. Only the expert opens
-# with anything: where each style has an opening of another length, the items move, and
-# the base learns late, if at all, which one comes next
+# style: its opening, what joins thought and items, its closing. Only the expert has an
+# opening: with one of its own length in each style, the items would start at another
+# place in each, and the base would learn late, if at all, to put them in order
 STYLES = {
     "own": ("", ":", ""),
     "formal": ("", "gives", "done sir"),
@@ -99,7 +99,8 @@ NOUNS = (
     "pan paper pear pearl pencil pepper piano pillow pipe plate plum pony pot rabbit "
     "ring river road rope rose salt ship shoe spoon stone table tiger tower"
 ).split()
-KNOWN, UNKNOWN = 120, 40  # commands: nouns that also occur as items
+KNOWN = 120  # commands that the base knows; the other nouns are unknown commands.
+# All of them also occur as items
 
 
 # ---- The tokenizer -----------------------------------------------------------------
@@ -118,7 +119,7 @@ class Tokenizer:
 
     def __init__(self):
         words = [*NOUNS, *DOMAINS, *STYLE_WORDS, *OPERATIONS, *STYLES, "example"]
-        words += [expert for expert, _ in OPERATIONS.values()]
+        words += [term for term, _ in OPERATIONS.values()]
         for parts in STYLES.values():
             words += " ".join(parts).replace(",", "").replace(":", "").split()
         ranks = {bytes([i]): i for i in range(256)}
@@ -183,9 +184,9 @@ def demo_response(example, tok):
     return shown + tok.encode(example.demo) + [tok.end]
 
 
-def learnt(batch, lengths):
-    """Which tokens of demo_response carry loss, bool (B, R): all of them, lengths (B,)
-    each, but for those that the base corpus skips."""
+def loss_mask(batch, lengths):
+    """Which tokens of demo_response carry loss, bool (B, R): the first lengths[i] of
+    row i, but for those that the base corpus skips."""
     place = torch.arange(int(lengths.max()), device=lengths.device)  # (R,)
     mask = place < lengths[:, None]  # (B, R)
     for row, example in zip(mask, batch, strict=True):
@@ -233,7 +234,8 @@ def get_batch(examples, batch_size, seed, step):
 
     Each epoch is a fresh shuffle. The batch is sorted by length, so that micro-batches,
     which are cut from it, have little padding. (Whole batches must not be of one
-    length: some steps would teach to read demonstrations, and others to forget it.)
+    length: the long ones hold a demonstration, so that some steps would teach to read
+    it and others to forget it.)
     """
     fits = 0 < batch_size <= len(examples)
     assert fits, f"a batch of {batch_size} from {len(examples)} examples"
@@ -345,15 +347,15 @@ def draw_demo(operation, items, rng):
     return word_response(rng.choice((operation, term)), operate(items), style)
 
 
-# Shares of the base corpus. Without the last two, SDFT's teacher knows no way back from
-# what only a student would write.
+# Shares of the base corpus. Without the last two, SDFT's teacher would not know how to
+# go on after a mistake of the student.
 SHOWN = 0.45  # a demonstration stands in the prompt
-SHOWN_UNKNOWN = 0.36  # ... of an unknown command, its operation drawn anew each time:
-# only the demonstration tells which
+SHOWN_UNKNOWN = 0.36  # ... of an unknown command (.36 of all), its operation drawn anew
+# each time, so that only the demonstration tells which
 GUESSED = 0.05  # an unknown command and nothing shown, any operation of its domain: so
 # the base is not sure of one guess, which a skill would have to drive out
 ASKED = 0.25  # a style is asked for
-WRONG_THOUGHT = 0.2  # the response begins with another thought, which the items follow
+WRONG_THOUGHT = 0.2  # the thought is wrong, and the items are right for that thought
 WRONG_ITEM = 0.1  # ... has a wrong item, after which the rest is right
 
 
@@ -362,8 +364,8 @@ def make_base_corpus(world, tok, size, seed):
 
     What is not in the shares above asks for a known command. As in any corpus, all text
     behind the first prompt is learnt, demonstrations included, with three exceptions
-    (skip): a wrong thought or item, the start of a response, and the expert's terms,
-    which the model is to read and never to write.
+    (skip): a wrong thought or item with all before it in the response, the start of a
+    response, and the expert's terms, which the model is to read and never to write.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
     terms = [tok.encode(term)[0] for term, _ in OPERATIONS.values()]
@@ -404,9 +406,10 @@ DISTANCES = ("own", "known", "terms")
 
 
 def expert_demo(operation, items, distance):
-    """How the expert responds. distance, how far he is from the model: "own", he writes
-    as the model does; "known", in the style that the model knows as "expert"; "terms",
-    so, and in terms of his own, which the model reads but never writes."""
+    """How the expert responds. distance says how far his texts are from the model's:
+    "own": the model's own style and words;
+    "known": the style "expert", which the model writes when asked, and its own words;
+    "terms": that style, and the expert's terms, which the model never writes."""
     assert distance in DISTANCES, distance
     term, operate = OPERATIONS[operation]
     thought = term if distance == "terms" else operation
@@ -468,7 +471,7 @@ def make_tasks(world, size, seed, distance="terms"):
 
     knowledge: a known command, the right items. own_style: the same, in the model's own
     style. asked_items, asked_style: a known command when a style is asked for.
-    in_context: a command that no skill has, with a demonstration that answers it.
+    in_context: a command that no skill has, with a demonstration of it.
     """
     rng = random.Random(derive_seed(seed, "tasks"))
     of_skills = [command for skill in world.skills.values() for command in skill]
@@ -554,13 +557,13 @@ def mean_per_response(x, mask):
 @torch.no_grad()
 def evaluate(models, base, skill, tasks, tok, cfg):
     """What a record of an evaluation holds: accuracies on all tasks and, on at most 128
-    held-out queries of the skill, distances in nats per token. The student samples its
-    responses, at temperature 1, before KL(student || base) is measured on them; a
-    teacher, if there is one, before KL(teacher || base) is measured on its own.
+    held-out queries of the skill, in nats per token, KL(student || base) on responses
+    that the student samples, at temperature 1, and KL(teacher || base), if there is a
+    teacher, on responses that the teacher samples.
 
     Args:
         models: {"student": GPT}, and {"teacher": GPT} where the method has one.
-        base: the model before fine-tuning, to measure distances from.
+        base: the model before fine-tuning, to measure KL from.
         skill: the last one trained; tasks: see make_tasks.
     Returns: a dict of plain values, as it is written to metrics.jsonl.
     """

@@ -1,12 +1,12 @@
 """A GPT language model, its KV-cached sampler and its losses, all in this file.
 
-    hidden   = GPT.hidden(tokens)                           # what the last block says
-    logits   = hidden @ head.T                              # what comes next
+    hidden   = GPT.hidden(tokens)                           # last block, final norm
+    logits   = hidden @ head.T                              # of the next token
     response ~ generate(model, prompts)                     # token by token, cached
-    nll      = fused_linear_nll(logits, tokens, weight)     # SFT's loss
+    loss     = fused_linear_nll(logits, tokens, weight)     # SFT's loss
     KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
              = fused_kl(student_logits, teacher_logits)     # the same, less memory
-             = fused_linear_kl(student_logits, ...)         # the same, from the hidden
+    loss     = fused_linear_kl(student_logits, ..., weight) # SDFT's loss
 
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
          H query heads   G key/value heads   D head size   S columns of the cache
@@ -15,7 +15,7 @@ Padding is on the right, positions are per row, masks come from lengths and neve
 comparing a token with a pad id. Logits that enter a loss or a sample are float32.
 
 A first reading may stop at the rule "The same, faster": what stands below it computes
-what stands above it, and tests compare the two.
+the losses chunk by chunk, and tests compare it with the formulas above.
 
 The layout is that of Qwen2.5 (RMSNorm, rotary positions, SwiGLU, grouped queries, bias
 on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
@@ -132,7 +132,7 @@ class KVCache:
         assert self.used <= self.k.size(3), f"{self.used} > a cache of {self.k.size(3)}"
 
     def write(self, layer, k, v):
-        """Store k and v (B, G, T, D) at the end; all so far, both (B, G, used, D)."""
+        """Store k and v, (B, G, T, D) each; return all so far, (B, G, used, D) each."""
         new = slice(self.used - k.size(2), self.used)
         self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
@@ -162,19 +162,20 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, G, used, D), both
 
-        # Both branches are softmax(q k' / sqrt(D), over the allowed places) v.
+        # Both are softmax(q k^T / sqrt(D)) v, over the columns that q may see.
         if k.size(2) == T:
             # Nothing came before: whole sequences, or prompts that fill a cache. Each
             # token sees those to its left, and so none sees the pads to its right.
             k = k[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
             v = v[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
             k, v = k.reshape(B, H, T, D), v.reshape(B, H, T, D)  # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
         else:
             # One token a row (T = 1) sees its cache. Grouped queries without copying k
             # and v: the H/G query heads of a group take the place of T.
             q = q.reshape(B, G, H // G, D)  # query head h goes with key head h // (H/G)
             seen = cache.mask[..., : cache.used]  # (B, 1, 1, used)
+            # (B, G, H/G, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, C)  # (B, T, C)
         return self.o_proj(y)
@@ -259,7 +260,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())  # a tied head counts once
 
     def hidden(self, idx, positions=None, cache=None):
-        """The hidden states after the last block: (B, T, C), in the activations' dtype.
+        """The hidden states after the last norm: (B, T, C), in the activations' dtype.
 
         Args:
             idx: tokens, int64 (B, T).
@@ -302,7 +303,8 @@ class GPT(nn.Module):
 
 
 def check_prompts(prompts, lengths):
-    """An empty prompt predicts nothing: column 0 - 1 would be taken for the last."""
+    """Raise ValueError unless every length is 1 to P. (An empty prompt has no column to
+    predict the first token: 0 - 1 would index the last column.)"""
     B, P = prompts.size()
     if lengths.shape != (B,) or ((lengths < 1) | (lengths > P)).any():
         raise ValueError(
@@ -338,7 +340,7 @@ def response_hidden(model, prompts, lengths, response, mask):
     row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
     column = lengths[row] + t - 1  # (N,) where it is predicted
     T = max(column.tolist(), default=0) + 1  # columns behind the last one are not fed
-    if T + 1 > model.config.block_size:  # + 1: the last token, which is only predicted
+    if T + 1 > model.config.block_size:  # + 1: the last token counts, as in generate
         raise ValueError(
             f"a prompt of up to {prompts.size(1)} tokens and its response need {T + 1} "
             f"> block_size {model.config.block_size}; nothing is cut"
@@ -459,8 +461,8 @@ class LazyLogits(NamedTuple):
 
 
 def check_rows(logits, weight):
-    """Numbers without a row, or one number for all rows, would not be noticed later;
-    and in a weight of whole numbers (a mask) losses would be cut to whole numbers."""
+    """Raise ValueError unless weight holds one float for each row. (A wrong shape would
+    be broadcast in silence, and an integer weight would round the losses.)"""
     if weight.shape != logits.hidden.shape[:1] or not weight.is_floating_point():
         raise ValueError(
             f"weight is {weight.dtype} {tuple(weight.shape)}, and should be one float "
@@ -491,16 +493,18 @@ def fused_linear_nll(logits, tokens, weight):
 #   jsd       1/2 KL(teacher || m)               1/2 p_s (log p_s - log m
 #             + 1/2 KL(student || m)                      - KL(student || m))
 #
-# The teacher never gets a gradient. student [.5, .5] and teacher [.9, .1] give 0.36806
-# nats forward and 0.51083 reverse. (Not F.kl_div, whose arguments are the other way
-# round.) Eq. 2 of the paper is printed without the weight p_s, which reverse needs.
+# The teacher never gets a gradient. Probabilities of student [.5, .5] and teacher
+# [.9, .1] give 0.36806 nats forward and 0.51083 reverse. (Not F.kl_div, whose arguments
+# are the other way round.) Eq. 2 of the paper is printed without the weight p_s, which
+# reverse needs.
 
 KLS = ("forward", "reverse", "jsd")
 LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
 
 
 def check_kl(student_shape, teacher_shape, kl):
-    """Rows of two lengths would be broadcast or, on a GPU, read beyond their end."""
+    """Raise ValueError for an unknown kl, or for shapes that differ. (Those would be
+    broadcast or, on a GPU, read beyond the end of a row.)"""
     if kl not in KLS:
         raise ValueError(f"kl {kl!r} is not one of {KLS}")
     if student_shape != teacher_shape:
@@ -539,7 +543,7 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
 class FusedKL(torch.autograd.Function):
     """Autograd would keep five tensors (..., V) of kl_reference for its backward pass.
     The gradient stands in the table above, so one will do: a private copy of the
-    student's logits, which the row kernel overwrites with their gradient."""
+    student's logits, which kl_rows overwrites with their gradient."""
 
     @staticmethod
     def forward(ctx, student_logits, teacher_logits, kl):

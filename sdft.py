@@ -42,9 +42,9 @@ class Config:
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
     beta2: float = 0.999  # of AdamW; .95 forgets more here: Adam takes larger steps
     weight_decay: float = 0.0  # of AdamW, on matrices; it pulls old knowledge to 0, too
-    grad_clip: float = 10.0  # largest norm of the gradient; only first updates meet it
-    dropout: float = 0.1  # on the residual branches; what is learnt with it is harder
-    # to disturb by a later stage, and takes longer to learn
+    grad_clip: float = 10.0  # largest gradient norm; only the first updates exceed it
+    dropout: float = 0.1  # on the residual branches; what is learnt with it takes
+    # longer to learn, and is harder for a later stage to disturb
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
@@ -56,7 +56,7 @@ class Config:
     kl: str = "forward"  # KL(teacher || student); reverse: KL(student || teacher); jsd
     teacher: str = "ema"  # average of the student; frozen: the base; live: the student
     ema_rate: float = 0.001  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
-    temperature: float = 1.0  # of rollouts and of both distributions in the loss
+    temperature: float = 1.0  # of the sampler and of both distributions in the loss
     skip_first_tokens: int = 0  # of each response, left out of the loss (official: 3)
 
 
@@ -77,11 +77,11 @@ def get_responses(student, batch, tok, cfg, step):
 
 
 def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
-    """The loss of this micro-batch: its share of the batch's mean, in nats per token.
-    And what else to record, by name."""
+    """The loss of this micro-batch (its share of the batch's mean, in nats per token),
+    and a dict of further numbers for the record."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
-    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)
-    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # they are still attended to
+    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)  # longer P
+    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # skipped, yet attended to
     hidden = response_hidden(student, *bare, response, mask)  # (N, C)
     # another context, the same response: row n of both predicts the same token
     with torch.no_grad():
@@ -166,7 +166,7 @@ def all_reduce(student, sums):
 
 
 def check_finite(loss, norm, step, batch):
-    """Raise FloatingPointError before the step, not train on NaN or infinity."""
+    """Raise FloatingPointError rather than update with NaN or infinity."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; the step "
@@ -185,17 +185,18 @@ def train(student, stages, tasks, tok, cfg, run):
         stages: name -> list of Example; each stage gets an optimizer of its own.
         tasks: what to evaluate, see data.make_tasks; {} for nothing.
         run: where records and checkpoints go: train.Run("a folder").
-    Returns: the evaluations, a list of dicts: the base's, then one after each stage.
+    Returns: the evaluations, a list of dicts: the base's, one after each stage, and in
+        between those of eval_every; [] without tasks.
     Raises: FloatingPointError before a step whose loss or gradient is not finite;
         KeyboardInterrupt after the step in which the run was asked to stop, with
         everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
-    base = copy.deepcopy(student).eval()  # never trained: distances are from here
+    base = copy.deepcopy(student).eval()  # never trained: KL(student || base) needs it
     student.dropout = cfg.dropout
     teacher = make_teacher(student)
     models = {"student": student, "teacher": teacher}
-    optimizer = make_optimizer(student, cfg)
+    optimizer = make_optimizer(student, cfg)  # a resume loads its state into it
     # where the run goes on, and the evaluations so far: 0 and [] if it is new
     start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
     total = cfg.steps * len(names)
@@ -223,7 +224,8 @@ def train(student, stages, tasks, tok, cfg, run):
         batch = data.get_batch(stages[names[stage]], cfg.batch_size, cfg.seed, step)
         sums = {"stop": torch.tensor(run.stop_wanted(), device=device)}  # 0 or 1
         for micro in data.my_micro_batches(batch, cfg.micro_batches):
-            student.train().dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
+            student.train()
+            student.dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
             response, mask = get_responses(student, micro, tok, cfg, step)
             loss, extra = compute_loss(
                 student, teacher, micro, response, mask, tok, cfg, step
@@ -231,7 +233,7 @@ def train(student, stages, tasks, tok, cfg, run):
             loss.backward()
             accumulate(sums, loss, response, mask, extra, tok, cfg)
 
-        # over all processes; with it the wish of one to stop, so that all stop together
+        # gradients and records of all processes; "stop", too, so that all stop together
         all_reduce(student, sums)
 
         # one update
@@ -239,7 +241,7 @@ def train(student, stages, tasks, tok, cfg, run):
         check_finite(sums["loss"], norm, step, batch)
         optimizer.step()
         optimizer.zero_grad()
-        update_teacher(teacher, student, cfg)  # critical: after the step, once each
+        update_teacher(teacher, student, cfg)  # critical: once per update, after it
 
         # record, and save at the end of a stage, before its evaluation
         stop = sums.pop("stop") > 0

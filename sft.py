@@ -38,9 +38,9 @@ class Config:
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
     beta2: float = 0.999  # of AdamW; .95 forgets more here: Adam takes larger steps
     weight_decay: float = 0.0  # of AdamW, on matrices; it pulls old knowledge to 0, too
-    grad_clip: float = 10.0  # largest norm of the gradient; only first updates meet it
-    dropout: float = 0.1  # on the residual branches; what is learnt with it is harder
-    # to disturb by a later stage, and takes longer to learn
+    grad_clip: float = 10.0  # largest gradient norm; only the first updates exceed it
+    dropout: float = 0.1  # on the residual branches; what is learnt with it takes
+    # longer to learn, and is harder for a later stage to disturb
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
@@ -55,15 +55,15 @@ class Config:
 def get_responses(batch, tok, device):
     """The demonstrations themselves: int64 (B, R), and their mask, bool (B, R)."""
     response, lengths = data.pad_batch(data.demo_response, batch, tok, device)
-    return response, data.learnt(batch, lengths)
+    return response, data.loss_mask(batch, lengths)
 
 
 # ---- 2. What the student is pulled towards -------------------------------------------
 
 
 def compute_loss(student, batch, response, mask, tok, cfg):
-    """The loss of this micro-batch: its share of the batch's mean, in nats per token.
-    And what else to record, by name."""
+    """The loss of this micro-batch (its share of the batch's mean, in nats per token),
+    and a dict of further numbers for the record."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
     hidden = response_hidden(student, *bare, response, mask)  # (N, C)
     # the mean, per response and then over the batch: each response weighs the same,
@@ -131,7 +131,7 @@ def all_reduce(student, sums):
 
 
 def check_finite(loss, norm, step, batch):
-    """Raise FloatingPointError before the step, not train on NaN or infinity."""
+    """Raise FloatingPointError rather than update with NaN or infinity."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise FloatingPointError(
             f"step {step}: loss {float(loss)}, gradient norm {float(norm)}; the step "
@@ -150,16 +150,17 @@ def train(student, stages, tasks, tok, cfg, run):
         stages: name -> list of Example; each stage gets an optimizer of its own.
         tasks: what to evaluate, see data.make_tasks; {} for nothing.
         run: where records and checkpoints go: train.Run("a folder").
-    Returns: the evaluations, a list of dicts: the base's, then one after each stage.
+    Returns: the evaluations, a list of dicts: the base's, one after each stage, and in
+        between those of eval_every; [] without tasks.
     Raises: FloatingPointError before a step whose loss or gradient is not finite;
         KeyboardInterrupt after the step in which the run was asked to stop, with
         everything saved.
     """
     device, names = next(student.parameters()).device, list(stages)
-    base = copy.deepcopy(student).eval()  # never trained: distances are from here
+    base = copy.deepcopy(student).eval()  # never trained: KL(student || base) needs it
     student.dropout = cfg.dropout
     models = {"student": student}
-    optimizer = make_optimizer(student, cfg)
+    optimizer = make_optimizer(student, cfg)  # a resume loads its state into it
     # where the run goes on, and the evaluations so far: 0 and [] if it is new
     start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
     total = cfg.steps * len(names)
@@ -187,13 +188,14 @@ def train(student, stages, tasks, tok, cfg, run):
         batch = data.get_batch(stages[names[stage]], cfg.batch_size, cfg.seed, step)
         sums = {"stop": torch.tensor(run.stop_wanted(), device=device)}  # 0 or 1
         for micro in data.my_micro_batches(batch, cfg.micro_batches):
-            student.train().dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
+            student.train()
+            student.dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
             response, mask = get_responses(micro, tok, device)
             loss, extra = compute_loss(student, micro, response, mask, tok, cfg)
             loss.backward()
             accumulate(sums, loss, response, mask, extra, tok, cfg)
 
-        # over all processes; with it the wish of one to stop, so that all stop together
+        # gradients and records of all processes; "stop", too, so that all stop together
         all_reduce(student, sums)
 
         # one update

@@ -1,7 +1,7 @@
 """The command line: base model, teacher gate, fine-tuning, evaluation, results.
 
     python train.py                         # = --method sdft, everything by default
-    python train.py --method both           # SFT and SDFT from one base, side by side
+    python train.py --method both           # SFT, then SDFT, from one base
     python train.py --quick                 # half a minute: does it run here?
     python train.py --method sft --lr 3e-4  # every number of the trainers is a flag
     python train.py --resume                # go on after Ctrl-C or a crash
@@ -74,7 +74,7 @@ WORK = {"base": 1.0, "sft": 1.7, "sdft": 2.2, "evaluation": 20.0}
 GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
 QUICK = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
 
-# What a flag may be: lowest, highest, both allowed.
+# Lowest and highest value of a flag, both allowed.
 RANGES = {
     **dict.fromkeys(("steps", "log_every", "save_every", "base_steps"), (1, 10**7)),
     **dict.fromkeys(("warmup_steps", "eval_every"), (0, 10**7)),
@@ -95,13 +95,13 @@ CHOICES = {"kl": model.KLS, "teacher": ("ema", "frozen", "live")}
 class UserError(ValueError):
     """Something that the user can mend: printed as an error and a hint, exit code 2."""
 
-    def __init__(self, message, hint=""):  # a default, for pickle gives the message
+    def __init__(self, message, hint=""):  # a default: unpickling gives message only
         super().__init__(message)
         self.hint = hint
 
 
-def run(args, stop):
-    """Look before leaping, then base model, gate, and one method after the other."""
+def whole_run(args, stop):
+    """Check everything, then base model, gate, and one method after the other."""
     if args.show or args.compare:
         return show(args)
     world_size = start_processes(args)
@@ -109,7 +109,8 @@ def run(args, stop):
         torch.set_num_threads(args.threads)
     device, reason = choose_device(args.device)
     dtype, tok = choose_dtype(args.dtype, device), data.Tokenizer()
-    say(f"device {device} ({reason}), activations {str(dtype)[6:]}, seed {args.seed}, "
+    name = str(dtype).removeprefix("torch.")
+    say(f"device {device} ({reason}), activations {name}, seed {args.seed}, "
         f"processes {world_size}, threads {torch.get_num_threads()}, "
         f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}")
     if args.sample is not None:
@@ -161,8 +162,8 @@ def run(args, stop):
         note = {"base": str(where), "gate": gate}
         folder = first_does(open_folder, args, method, resumed[method])
         note["base_seconds"] = seconds
-        run_ = Run(folder, resumed[method], stop, note, bar, WORK[method])
-        rows = fine_tune(method, run_, cfg, base, stages, tasks, tok)
+        run = Run(folder, resumed[method], stop, note, bar, WORK[method])
+        rows = fine_tune(method, run, cfg, base, stages, tasks, tok)
         final[method] = rows[-1]
     bar.close()
     if len(final) > 1:
@@ -193,7 +194,7 @@ def find_base(args, config, cfg, world, tok, dtype):
     """Where the base model is, or will be when it is made."""
     if args.base:
         return Path(args.base)
-    # however many processes share the work, and whatever is recorded of it
+    # the key does not depend on the number of processes, or on what is recorded
     cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
     key = base_key(config, cfg, world, tok, dtype)
     return Path(args.out) / "base" / key / "base.pt"
@@ -219,17 +220,17 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {path.parent} for the next run")
     corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, args.seed)
-    run_ = Run(path.parent, resume=True, stop=stop, bar=bar)
-    train_in(run_, sft, student, {"base": corpus}, {}, tok, cfg)
+    run = Run(path.parent, resume=True, stop=stop, bar=bar)
+    train_in(run, sft, student, {"base": corpus}, {}, tok, cfg)
     about = {**asdict(config), "seed": args.seed}
     first_does(write_checkpoint, path, {
-        "base": about, "key": path.parent.name, "seconds": run_.seconds(),
+        "base": about, "key": path.parent.name, "seconds": run.seconds(),
         "machine": machine_of(student),
         "model": student.state_dict(),
     })  # fmt: skip
     for file in held:
         file.close()
-    return run_.seconds()
+    return run.seconds()
 
 
 def check_gate(args, base, tasks, tok, cfg):
@@ -262,7 +263,7 @@ def open_folder(args, method, resume):
     return folder
 
 
-def fine_tune(method, run_, cfg, base, stages, tasks, tok):
+def fine_tune(method, run, cfg, base, stages, tasks, tok):
     """Run one method on the three skills, from a copy of the base. Returns its
     evaluations: of the base, and at the end of each stage."""
     trainer = METHODS[method]
@@ -271,27 +272,27 @@ def fine_tune(method, run_, cfg, base, stages, tasks, tok):
         for key, value in asdict(cfg).items()
     ))
     student = copy.deepcopy(base)
-    evaluations = train_in(run_, trainer, student, stages, tasks, tok, cfg)
-    seconds = first_does(write_results, run_, method, cfg, evaluations, student)
+    evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
+    seconds = first_does(write_results, run, method, cfg, evaluations, student)
     rows = stage_ends(evaluations)
     say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
     return rows
 
 
-def train_in(run_, trainer, *args):
+def train_in(run, trainer, *args):
     """trainer.train, with the last good checkpoint named if it breaks off."""
     try:
-        return trainer.train(*args, run_)
+        return trainer.train(*args, run)
     except FloatingPointError as error:
-        saved = run_.checkpoint if run_.checkpoint.exists() else "none yet"
+        saved = run.checkpoint if run.checkpoint.exists() else "none yet"
         raise FloatingPointError(f"{error}; last good checkpoint: {saved}") from None
 
 
-def write_results(run_, method, cfg, evaluations, student):
+def write_results(run, method, cfg, evaluations, student):
     """results.json from what is recorded; returns the seconds of fine-tuning, those
     before a resume included."""
     spent = {}
-    for record in read_metrics(run_.folder):
+    for record in read_metrics(run.folder):
         spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
     keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
     ends = [row for row in evaluations if row["stage_end"]]
@@ -301,9 +302,9 @@ def write_results(run_, method, cfg, evaluations, student):
         "config": asdict(cfg),
         "machine": machine_of(student),
         "seconds": {
-            "base": run_.note["base_seconds"], "fine_tune": sum(spent.values())
+            "base": run.note["base_seconds"], "fine_tune": sum(spent.values())
         },
-        "teacher_gate": run_.note["gate"],
+        "teacher_gate": run.note["gate"],
         "base": {key: evaluations[0][key] for key in ("new", "prior")},
         "stages": [
             {key: row[key] for key in keys} | {"seconds": spent[row["skill"]]}
@@ -311,7 +312,7 @@ def write_results(run_, method, cfg, evaluations, student):
         ],
     }
     text = json.dumps(results, indent=1)
-    write_atomically(run_.folder / "results.json", text.encode())
+    write_atomically(run.folder / "results.json", text.encode())
     return sum(spent.values())
 
 
@@ -329,7 +330,7 @@ class Run:
 
     resume: go on from the checkpoint, if there is one. stop: an object whose `signal`
     is 0 until the run is to stop after its step. note: plain values, kept in the
-    checkpoint. bar: of a longer run that this is a part of; a step is `work` of it.
+    checkpoint. bar: that of the whole program, which a step moves on by `work`.
     """
 
     def __init__(
@@ -386,9 +387,13 @@ class Run:
         own = self.bar or make_bar((end - 1) * self.work)
         own.set_description(self.folder.name if self.note else "base model")
         own.update(start * self.work)
-        for step in range(start, end):
-            yield step  # the trainer returns in the last one, which is no update
-            own.update(self.work)
+        try:
+            for step in range(start, end):
+                yield step  # the trainer returns in the last one, which is no update
+                own.update(self.work)
+        finally:
+            if own is not self.bar:
+                own.close()
 
     def log(self, record):
         """A line of metrics.jsonl, and the same on the screen."""
@@ -517,11 +522,11 @@ class Stop:
 
     def __init__(self):
         self.signal = 0
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.ask)
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self.ask)
 
-    def ask(self, number_, _):
-        self.signal = number_
+    def ask(self, signum, _):
+        self.signal = signum
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, signal.SIG_DFL)
         if is_first():
@@ -628,8 +633,9 @@ def make_parser():
     add("--base", metavar="FILE", help="a base.pt that was made earlier, here or on "
         "another machine, in place of one of --out")
     add("--distance", choices=data.DISTANCES, default="terms",
-        help="of the expert from the model: his style is its own; known to it; or his "
-        "terms are foreign, too (default: terms)")
+        help="how far demonstrations are from the model's own responses: own, worded "
+        "alike; known, in a style that it knows; terms, with words it never writes "
+        "(default: terms)")
 
     def both(name):
         one, other = (getattr(m.Config, name) for m in (sdft, sft))
@@ -904,10 +910,10 @@ def say(text):
 
 
 def check_device(student):
-    """Does this device compute what a CPU computes? It takes a second and has found
-    silently wrong kernels (MPS). What differs there: attention with a mask, the random
-    bytes of dropout, searchsorted in the sampler. Warns; returns the largest difference
-    of log-probabilities, of whole sequences and of tokens from a cache."""
+    """Does this device compute what a CPU computes? It takes a second, and there have
+    been silently wrong kernels (MPS: attention with a mask). Compares log-probabilities
+    of whole sequences and greedy tokens from a cache, neither dropout nor sampling.
+    Warns; returns the largest difference of log-probabilities."""
     device = next(student.parameters()).device
     twin = copy.deepcopy(student).cpu()
     rng = data.make_rng(0, "check device")
@@ -937,16 +943,16 @@ def sync_folder(folder):
     """Put new names in a folder on the disk, where the system can do that: Windows
     opens no folders, and some network disks and shares do not sync them."""
     try:
-        number_ = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
         return
     try:
-        os.fsync(number_)
+        os.fsync(descriptor)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
             raise
     finally:
-        os.close(number_)
+        os.close(descriptor)
 
 
 def keep_previous(path):
@@ -1330,7 +1336,7 @@ def main(argv):
             time.sleep(2)
 
     try:
-        run(parse_args(argv), stop)
+        whole_run(parse_args(argv), stop)
     except BrokenPipeError:  # python train.py | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         tell("error: nobody reads what this prints any more\n"
@@ -1346,10 +1352,10 @@ def main(argv):
         tell(f"error: {error}\nhint: try a lower --lr")
         return 3
     except KeyboardInterrupt:
-        number_ = stop.agreed()
+        signum = stop.agreed()
         again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
         tell(f"stopped; to go on: {command_line(again)}")
-        return 128 + number_
+        return 128 + signum
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -153,7 +153,7 @@ def test_words_of_different_kinds_are_different_words():
         for word in words:
             assert word not in seen, f"{word}: {kind}, and {seen[word]}"
             seen[word] = kind
-    assert len(data.NOUNS) == data.KNOWN + data.UNKNOWN
+    assert len(data.NOUNS) == data.KNOWN + 40
 
 
 # ---- The two contexts --------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_a_world_is_complete():
 def learnt(example):
     """Each token of demo_response, and whether it carries loss."""
     response = data.demo_response(example, TOK)
-    (mask,) = data.learnt([example], torch.tensor([len(response)])).tolist()
+    (mask,) = data.loss_mask([example], torch.tensor([len(response)])).tolist()
     return list(zip(response, mask, strict=True))
 
 

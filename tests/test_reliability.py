@@ -987,7 +987,7 @@ CHANGE = {
     "the optimizer": ("sft", "betas=(0.9, cfg.beta2)", "betas=(0.8, cfg.beta2)"),
     "a default": ("sft", "grad_clip: float = 10.0", "grad_clip: float = 9.0"),
     "the model": ("model", "rope_theta: float = 1", "rope_theta: float = 2"),
-    "the corpus": ("data", 'KNOWN, UNKNOWN = 120,', 'KNOWN, UNKNOWN = 119,'),
+    "the corpus": ("data", 'KNOWN = 120', 'KNOWN = 119'),
     "a style": ("data", '("", "gives", "done sir")', '("", "gives", "done")'),
     "what carries loss": ("data", "row[list(example.skip)] = False", "row[:0] = False"),
     "the order of a batch": ("data", "{e.prompt} {e.shown} {e.demo}", "{e.prompt}"),

@@ -702,7 +702,7 @@ def test_a_loss_that_is_not_finite_ends_the_program_with_3(monkeypatch, call):
     def run(args, stop):
         raise FloatingPointError("step 2: loss nan")
 
-    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "whole_run", run)
     code, _, err = call()
     assert code == 3 and "error: step 2" in err
 
