@@ -88,8 +88,8 @@ def begin(out, *args, before=(), **kwargs):
     return start(*FLAGS, "--out", out, *args, launcher=[*before, *PYTHON], **kwargs)
 
 
-def finish(process):
-    out, err = process.communicate(timeout=120)
+def finish(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
     return process.returncode, out, err
 
 

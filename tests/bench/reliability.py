@@ -43,7 +43,7 @@ MEASURE = short.PROGRAM + (
 
 
 def succeed(process):
-    code, text, err = short.finish(process)
+    code, text, err = short.finish(process, timeout=1200)
     assert code == 0, err
     return text
 
@@ -170,7 +170,8 @@ def measure(quick, work):
     shutil.rmtree(out / "sdft")
     fresh = peak_memory(start_usual(out))
     shutil.rmtree(out / "sdft")
-    code, _, err = short.finish(start_usual(out, AT=short.at("sdft", 5, "SIGKILL")))
+    killed = start_usual(out, AT=short.at("sdft", 5, "SIGKILL"))
+    code, _, err = short.finish(killed, timeout=1200)
     assert code == -signal.SIGKILL, err
     again = peak_memory(start_usual(out, "--resume"))
     what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
