@@ -316,7 +316,7 @@ EXERCISE = Exercise(
             """\
         optimizer.step()
         optimizer.zero_grad()
-        update_teacher(teacher, student, cfg)  # critical: after the step, once each
+        update_teacher(teacher, student, cfg)  # critical: once per update, after it
 """,
             "        optimizer.zero_grad()  # sdft_step has made the update\n",
         ),

@@ -15,7 +15,7 @@ LOSS = "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.k
 STEP = "        optimizer.step()\n        optimizer.zero_grad()\n"
 UPDATE = (
     "        update_teacher(teacher, student, cfg)"
-    "  # critical: after the step, once each\n"
+    "  # critical: once per update, after it\n"
 )
 MASK = "    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)"
 AVERAGE = "t.copy_(ema_rate * s + (1 - ema_rate) * t)"
