@@ -9,7 +9,7 @@ import math
 import torch
 
 import data
-from model import generate, kl_reference, response_hidden
+from model import generate, kl_reference, response_hidden, sample_token
 
 
 def log_softmax(x):
@@ -278,3 +278,49 @@ def dft_loss(logits, tokens, weight):
     """
     log_p = logits.log_softmax(-1).gather(1, tokens[:, None])[:, 0]  # (N,)
     return -(weight * log_p.detach().exp() * log_p).sum()
+
+
+@torch.no_grad()
+def speculative_responses(student, teacher, batch, tok, cfg, tau, step):
+    """Responses that the student writes, but where the teacher disagrees, the teacher.
+
+    At each token both predict what comes next, the student after student_prompt, the
+    teacher after teacher_prompt, both after the same response so far. Where
+    KL(teacher || student) > tau, in nats, the token is drawn from the teacher, else
+    from the student; in both cases with the number of data.get_uniform at its place.
+
+    Args: as in sdft.get_responses; teacher, a GPT; tau, at least 0: 0 is off-policy
+        (the teacher writes all), infinity SDFT. cfg.temperature is that of both
+        distributions, in the KL, too; it is above 0.
+    Returns: response int64 (B, R), mask bool (B, R), as generate gives them.
+    """
+    device = next(student.parameters()).device
+    contexts = [
+        (model, data.pad_batch(prompt, batch, tok, device))
+        for model, prompt in (
+            (student, data.student_prompt), (teacher, data.teacher_prompt)
+        )
+    ]  # fmt: skip
+    u = data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, step, device)  # (B, R)
+    response = torch.full(u.shape, tok.end, device=device)
+    alive = torch.ones(len(batch), dtype=torch.bool, device=device)
+    training = student.training, teacher.training
+    student.eval(), teacher.eval()
+    for t in range(u.size(1)):
+        here = torch.zeros_like(response[:, : t + 1], dtype=torch.bool)
+        here[:, t] = True  # the last column alone, one of each row
+        s, q = (  # (B, V), student and teacher
+            model.logits(response_hidden(model, *prompts, response[:, : t + 1], here))
+            / cfg.temperature
+            for model, prompts in contexts
+        )
+        teacher_writes = kl_reference(s, q, "forward") > tau  # (B,)
+        token = sample_token(torch.where(teacher_writes[:, None], q, s), u[:, t])
+        response[:, t] = torch.where(alive, token, tok.end)
+        alive = alive & (token != tok.end)
+        if not alive.any():
+            break
+    student.train(training[0]), teacher.train(training[1])
+    n_tokens = ((response != tok.end).sum(1) + 1).clamp(max=u.size(1))  # (B,)
+    mask = torch.arange(int(n_tokens.max()), device=device) < n_tokens[:, None]
+    return response[:, : mask.size(1)], mask
