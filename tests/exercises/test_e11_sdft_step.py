@@ -385,19 +385,21 @@ def test_dropout_and_modes_are_left_to_who_calls(impl, rng):
     assert cfg == settings, "sdft_step changes the configuration"
 
 
-def test_the_loss_on_fixed_responses_falls(impl, rng):
-    args = setting(impl, rng, 4, 3, ema_rate=0.0, temperature=1.0)
+def test_the_loss_on_a_fixed_batch_falls(impl, rng):
+    """At the first token, which is predicted from the prompt alone: whatever is
+    sampled, the loss is the same function of the weights, and the teacher stays."""
+    args = setting(impl, rng, 4, 1, ema_rate=0.0, temperature=1.0)
     student, teacher, _, batch, u, tok, cfg = args
     responses = true_responses(impl, student, batch, u, tok, cfg)
     fixed = impl, student, teacher, batch, responses, tok, cfg
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
     with torch.no_grad():
         before = true_loss(*fixed).item()
-    for _ in range(6):
+    for _ in range(8):
         step(impl, student, teacher, optimizer, batch, u, tok, cfg)
     with torch.no_grad():
         after = true_loss(*fixed).item()
-    assert after < 0.9 * before, (
-        f"KL(teacher || student) on fixed responses is {before:.3f} nats per token, "
-        f"and {after:.3f} after 6 steps: it should fall by a tenth at least"
+    assert after < 0.7 * before, (
+        f"KL(teacher || student) at the first token of a fixed batch is {before:.3f} "
+        f"nats, and {after:.3f} after 8 steps: it should fall by 30 % at least"
     )
