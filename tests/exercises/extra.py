@@ -324,3 +324,32 @@ def speculative_responses(student, teacher, batch, tok, cfg, tau, step):
     n_tokens = ((response != tok.end).sum(1) + 1).clamp(max=u.size(1))  # (B,)
     mask = torch.arange(int(n_tokens.max()), device=device) < n_tokens[:, None]
     return response[:, : mask.size(1)], mask
+
+
+def summarize(runs):
+    """A table of runs as means over seeds, with the range beside them.
+
+    Args: runs, a list of dicts with method, lr, seed, and the results new and prior
+        (accuracies), in any order. It stays as it is.
+    Returns: a list of dicts, one for each (method, lr), sorted by method, then lr:
+        method, lr, seeds (how many), and for new and prior a tuple (mean, lowest,
+        highest).
+    Raises: ValueError if a (method, lr, seed) comes twice, or if not every (method, lr)
+        has the same seeds: such means do not compare methods.
+    """
+    groups = {}
+    for run in runs:
+        group = groups.setdefault((run["method"], run["lr"]), {})
+        if run["seed"] in group:
+            raise ValueError(f"twice: {run['method']}, {run['lr']}, {run['seed']}")
+        group[run["seed"]] = run
+    if len({frozenset(group) for group in groups.values()}) > 1:
+        raise ValueError(f"seeds differ: { {k: [*g] for k, g in groups.items()} }")
+    rows = []
+    for (method, lr), group in sorted(groups.items()):
+        row = {"method": method, "lr": lr, "seeds": len(group)}
+        for key in ("new", "prior"):
+            values = [run[key] for run in group.values()]
+            row[key] = sum(values) / len(values), min(values), max(values)
+        rows.append(row)
+    return rows
