@@ -1,13 +1,16 @@
 """The paper's experiments in the tiny world: many runs of train.py, a table, pictures.
 
-    python tests/bench/paper.py forgetting              # run what is missing; draw
-    python tests/bench/paper.py forgetting --seeds 0 1  # other seeds
-    python tests/bench/paper.py forgetting --draw       # only draw
+    python tests/bench/paper.py default                 # run what is missing; draw
+    python tests/bench/paper.py default --seeds 0 1     # other seeds
+    python tests/bench/paper.py default --draw          # only draw
 
 A cell is one run of train.py: flags and a seed. Finished cells are not run again (those
 that other code made are counted below the table); each runs on one core (or one GPU),
-as many at a time as there are. Results and pictures
-stand beside each other in tests/bench/results/. Needs matplotlib for the pictures.
+as many at a time as there are. Results and pictures stand beside each other in
+tests/bench/results/. Needs matplotlib for the pictures.
+
+`default` is both methods as they are. `forgetting` has all rates, distances and
+teachers; its results are of the earlier base (1,700 updates, commit e476572).
 """
 
 import argparse
@@ -38,6 +41,15 @@ RESULTS = ROOT / "tests" / "bench" / "results"
 
 SFT, SDFT = "--method sft", "--method sdft"
 EXPERIMENTS = {
+    "default": {
+        "seeds": tuple(range(200, 206)),  # no setting was chosen on these
+        "rows": [
+            ("sdft", 6, SDFT),
+            ("sft", 6, SFT),
+            ("sft curve", 3, f"{SFT} --eval-every 100"),
+            ("sdft curve", 3, f"{SDFT} --eval-every 40"),
+        ],
+    },
     "forgetting": {
         "seeds": (70, 71, 72, 73, 74),  # no setting was chosen on these
         "rows": [
@@ -61,7 +73,11 @@ EXPERIMENTS = {
     },
 }  # fmt: skip
 COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-CURVES = ("sft 6e-4", "sft 1e-4", "sdft 9e-5")  # the defaults, and SFT at a low rate
+# the rows whose evaluations are drawn, stage by stage
+CURVES = {
+    "default": ("sft curve", "sdft curve"),
+    "forgetting": ("sft 6e-4", "sft 1e-4", "sdft 9e-5"),
+}
 # the distance "terms" beside own and known: SFT at its lowest rate that learns
 TERMS = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}
 
@@ -248,8 +264,10 @@ def print_gaps(rows):
 
 def draw_curves(plt, name, runs_of):
     """New skills up, prior kept: mean and range over seeds, for the three stages."""
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(12, 3.6), sharey=True)
-    for axis, curve in zip(axes, CURVES, strict=True):
+    curves = CURVES[name]
+    size = 4 * len(curves), 3.6
+    figure, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
+    for axis, curve in zip(axes, curves, strict=True):
         runs = runs_of[curve]
         steps = [row["step"] for row in runs[0]["evaluations"]]
         x = [step / runs[0]["config"]["steps"] for step in steps]
@@ -269,7 +287,8 @@ def draw_curves(plt, name, runs_of):
         for stage in (1, 2):
             axis.axvline(stage, color="gray", lw=0.8, ls=":")
         method, rate = curve.split()
-        axis.set_title(f"{method.upper()}, {rate}")
+        rate = "" if rate == "curve" else f", {rate}"
+        axis.set_title(f"{method.upper()}{rate}")
         axis.set_xlabel("stages (one for each skill)")
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("accuracy on held-out queries")
@@ -335,8 +354,9 @@ def draw(name, runs, rows):
     def have(*labels):
         return all(label in rows for label in labels)
 
-    if have(*CURVES):
+    if have(*CURVES[name]):
         draw_curves(plt, name, runs)
+    if name == "forgetting" and have(*CURVES[name]):
         draw_tradeoff(plt, name, rows)
     if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
         draw_distance(plt, name, rows)
