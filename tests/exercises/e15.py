@@ -280,5 +280,8 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
-    imports=("pickle", "tempfile", "zipfile", "errno", "contextlib"),
+    imports=(
+        "os", "io", "hashlib", "shutil", "time", "errno", "contextlib", "pathlib",
+        "zipfile", "open", "load",
+    ),  # fmt: skip
 )

@@ -136,6 +136,31 @@ def test_a_suspicious_line_is_refused_before_anything_runs(line):
         assert grade.check_source(work, EX), f"{line} is not refused"
 
 
+def test_a_checkpoint_is_loaded_as_tensors_only():
+    """e15 has to load a file; nothing that could run code in it is let through."""
+    ex, head = kit.exercise("e15"), "def read_checkpoint(path):\n    "
+    for line, fine in {
+        "return torch.load(path, weights_only=True)": True,
+        "return torch.load(path, 'cpu', weights_only=True)": True,
+        "return torch.load(path)": False,
+        "return torch.load(path, weights_only=False)": False,
+        "return torch.load(path, weights_only=not path)": False,
+        "return torch.load(path, weights_only=True, pickle_module=x)": False,
+        "return torch.load(path, 'cpu', x, weights_only=True)": False,
+        "return torch.load(path, weights_only=True, **x)": False,
+        "f = torch.load; return f(path, weights_only=False)": False,
+        "from torch import load; return load(path, weights_only=False)": False,
+        "import pickle; return pickle.load(path)": False,
+        "torch.load = x; return torch.load(path, weights_only=True)": False,
+    }.items():
+        work = kit.Work({"train.py": ("train.py", f"{head}{line}\n")})
+        why = grade.check_source(work, ex)
+        assert (why is None) == fine, (line, why)
+    line = "x = torch.load(ids, weights_only=True)"
+    work = kit.Work({"extra.py": ("extra.py", hostile(line))})
+    assert grade.check_source(work, EX), "e04 has nothing to load"
+
+
 def test_the_solutions_that_are_right_are_not_suspicious():
     for ex in kit.exercises().values():
         for name, text in ex.rights:
