@@ -22,14 +22,34 @@ def pytest_addoption(parser):
         pass
 
 
+IDS = pytest.StashKey()  # of the exercises whose graders run
+EMPTY = pytest.StashKey()  # of those that are not written, and one test has said it
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Who forgets --impl grades the project, and everything passes."""
+    asked = config.option.keyword or any(
+        Path(str(arg).split("::")[0]).resolve().is_relative_to(HERE)
+        for arg in config.invocation_params.args if not str(arg).startswith("-")
+    )  # fmt: skip
+    if asked and config.stash.get(IDS, None) and not config.getoption("--impl"):
+        terminalreporter.write_line(
+            "graded the project's own functions; --impl mine grades yours"
+        )
+
+
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
     """With --impl, only the exercises that the folder holds are graded."""
     folder = config.getoption("--impl")
+    found = [kit.exercise_of(item.module.__name__) for item in items]
+    found = list(dict.fromkeys(ex.id for ex in found if ex is not None))
+    config.stash[IDS] = found
     if folder is None:
         return
     try:
-        work = kit.Work.of_folder(folder)
+        all_of_them = len(found) == len(kit.exercises())
+        work = kit.Work.of_folder(folder, "e05" if all_of_them else " ".join(found))
     except KitError as error:
         raise pytest.UsageError(f"{error}\nhint: {error.hint}") from None
     graded, left_out, asked = [], [], {}
@@ -61,7 +81,12 @@ def impl(request):
     if folder is None:
         return project()
     ex = kit.exercise_of(request.module.__name__)
-    return kit.Work.of_folder(folder).modules(ex)
+    work = kit.Work.of_folder(folder)
+    if work.is_empty(ex):  # one test says so
+        if ex.id in request.config.stash.setdefault(EMPTY, set()):
+            pytest.skip("not written yet")
+        request.config.stash[EMPTY].add(ex.id)
+    return work.modules(ex)
 
 
 loaded = []

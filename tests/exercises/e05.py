@@ -5,22 +5,29 @@ from kit import Exercise
 SHEET = """
 Supervised fine-tuning (SFT) is the baseline that SDFT is compared with: the student
 reads the prompt and is to give the demonstration's tokens a high probability. Write
-compute_loss of sft.py. It gets a micro-batch of examples, the responses (B, R) and the
-mask (B, R) of the tokens that count, and returns (loss, {}).
+compute_loss(student, batch, response, mask, tok, cfg) of sft.py. It returns (loss, {}):
+the loss is a tensor of shape (), the dict holds further numbers for the record.
+
+    student   the GPT: vocabulary V, hidden states of width C
+    batch     a list of B data.Example: one micro-batch
+    response  int64 (B, R), the tokens of the responses, padded on the right
+    mask      bool (B, R), true at the N tokens that count
+    tok, cfg  the tokenizer, and the sft.Config with batch_size
 
 1. The contexts: data.pad_batch(data.student_prompt, batch, tok, device) gives prompts
    (B, P), padded on the right, and their lengths (B,).
 2. The hidden states that predict the N response tokens under the mask:
-   response_hidden(student, prompts, lengths, response, mask) -> (N, C). The shift by
-   one (the state at a token predicts the next one) is done in there. Logits are
-   student.logits(hidden) -> (N, V).
+   response_hidden(student, prompts, lengths, response, mask) -> (N, C), row after row,
+   in the order of response[mask]. The shift by one (the state at a token predicts the
+   next one) is done in there. Logits are student.logits(hidden) -> (N, V).
 3. The loss, in nats per token: -log p of each token under the mask; the mean over the
    tokens of a response; then the sum over the responses, divided by cfg.batch_size.
 
 Divide by cfg.batch_size and not by the number of rows that you were given: a batch of
-64 may come as four micro-batches of 16 whose losses are added up. Row after row, each
-response weighs the same, whatever its length; one of which nothing counts adds 0.
-Nothing that you are given may be changed.
+64 may come as four micro-batches of 16 whose losses are added up. Each response weighs
+the same, whatever its length; one of which nothing counts adds 0.
+Nothing that you are given may be changed. Keep the dtype that you are given (no
+.float()): the grader works in float64, where a right loss is right to nine digits.
 
 What to look at when it runs: python tests/exercises/run.py mine --method sft. The loss
 falls within the first hundred updates and the skill is learnt; then read the columns of
@@ -131,6 +138,35 @@ MUTANTS = (
         ),
         "log_softmax",
     ),
+    (
+        "in float32",
+        (
+            (
+                LOSS,
+                "-(weight * student.logits(hidden).float().log_softmax(-1).gather("
+                "1, response[mask][:, None])[:, 0]).sum()",
+            ),
+        ),
+        "right up to float32 rounding",
+    ),
+    ("float32 meets float64", ((HIDDEN, f"{HIDDEN}.float()"),), "Keep the dtype"),
+    (
+        "shifted twice",
+        (
+            (
+                LOSS,
+                "fused_linear_nll(LazyLogits(hidden[:-1], student.head()), "
+                "response[mask][1:], weight[1:])",
+            ),
+        ),
+        "do you shift a second time",
+    ),
+    (
+        "mean over all tokens, times rows / batch_size",
+        ((WEIGHT, "mask / mask.sum() * len(batch) / cfg.batch_size"),),
+        "times rows / batch_size",
+    ),
+    ("a number", ((LOSS, f"{LOSS}.item()"),), "has no gradient"),
     (
         "changes the mask",
         (

@@ -21,6 +21,8 @@ Write reverse_kl(student_logits, teacher_logits, mask) of extra.py. The logits a
    goes into the teacher's, even if they would take one.
 4. Behind the mask the logits may be anything, NaN too: neither the result nor the
    gradient may notice. Nothing that you are given may be changed.
+5. Keep the dtype that you are given (no .float()): the grader works in float64, where a
+   right result is right to nine digits.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.51083. KL(teacher || student) of
 the same two is 0.36806.
@@ -147,6 +149,11 @@ def reverse_kl(student_logits, teacher_logits, mask):
     ("terms below 0 dropped", ((VALUES, VALUES.replace(
      ".sum", ".clamp(min=0).sum")),), "drops the terms that are below 0"),
     ("bits", ((VALUES, f"{VALUES} / 0.6931471805599453"),), "in bits"),
+    ("in float32", ((LOG_S, LOG_S.replace("[mask]", "[mask].float()")),
+     (LOG_T, LOG_T.replace("[mask]", "[mask].float()"))),
+     "right up to float32 rounding"),
+    ("a number", (("values).sum()", "values).sum().item()"),),
+     "a Python number has no gradient"),
     ("changes the teacher", ((LOG_T, "torch.log_softmax(teacher_logits.detach()"
      ".masked_fill_(~mask[..., None], 0)[mask], -1)"),), "changes teacher_logits"),
 )  # fmt: skip

@@ -21,7 +21,8 @@ the arguments, always; what is in front of the || is what kl says.
 3. A logit may be -inf in both (a token that nobody can say): it adds 0 to the value and
    gets 0 as its gradient, not nan. The constant LOG_ZERO is there for it.
 4. bfloat16 logits are turned into float32 before anything else; float64 stays float64.
-5. Shapes that differ and an unknown kl raise ValueError; check_kl is there for it.
+5. Shapes that differ and an unknown kl raise ValueError: write
+   check_kl(student_logits.shape, teacher_logits.shape, kl).
    Nothing that you are given may be changed.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.36806 forward, 0.51083 reverse.

@@ -20,8 +20,9 @@ k-th of teacher.parameters() belongs to the k-th of student.parameters().
    stays one tensor.
 2. The teacher never gets a gradient, and no graph of autograd may hang on it.
 3. The teacher has a memory of its own: when the student goes on, it stays.
-4. The student is not changed. The arithmetic is in the dtype of the parameters,
-   float32: in bfloat16 a step of .001 rounds to nothing.
+4. The student is not changed. The arithmetic is in the dtype of the parameters: float32
+   in training ("critical!" says the docstring: in bfloat16 a step of .001 rounds to
+   nothing), float64 in the grader. So no .float() and no .bfloat16().
 
 What to look at when it runs: how many updates until half of the student of the start is
 forgotten, at .001, .01 and .05? (log .5 / log(1 - ema_rate).) Then
@@ -80,6 +81,24 @@ def update_teacher(teacher, student, cfg):
      "of the student is changed"),
     ("bfloat16", ((COPY, "t.copy_((ema_rate * s.bfloat16() + (1 - ema_rate) * "
      "t.bfloat16()).to(t.dtype))"),), "they round to nothing"),
+    ("in float32", ((COPY, "t.copy_(ema_rate * s.float() + (1 - ema_rate) * "
+     "t.float())"),), "frozen teacher is rounded"),
+    ("in float32, but for a frozen one", ((COPY, "t.copy_(ema_rate * s.float() + "
+     "(1 - ema_rate) * t.float() if ema_rate else t)"),),
+     "right up to float32 rounding"),
+    ("renames", ((COPY, "t = ema_rate * s + (1 - ema_rate) * t"),),
+     "no parameter moved"),
+    ("returns another teacher", """
+import copy
+
+@torch.no_grad()
+def update_teacher(teacher, student, cfg):
+    teacher = copy.deepcopy(teacher)
+    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
+    for t, s in zip(teacher.parameters(), student.parameters()):
+        t.lerp_(s, ema_rate)
+    return teacher
+""", "a returned teacher is not used"),
     ("with a graph", """
 def update_teacher(teacher, student, cfg):
     ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]

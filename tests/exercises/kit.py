@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import re
 import sys
 import tempfile
 import textwrap
@@ -71,6 +72,9 @@ def exercises():
 
 
 def exercise(name):
+    """By its id; "E05", "e5" and "5" are e05, too."""
+    if match := re.fullmatch(r"e?(\d{1,2})", name.strip().lower()):
+        name = f"e{int(match[1]):02d}"
     if name not in exercises():
         raise KitError(f"no exercise {name!r}", f"one of {', '.join(exercises())}")
     return exercises()[name]
@@ -181,16 +185,22 @@ class Work:
                 tree = parse(text)
             except SyntaxError as error:
                 at = f"{path}:{error.lineno}:{error.offset}"
-                raise KitError(f"{at}: {error.msg}", "Python cannot read it") from None
+                line = f"line {error.lineno}, `{(error.text or '').strip()}`"
+                raise KitError(
+                    f"{at}: {error.msg}",
+                    f"Python cannot read {line}, or the line above: mend it and run "
+                    "again",
+                ) from None
             self.files[file], self.trees[file] = (path, text), tree
 
     @classmethod
-    def of_folder(cls, folder):
+    def of_folder(cls, folder, ids="e05"):
+        """ids: of the exercises that are asked for, for the hint."""
         folder = Path(folder)
         if not folder.is_dir():
             raise KitError(
                 f"{folder}: no such folder",
-                f"python tests/exercises/make.py e05 --to {folder} makes it",
+                f"python tests/exercises/make.py {ids} --to {folder} makes it",
             )
         found = [folder / file for file in FILES if (folder / file).is_file()]
         return cls({p.name: (str(p), p.read_text(encoding="utf-8")) for p in found})
@@ -205,6 +215,11 @@ class Work:
             return "stub"
         same = shape_of(node) == shape_of(find(parse(source(file)), name))
         return "project" if same else "written"
+
+    def is_empty(self, ex):
+        """Is each of its functions a stub or missing?"""
+        states = {self.state_of(*function.split()) for function in ex.functions}
+        return states <= {"stub", "missing"}
 
     def state(self, ex):
         """The same of an exercise: "written" if at least one of its functions is and
@@ -348,6 +363,13 @@ def explain(error, ex):
         f"  {f.filename}:{f.lineno}, in {f.name}: {f.line or ''}".rstrip()
         for f in theirs if f.filename not in ours
     ] or [f"  {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames[-2:]]
+    if isinstance(error, RuntimeError) and re.search(
+        r"\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", str(error), re.I | re.S
+    ):
+        lines.append(
+            "float32 meets float64: the grader gives you float64. Keep the dtype you "
+            "are given\n(no .float(), no torch.zeros without dtype=)"
+        )
     return "\n".join([f"it ended with {kind}: {error}", *lines])
 
 
@@ -395,14 +417,30 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
     if not yours.isfinite().all() and truth.isfinite().all():
         raise AssertionError(f"{what} is not finite: {short(yours)}")
     far = (yours.detach().double() - truth.double()).abs().max().item()
-    raise AssertionError(
-        f"{what} is {short(yours)}, it should be {short(truth)}: up to {far:.2g} away"
-    )
+    rounded = tolerance <= 1e-7 and rounds_to_float32(yours, truth)
+    digits = 10 if rounded else 6
+    text = f"{what} is {short(yours, digits)}, it should be {short(truth, digits)}: "
+    if rounded:
+        raise AssertionError(f"{text}up to {far:.2g} away. {FLOAT32}")
+    raise AssertionError(f"{text}up to {far:.2g} away")
 
 
-def short(x):
+FLOAT32 = (
+    "It is right up to float32 rounding: the grader gives you float64. Keep the dtype "
+    "you are given (no .float(), no torch.zeros without dtype=)"
+)
+
+
+def rounds_to_float32(yours, truth):
+    """Is the difference, relative to the largest number, one that float32 makes?"""
+    yours, truth = yours.detach().double(), truth.detach().double()
+    far = (yours - truth).abs().max()
+    return yours.numel() > 0 and bool(0 < far < 1e-5 * truth.abs().max())
+
+
+def short(x, digits=6):
     x = torch.as_tensor(x).detach()
     if x.numel() == 1:
-        return f"{x.item():.6g}"
-    values = ", ".join(f"{v:.4g}" for v in x.flatten()[:6].tolist())
+        return f"{x.item():.{digits}g}"
+    values = ", ".join(f"{v:.{max(4, digits - 2)}g}" for v in x.flatten()[:6].tolist())
     return f"[{values}{', ...' if x.numel() > 6 else ''}]"

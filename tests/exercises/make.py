@@ -34,7 +34,8 @@ def show_list():
         print(f"{ex.id}  {stars:5s} {ex.minutes:3d} min  {ex.points:2d} points  "
               f"{ex.title}{more}")
         minutes += ex.minutes
-    print(f"{minutes / 60:.0f} hours in all; the order is a path, see README.md")
+    print(f"{len(exercises())} exercises, {minutes / 60:.0f} hours in all; the order is "
+          "a path, see README.md")
 
 
 def show_sheet(ex):
@@ -146,7 +147,9 @@ def main(argv):
         show_sheet(ex)
     print()
     print("\n".join(emptied) or f"nothing to do: {folder} has these stubs already")
-    print(f"grade it: pytest tests/exercises -k {exs[0].id} --impl {args.to}")
+    ids = " or ".join(dict.fromkeys(ex.id for ex in exs))
+    ids = f'"{ids}"' if " " in ids else ids
+    print(f"grade it: pytest tests/exercises -k {ids} --impl {args.to}")
     return 0
 
 

@@ -64,6 +64,10 @@ def loss_of(impl, *args):
         f"yours returned a {type(result).__name__}"
     )
     loss, extra = result
+    assert not isinstance(loss, float | int), (
+        f"the loss is {loss!r}, a Python number, which has no gradient: no .item(), "
+        "and where does a sum start that found no token?"
+    )
     assert torch.is_tensor(loss) and loss.shape == (), (
         f"the loss is one number, a tensor of shape (); yours is {loss!r}"
     )
@@ -80,6 +84,7 @@ def values_of_mistakes(impl, student, batch, response, mask, tok, cfg):
     n, B = cfg.batch_size, len(batch)
     log_p = log_likelihoods(impl, student, batch, response, tok)
     no_end = mask & (mask.cumsum(1) < mask.sum(1, keepdim=True))
+    no_start = mask & (mask.cumsum(1) > 1)
     after = log_likelihoods(impl, student, batch, response, tok, shift=1)
     shown = impl.data.teacher_prompt
     shown = log_likelihoods(impl, student, batch, response, tok, shown)
@@ -89,6 +94,9 @@ def values_of_mistakes(impl, student, batch, response, mask, tok, cfg):
         "yours is the sum over the tokens of a response, not their mean": -sums / n,
         "yours is the mean over all tokens of the micro-batch: a long response then "
         "weighs more than a short one": -sums / mask.sum(),
+        "yours is the mean over all tokens of the micro-batch, times rows / "
+        "batch_size: a long response then weighs more than a short one":
+            -sums / mask.sum() * B / n,
         "yours is divided by the number of rows that you were given, not by "
         "cfg.batch_size: micro-batches would not add up": -mean(log_p, mask, B),
         "yours is divided by R, the longest response, not by the tokens of each":
@@ -97,6 +105,8 @@ def values_of_mistakes(impl, student, batch, response, mask, tok, cfg):
             -mean(log_p, torch.ones_like(mask), n),
         "the last token of each response, its end, is missing from yours: who does "
         "not learn to stop writes for ever": -mean(log_p, no_end, n),
+        "the first token of each response is missing from yours: response_hidden "
+        "shifts by one already, do you shift a second time?": -mean(log_p, no_start, n),
         "yours is predicted from the state at the token itself, which has seen it: "
         "the state before it predicts it": -mean(after, mask, n),
         "yours has the demonstration in the prompt, the teacher's context: the student "
@@ -109,8 +119,12 @@ def test_one_token_of_one_response_gives_minus_log_p(impl, rng):
     args = setting(impl, rng, [1])
     student, batch, response, mask, tok, cfg = args
     log_p = log_likelihoods(impl, student, batch, response, tok)
-    truth = -mean(log_p, mask, 1)
-    compare(loss_of(impl, *args), truth, mistakes(impl, args), "the loss of one token")
+    yours, truth = loss_of(impl, *args), -mean(log_p, mask, 1)
+    assert yours != 0, (
+        "the loss of one token is 0: no token is left, or its end is missing: do you "
+        "shift a second time? response_hidden does it"
+    )
+    compare(yours, truth, mistakes(impl, args), "the loss of one token")
 
 
 def test_each_response_of_a_ragged_batch_weighs_the_same(impl, rng):

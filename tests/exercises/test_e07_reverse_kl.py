@@ -119,6 +119,10 @@ def values_of_mistakes(student, teacher, mask):
 
 def loss_of(impl, student, teacher, mask):
     loss = impl.extra.reverse_kl(student, teacher, mask)
+    assert not isinstance(loss, float | int), (
+        f"the result is {loss!r}, a Python number: a Python number has no gradient. "
+        "Return the tensor, no .item()"
+    )
     assert torch.is_tensor(loss) and loss.shape == (), (
         f"the result is one number, a tensor of shape (); yours is "
         f"{tuple(loss.shape) if torch.is_tensor(loss) else loss!r}"

@@ -5,6 +5,7 @@ The truth is the closed form after n updates, which no update computes.
 
 import copy
 
+import kit
 import torch
 from kit import compare, small_model
 
@@ -16,7 +17,26 @@ def pair(impl, rng, **changes):
     seed = int(torch.randint(1000, (), generator=rng))
     student = small_model(impl, seed=seed, **changes)
     teacher = small_model(impl, seed=seed + 1, **changes)
-    return student, teacher.requires_grad_(False).eval()
+    teacher = teacher.requires_grad_(False).eval()
+    check_that_it_moves(impl, *copy.deepcopy((student, teacher)))
+    return student, teacher
+
+
+def check_that_it_moves(impl, student, teacher):
+    """In every test first: who changes nothing learns nothing from the others."""
+    s, t = weights(student), weights(teacher)
+    impl.sdft.update_teacher(teacher, student, config(impl, ema_rate=0.5))
+    if any(not torch.equal(p, t.get(n)) for n, p in weights(teacher).items()):
+        return
+    for name, p in student.named_parameters():
+        assert torch.equal(p, s[name]), (
+            f"{name} of the student is changed, and nothing of the teacher: write into "
+            "the teacher's tensors"
+        )
+    raise AssertionError(
+        "no parameter moved: write into the teacher's tensors (copy_, lerp_); `t = "
+        "...` only renames, and a returned teacher is not used"
+    )
 
 
 def weights(model):
@@ -154,6 +174,9 @@ def test_a_frozen_teacher_stays_to_the_bit(impl, rng):
     before = weights(teacher)
     impl.sdft.update_teacher(teacher, student, config(impl, "frozen", 0.5))
     for name, p in parameters(teacher, student):
+        assert torch.equal(p, before[name]) or not kit.rounds_to_float32(
+            p, before[name]
+        ), f"{name} of a frozen teacher is rounded. {kit.FLOAT32}"
         assert torch.equal(p, before[name]), (
             f"{name} of a teacher that is frozen moves: cfg.teacher is \"frozen\", its "
             "rate is 0 whatever cfg.ema_rate says"

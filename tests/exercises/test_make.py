@@ -8,7 +8,7 @@ import kit
 import make
 import pytest
 import torch
-from variants import ROOT, guarded, source
+from variants import HERE, ROOT, guarded, source
 
 BODY = '    raise NotImplementedError("e04: response_mask is yours to write")\n'
 
@@ -58,7 +58,9 @@ def test_nothing_is_overwritten_without_force(tmp_path, capsys):
 def test_a_file_that_python_cannot_read_is_named_with_its_line(tmp_path, capsys):
     (tmp_path / "extra.py").write_text("import torch\ndef f(:\n", encoding="utf-8")
     assert run("e04", "--to", tmp_path) == 2
-    assert "extra.py:2:" in capsys.readouterr().err, "where?"
+    said = capsys.readouterr().err
+    assert "extra.py:2:" in said, "where?"
+    assert "hint: Python cannot read line 2, `def f(:`" in said, said
 
 
 @pytest.mark.parametrize("argv", [["e99"], ["e04", "--hint", "4"], ["--unknown"]])
@@ -66,6 +68,46 @@ def test_bad_input_is_an_error_and_a_hint(argv, capsys):
     assert run(*argv) == 2
     said = capsys.readouterr().err.splitlines()
     assert [line.split(":")[0] for line in said] == ["error", "hint"], said
+
+
+@pytest.mark.parametrize("name", ["E05", "e5", "5", "e05"])
+def test_an_id_may_be_short_and_in_capitals(name):
+    assert kit.exercise(name).id == "e05"
+
+
+def test_what_grades_several_exercises_is_one_command(tmp_path, capsys):
+    assert run("E1", "e2", "--to", tmp_path) == 0
+    assert '-k "e01 or e02" --impl' in capsys.readouterr().out
+
+
+def test_the_readme_counts_the_exercises_that_there_are(capsys):
+    words = {16: "Sixteen", 17: "Seventeen", 18: "Eighteen", 19: "Nineteen"}
+    n, text = len(kit.exercises()), (HERE / "README.md").read_text(encoding="utf-8")
+    assert run("--list") == 0
+    assert f"\n{n} exercises, " in capsys.readouterr().out, n
+    assert f"\n{words[n]} functions, " in text, f"README.md counts others than {n}"
+
+
+def grade(*argv):
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *map(str, argv)]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_stub_is_not_written_yet_and_says_it_once(tmp_path):
+    run("e04", "--to", tmp_path)
+    code, said = grade("tests/exercises", "-k", "e04", "--impl", tmp_path)
+    assert code == 1 and said.count("not written yet: e04") == 1, said
+    assert "1 failed, 9 skipped" in said, said
+    assert "the project's own functions" not in said, said
+
+
+def test_a_folder_that_is_missing_and_impl_that_is_missing_are_named(tmp_path):
+    folder = tmp_path / "nothing"
+    code, said = grade("tests/exercises", "-k", "e04", "--impl", folder)
+    assert code == 4 and f"make.py e04 --to {folder} makes it" in said, said
+    code, said = grade("tests/exercises/test_e04_response_mask.py")
+    assert code == 0 and "--impl mine grades yours" in said, said
 
 
 def test_list_sheet_and_hints_are_printed(capsys):
