@@ -152,6 +152,10 @@ def reverse_kl(student_logits, teacher_logits, mask):
     ("in float32", ((LOG_S, LOG_S.replace("[mask]", "[mask].float()")),
      (LOG_T, LOG_T.replace("[mask]", "[mask].float()"))),
      "right up to float32 rounding"),
+    ("a small number that is not so small", (
+     (LOG_S, "(torch.softmax(student_logits[mask], -1) + 1e-8).log()"),
+     (LOG_T, "(torch.softmax(teacher_logits.detach()[mask], -1) + 1e-8).log()")),
+     "Or is a small number added"),
     ("a number", (("values).sum()", "values).sum().item()"),),
      "a Python number has no gradient"),
     ("changes the teacher", ((LOG_T, "torch.log_softmax(teacher_logits.detach()"

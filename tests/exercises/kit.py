@@ -421,7 +421,9 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
     digits = 10 if rounded else 6
     text = f"{what} is {short(yours, digits)}, it should be {short(truth, digits)}: "
     if rounded:
-        raise AssertionError(f"{text}up to {far:.2g} away. {FLOAT32}")
+        wide = not torch.equal(yours.double(), yours.float().double())
+        more = ". Or is a small number added, such as 1e-8?" if wide else ""
+        raise AssertionError(f"{text}up to {far:.2g} away. {FLOAT32}{more}")
     raise AssertionError(f"{text}up to {far:.2g} away")
 
 

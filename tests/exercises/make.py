@@ -34,8 +34,8 @@ def show_list():
         print(f"{ex.id}  {stars:5s} {ex.minutes:3d} min  {ex.points:2d} points  "
               f"{ex.title}{more}")
         minutes += ex.minutes
-    print(f"{len(exercises())} exercises, {minutes / 60:.0f} hours in all; the order is "
-          "a path, see README.md")
+    print(f"{len(exercises())} exercises, {minutes / 60:.0f} hours in all; the order "
+          "is a path, see README.md")
 
 
 def show_sheet(ex):
