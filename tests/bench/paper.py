@@ -292,7 +292,7 @@ def draw_curves(plt, name, runs_of):
         axis.set_xlabel("stages (one for each skill)")
         axis.set_ylim(-0.03, 1.03)
     axes[0].set_ylabel("accuracy on held-out queries")
-    axes[-1].legend(loc="lower right")
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(RESULTS / f"{name}_curves.png", dpi=130, bbox_inches="tight")
 
 

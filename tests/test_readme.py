@@ -1,0 +1,164 @@
+"""The README and the notebook say what the files and the results say."""
+
+import importlib.util
+import json
+import re
+import shlex
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+import data
+import train
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH = ROOT / "tests" / "bench"
+NOTEBOOK = (BENCH / "README.md").read_text(encoding="utf-8")
+FILES = ("model", "sft", "sdft", "data", "train")
+TOK = data.Tokenizer()
+
+
+def rows_of(text):
+    """The rows of all tables of a text, as lists of cells without stars."""
+    lines = [line.strip("|") for line in text.splitlines() if line.startswith("|")]
+    return [[c.replace("*", "").strip() for c in line.split("|")] for line in lines]
+
+
+def prose(text):
+    """The lines that are neither of a table nor of a block of code, nor a picture."""
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
+    return [line for line in text.splitlines() if not line.startswith(("|", "!["))]
+
+
+# ---- Lengths -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_line_count_of_a_file_is_right(name):
+    (said,) = re.findall(rf"`{name}\.py` \((\d+)(?: lines)?\)", README)
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert int(said) == len(source.splitlines())
+
+
+def test_the_readme_is_short_and_its_lines_are_wrapped():
+    assert len(README.split()) <= 2300
+    for text in (README, NOTEBOOK):
+        long = [line for line in prose(text) if len(line) > 100 and "](" not in line]
+        assert long == []
+
+
+def test_what_the_readme_calls_by_name_exists():
+    sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
+    everything = "\n".join(sources.values())
+    for rule in ("The same, faster", "here a first reading may stop"):
+        assert rule in README and rule in everything
+    for name in re.findall(r"\(`(\w+)`\)", README):
+        assert f"def {name}(" in everything, name
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+# ---- Commands and contexts ---------------------------------------------------------
+
+
+def commands(text):
+    """The arguments of each `python train.py` in blocks of code and in `code`."""
+    found = re.findall(r"(?:python|nproc_per_node=2) train\.py([^`\n#|]*)", text)
+    return [shlex.split(each) for each in found]
+
+
+def test_every_command_of_the_readme_is_one_that_train_py_takes():
+    assert len(commands(README)) >= 10
+    for argv in commands(README):
+        if argv != ["--help"]:
+            train.parse_args(argv)
+
+
+def shown(ids):
+    names = {TOK.start: "<start>", TOK.end: "<end>"}
+    return " ".join(names.get(i) or TOK.decode([i]) for i in ids)
+
+
+def test_the_contexts_of_the_readme_are_those_of_the_world_of_seed_0():
+    demos = data.make_demos(data.World(0), "C", 12, seed=0)
+    (example,) = [e for e in demos if e.prompt == "garden cork: paper door pepper"]
+    block = " ".join(README.split())
+    right = TOK.encode(example.answer) + [TOK.end]
+    for name, ids in (
+        ("student_prompt", data.student_prompt(example, TOK)),
+        ("teacher_prompt", data.teacher_prompt(example, TOK)),
+        ("demo_response", data.demo_response(example, TOK)),
+        ("right response", right),
+    ):
+        assert f"{name} {shown(ids)} {len(ids)} tokens" in block
+
+
+# ---- Results -----------------------------------------------------------------------
+
+
+def number(x):
+    """1.00, .99: as the tables write an accuracy."""
+    return f"{x:.2f}".replace("0.", ".", 1) if x < 0.995 else "1.00"
+
+
+def spread(values, decimals=number):
+    low, high = decimals(min(values)), decimals(max(values))
+    return f"{decimals(mean(values))} ({low} to {high})"
+
+
+def runs(name, label):
+    cells = json.loads((BENCH / "results" / f"{name}.json").read_text())["cells"]
+    return [cell for cell in cells.values() if cell["label"] == label]
+
+
+def columns(cells):
+    """The columns of the README's table, of the runs of one row."""
+    last = [cell["stages"][-1] for cell in cells]
+    new = [list(stage["new"].values()) for stage in last]
+    pairs = [(s["prior"].values(), c["base"]["prior"].values())
+             for s, c in zip(last, cells, strict=True)]  # fmt: skip
+    lost = sum(skill < 0.95 for skills in new for skill in skills)
+    return [
+        spread([mean(skills) for skills in new]),
+        f"{lost} of {3 * len(new)}",
+        spread([mean(kept) / mean(had) for kept, had in pairs]),
+        f"{mean(stage['kl_student_base'] for stage in last):.2f}",
+    ]
+
+
+@pytest.mark.parametrize("label, title", [
+    ("sdft", "SDFT (`python train.py`)"),
+    ("sft", "SFT (`python train.py --method sft`)"),
+])  # fmt: skip
+def test_every_cell_of_the_result_table_is_that_of_the_results(label, title):
+    cells = runs("default", label)
+    assert len(cells) >= 5
+    (row,) = [row for row in rows_of(README) if row[0] == title]
+    assert row[1:] == [str(len(cells)), *columns(cells)]
+
+
+@pytest.fixture(scope="module")
+def paper():
+    """tests/bench/paper.py as a module."""
+    spec = importlib.util.spec_from_file_location("paper", BENCH / "paper.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["default", "forgetting"])
+def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
+    cells = json.loads((BENCH / "results" / f"{name}.json").read_text())["cells"]
+    seeds = paper.EXPERIMENTS[name]["seeds"]
+    complete = paper.complete_rows(name, cells, seeds)
+    assert len(complete) == len(paper.EXPERIMENTS[name]["rows"])
+    rows = [row for row in rows_of(NOTEBOOK) if len(row) == 9]
+    rows = {row[0].removesuffix(" (default)"): row[1:] for row in rows}
+    for label, runs_of in complete.items():
+        if label.endswith("curve"):  # the same runs, with evaluations on the way
+            continue
+        summaries = [paper.summary(run) for run in runs_of]
+        said = [paper.spread([s[key] for s in summaries]) for key in summaries[0]]
+        assert rows[label] == [str(len(runs_of)), *said], label
