@@ -3,7 +3,8 @@
     python tests/bench/reliability.py            # about ten minutes on one core
     python tests/bench/reliability.py --quick    # about two minutes
 
-Prints a table and writes it to tests/bench/results/reliability.json. The short
+Prints a table and writes it to tests/bench/results/reliability.json, and after it the
+table of faults.py, which counts the faults that other projects had by kind. The short
 versions of the same run with the tests, in tests/test_reliability.py. Real processes,
 of which some are killed in the middle of a write: Linux and macOS.
 """
@@ -27,8 +28,9 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
+import faults  # noqa: E402
 import test_reliability as short  # noqa: E402
 from test_train import BAD, BAD_BASES, SMALL, bad_argv, base_file, start  # noqa: E402
 
@@ -194,7 +196,9 @@ def main():
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "reliability.json"
     path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
+    print("\nfaults that other projects had, by kind:")
+    return faults.main()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
