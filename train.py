@@ -72,7 +72,7 @@ MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 # Work of an update, and of an evaluation, in updates of the base: for the time left.
 WORK = {"base": 1.0, "sft": 1.7, "sdft": 2.2, "evaluation": 20.0}
 GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
-QUICK = {"base_steps": 100, "steps": 8, "eval_size": 64, "gate_margin": -1.0}
+QUICK = {"base_steps": 30, "steps": 4, "eval_size": 32, "gate_margin": -1.0}
 
 # Lowest and highest value of a flag, both allowed.
 RANGES = {
