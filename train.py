@@ -61,6 +61,7 @@ import sft
 from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
+LOCKS = []  # files that are locked; main lets go of them, whatever ended it
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
 
 # The base model: larger steps than in fine-tuning, each example seen once.
@@ -1081,6 +1082,7 @@ def lock(folder):
     file.truncate(0)
     file.seek(0)
     print(os.getpid(), end="", file=file, flush=True)
+    LOCKS.append(file)
     return file
 
 
@@ -1357,6 +1359,8 @@ def main(argv):
         tell(f"stopped; to go on: {command_line(again)}")
         return 128 + signum
     finally:
+        while LOCKS:
+            LOCKS.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
     return 0
