@@ -12,6 +12,7 @@ import errno
 import hashlib
 import io
 import os
+import pathlib
 import pickle
 import stat
 from pathlib import Path
@@ -19,6 +20,9 @@ from pathlib import Path
 import torch
 
 OLDER, OLD, NEW = b"older " * 9, b"old content " * 20, b"the new content " * 30
+
+
+OF_PATHLIB = ("open", "replace", "rename", "link", "unlink")
 
 
 class Crash(BaseException):
@@ -195,11 +199,15 @@ class Disk:
         self.real["open"] = builtins.open
         names = vars(self.impl.train)
         mine_there = names.get("open")
+        kept = getattr(pathlib, "_normal_accessor", None)
         try:
             for name in mine:
                 if hasattr(os, name):
                     setattr(os, name, mine[name])
             builtins.open = io.open = self.open
+            if kept:  # pathlib of Python 3.10 keeps these functions for itself
+                for name in OF_PATHLIB:
+                    setattr(kept, name, {**mine, "open": self.open}[name])
             names["open"] = mine_there or self.open
             yield self
         finally:
@@ -207,6 +215,9 @@ class Disk:
                 if hasattr(os, name):
                     setattr(os, name, self.real[f"os.{name}"])
             builtins.open = io.open = self.real["open"]
+            if kept:
+                for name in OF_PATHLIB:
+                    delattr(kept, name)
             del names["open"]
             if mine_there:
                 names["open"] = mine_there
