@@ -1,6 +1,7 @@
 """The tests import the project's files from the folder above this one."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -25,6 +26,18 @@ def float64():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def as_in_a_process_of_its_own():
+    """Threads and signals as they were afterwards, where train.main runs in
+    this process: see float64 for how a file asks for it."""
+    threads = torch.get_num_threads()
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

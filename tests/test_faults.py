@@ -64,15 +64,7 @@ def sources_are_read_once():
         yield
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own():
-    """Threads and signals as they were afterwards."""
-    threads = torch.get_num_threads()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 
 
 @pytest.fixture

@@ -30,7 +30,6 @@ from test_train import (
     METHODS,
     ROOT,
     SMALL,
-    as_in_a_process_of_its_own,  # noqa: F401, a fixture
     base_file,
     files_in,
     read,
@@ -75,6 +74,8 @@ def log_and_act(run, record):
 train.Run.log = log_and_act
 """
 PYTHON = [sys.executable, "-c", PROGRAM + "sys.exit(train.main(sys.argv[2:]))"]
+
+pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 
 
 def at(part, step, what, later=0.0, processes="0"):

@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -91,15 +90,7 @@ def shown_numbers(row):
     return [float(f"{number:.2f}") for number in numbers]
 
 
-@pytest.fixture(autouse=True)
-def as_in_a_process_of_its_own():
-    """Threads and signals as they were afterwards."""
-    threads = torch.get_num_threads()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 
 
 @pytest.fixture
