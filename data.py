@@ -32,17 +32,23 @@ stands for what in the paper (arXiv 2601.19897, section 3):
 Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
+import difflib
 import functools
 import hashlib
+import json
+import math
 import random
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import generate, kl_models
+from model import LazyLogits, fused_linear_nll, generate, kl_models, response_hidden
 
 # ---- The words ---------------------------------------------------------------------
 
@@ -116,6 +122,8 @@ class Tokenizer:
     """
 
     vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
+    chat = None  # a real model has a chat form: see ChatTokenizer
+    template, digest = "{prompt} example {demonstration}", "tiny world"
 
     def __init__(self):
         words = [*NOUNS, *DOMAINS, *STYLE_WORDS, *OPERATIONS, *STYLES, "example"]
@@ -159,6 +167,8 @@ class Example:
     # the base corpus only
     shown: str = ""  # a demonstration in the prompt whose text is learnt, too
     skip: tuple = ()  # tokens of demo_response that carry no loss, by their place
+    # users' own files only
+    earlier: tuple = ()  # (role, text) of what was said before the prompt
 
 
 def with_demo(prompt, demo):
@@ -168,6 +178,8 @@ def with_demo(prompt, demo):
 
 def student_prompt(example, tok):
     """The student's context: the prompt alone."""
+    if tok.chat:
+        return tok.chat(messages_of(example, example.prompt))
     if example.shown:  # base corpus: what is learnt begins with the demonstration
         return tok.encode(with_demo(example.prompt, ""))
     return tok.encode(example.prompt) + [tok.start]
@@ -175,6 +187,8 @@ def student_prompt(example, tok):
 
 def teacher_prompt(example, tok):
     """The teacher's context: the same prompt, and the demonstration. Nothing else."""
+    if tok.chat:
+        return tok.chat(messages_of(example, fill_template(tok.template, example)))
     return tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]
 
 
@@ -463,7 +477,7 @@ def grade_style(example, response):
 @dataclass(frozen=True)
 class Benchmark:
     examples: list  # of Example; they are never trained on
-    grade: Callable  # (example, response as text) -> is it right?
+    grade: Callable | None  # (example, response as text) -> is it right? None: no grade
 
 
 def make_tasks(world, size, seed, distance="terms"):
@@ -518,22 +532,40 @@ def make_tasks(world, size, seed, distance="terms"):
     }
 
 
+def rows_at_once(model, n_tokens):
+    """How many rows of n_tokens an evaluation takes at a time: their keys and values
+    fill 1 GiB at most. In the tiny world that is all of them."""
+    c = model.config
+    per_token = 2 * 4 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # bytes
+    return max(1, 2**30 // (per_token * n_tokens))
+
+
 def greedy_responses(model, contexts, tok, max_new_tokens):
     """The most likely tokens after each context (a list of tokens), as texts."""
-    prompts, lengths = pad_right(contexts, tok.end, next(model.parameters()).device)
-    response, mask = generate(
-        model, prompts, lengths, max_new_tokens, tok.end, temperature=0
-    )
-    rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
-    return [tok.decode(row[:n]) for row, n in rows]
+    n = rows_at_once(model, max(map(len, contexts)) + max_new_tokens)
+    device, texts = next(model.parameters()).device, []
+    for i in range(0, len(contexts), n):
+        prompts, lengths = pad_right(contexts[i : i + n], tok.end, device)
+        response, mask = generate(
+            model, prompts, lengths, max_new_tokens, tok.end, temperature=0
+        )
+        rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
+        texts += [tok.decode(row[:count]) for row, count in rows]
+    return texts
+
+
+def is_right(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
+    """Which examples of a benchmark the model gets right, greedily: a list of bool."""
+    contexts = [prompt(example, tok) for example in benchmark.examples]
+    texts = greedy_responses(model, contexts, tok, max_new_tokens)
+    pairs = zip(benchmark.examples, texts, strict=True)
+    return [bool(benchmark.grade(*pair)) for pair in pairs]
 
 
 def accuracy(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
     """The share of a benchmark that the model gets right, greedily, in [0, 1]."""
-    contexts = [prompt(example, tok) for example in benchmark.examples]
-    texts = greedy_responses(model, contexts, tok, max_new_tokens)
-    pairs = zip(benchmark.examples, texts, strict=True)
-    return sum(benchmark.grade(*pair) for pair in pairs) / len(texts)
+    right = is_right(model, benchmark, tok, max_new_tokens, prompt)
+    return sum(right) / len(right)
 
 
 def teacher_gate(model, benchmarks, tok, max_new_tokens):
@@ -554,6 +586,14 @@ def mean_per_response(x, mask):
     return ((x * mask).sum(1) / mask.sum(1)).mean().item()
 
 
+def sampled_kl(p, p_prompts, q, q_prompts, u, tok, max_new_tokens):
+    """KL(p || q) of two models, in nats per token, along responses that p samples at
+    temperature 1. Returns it with those responses, (B, R), and their mask."""
+    response, mask = generate(p, *p_prompts, max_new_tokens, tok.end, u)  # (B, R)
+    kl = kl_models(p, p_prompts, q, q_prompts, response, mask)  # (B, R)
+    return mean_per_response(kl, mask), response, mask
+
+
 @torch.no_grad()
 def evaluate(models, base, skill, tasks, tok, cfg):
     """What a record of an evaluation holds: accuracies on all tasks and, on at most 128
@@ -572,30 +612,33 @@ def evaluate(models, base, skill, tasks, tok, cfg):
         record[group] = {
             name: accuracy(student, benchmark, tok, cfg.max_new_tokens)
             for name, benchmark in benchmarks.items()
+            if benchmark.grade
         }
-    queries = tasks["new"][skill].examples[:128]
+    if tok.chat:
+        record.update(evaluate_own(student, base, tasks, tok, cfg))
+    queries = first_queries(student, tasks["new"][skill], tok, cfg)
     device = next(student.parameters()).device
     u = get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)  # (B, R)
     bare = pad_batch(student_prompt, queries, tok, device)
-    response, mask = generate(student, *bare, cfg.max_new_tokens, tok.end, u)  # (B, R)
-    kl = kl_models(student, bare, base, bare, response, mask)  # KL(student || base)
-    record["kl_student_base"] = mean_per_response(kl, mask)
+    record["kl_student_base"], response, mask = sampled_kl(
+        student, bare, base, bare, u, tok, cfg.max_new_tokens
+    )
     record["kl_teacher_base"], record["teacher_gate"] = None, None
     if teacher is not None:
         # its own gate: with non-zero ema_rate, the first thing that falls when student
         # and teacher drift together
-        record["teacher_gate"] = accuracy(
-            teacher, tasks["new"][skill], tok, cfg.max_new_tokens, teacher_prompt
-        )
+        if tasks["new"][skill].grade:
+            record["teacher_gate"] = accuracy(
+                teacher, tasks["new"][skill], tok, cfg.max_new_tokens, teacher_prompt
+            )
         shown = pad_batch(teacher_prompt, queries, tok, device)
         # KL(teacher || student), along what the student writes
         kl = kl_models(teacher, shown, student, bare, response, mask)  # (B, R)
         by_position = kl.sum(0) / mask.sum(0)  # (R,)
         record["kl_teacher_student_by_position"] = by_position.tolist()
-        response, mask = generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
-        # KL(teacher || base), along what the teacher writes
-        kl = kl_models(teacher, shown, base, bare, response, mask)  # (B, R)
-        record["kl_teacher_base"] = mean_per_response(kl, mask)
+        record["kl_teacher_base"], _, _ = sampled_kl(
+            teacher, shown, base, bare, u, tok, cfg.max_new_tokens
+        )
     # two responses to read: one of the skill, one of the first prior benchmark
     prior = [benchmark.examples[0] for benchmark in tasks["prior"].values()]
     chosen = [queries[0], *prior[:1]]
@@ -606,3 +649,305 @@ def evaluate(models, base, skill, tasks, tok, cfg):
         for example, text in zip(chosen, texts, strict=True)
     ]
     return record
+
+
+def first_queries(model, benchmark, tok, cfg):
+    """The first examples of a benchmark, at most 128, and no more than rows_at_once."""
+    queries = benchmark.examples[:128]
+    longest = max(len(teacher_prompt(example, tok)) for example in queries)
+    return queries[: rows_at_once(model, longest + cfg.max_new_tokens)]
+
+
+# ---- Users' own files: here a first reading may stop ---------------------------------
+#
+# A file of JSON lines is a skill. Six forms of a row are known: see README, "Your own
+# model and data". tok is a ChatTokenizer then, and tok.template the teacher's template.
+
+TEMPLATE = """
+{prompt}
+
+This is an example for a response to the question:
+{demonstration}
+
+Now answer with a response of your own, including the thinking process.
+"""  # of the official code; the paper's ends with a colon
+
+
+def messages_of(example, prompt):
+    """A conversation whose last turn is the prompt: [{"role": ..., "content": ...}]."""
+    turns = [*example.earlier, ("user", prompt)]
+    return [{"role": role, "content": text} for role, text in turns]
+
+
+def fill_template(template, example):
+    """The template with prompt and demonstration in their places; braces that these
+    hold themselves stay as they are."""
+    texts = {"{prompt}": example.prompt, "{demonstration}": example.demo}
+    return re.sub(r"\{prompt\}|\{demonstration\}", lambda m: texts[m[0]], template)
+
+
+@torch.no_grad()
+def evaluate_own(student, base, tasks, tok, cfg):
+    """What users' own files have in addition. nll: name -> nats per token of the
+    demonstrations, the mean of each and then of all. kl_student_base_prior: name ->
+    KL(student || base) in nats per token, along what the student samples there."""
+    device = next(student.parameters()).device
+    nll, drift = {}, {}
+    for name, benchmark in [*tasks["new"].items(), *tasks["prior"].items()]:
+        shown = [example for example in benchmark.examples if example.demo]
+        if shown:
+            nll[name] = demo_nll(student, shown, tok)
+    for name, benchmark in tasks["prior"].items():
+        queries = first_queries(student, benchmark, tok, cfg)
+        n = cfg.max_new_tokens
+        u = get_uniform(queries, n, cfg.seed, "evaluate prior", device)  # (B, R)
+        bare = pad_batch(student_prompt, queries, tok, device)
+        drift[name], _, _ = sampled_kl(student, bare, base, bare, u, tok, n)
+    return {"nll": nll, "kl_student_base_prior": drift}
+
+
+@torch.no_grad()
+def demo_nll(model, examples, tok):
+    """-log p(demonstration | prompt) in nats per token: the mean over the tokens of a
+    demonstration, its end included, then over examples."""
+    device, total = next(model.parameters()).device, 0.0
+    longest = max(len(demo_response(e, tok) + student_prompt(e, tok)) for e in examples)
+    n = rows_at_once(model, longest)
+    for i in range(0, len(examples), n):
+        rows = examples[i : i + n]
+        bare = pad_batch(student_prompt, rows, tok, device)  # (B, P), (B,)
+        response, lengths = pad_batch(demo_response, rows, tok, device)  # (B, R), (B,)
+        mask = loss_mask(rows, lengths)  # (B, R)
+        hidden = response_hidden(model, *bare, response, mask)  # (N, C)
+        weight = (mask / lengths[:, None])[mask]  # (N,)
+        logits = LazyLogits(hidden, model.head())  # (N, V)
+        total += fused_linear_nll(logits, response[mask], weight).item()
+    return total / len(examples)
+
+
+def plain(text):
+    """A text without the case and the spaces in which two answers may differ."""
+    return " ".join(text.casefold().split())
+
+
+def answers_of(example):
+    return (example.answer,) if isinstance(example.answer, str) else example.answer
+
+
+def place_of(answer, text):
+    """Where an answer first stands in a text as whole words; infinity: nowhere."""
+    pattern = rf"(?<!\w){re.escape(plain(answer))}(?!\w)"
+    found = re.search(pattern, plain(text))
+    return found.start() if found else math.inf
+
+
+def grade_exact(example, response):
+    """Is the response one of the answers, but for case and spaces?"""
+    return plain(response) in map(plain, answers_of(example))
+
+
+def grade_contains(example, response):
+    """Does one of the answers stand in the response, as whole words? ("incorrect" does
+    not contain "correct".)"""
+    return any(place_of(a, response) < math.inf for a in answers_of(example))
+
+
+def make_grade_choice(examples):
+    """A grade: of all answers that occur in these examples, the first that stands in
+    the response is what it chooses."""
+    options = {a for example in examples for a in answers_of(example)}
+
+    def grade_choice(example, response):
+        # of two that begin at one place, as "New York" and "New", the longer is meant
+        place, _, choice = min((place_of(a, response), -len(a), a) for a in options)
+        return place < math.inf and choice in answers_of(example)
+
+    return grade_choice
+
+
+def make_benchmark(examples, grade):
+    """A Benchmark of one's own; grade is exact, contains, choice or none."""
+    if grade == "choice":
+        return Benchmark(examples, make_grade_choice(examples))
+    grades = {"exact": grade_exact, "contains": grade_contains, "none": None}
+    return Benchmark(examples, grades[grade])
+
+
+# What tells a form of a row, the keys that hold its prompt and its demonstration, and
+# its name
+FORMS = [
+    (("prompt", "demonstration"), "prompt and demonstration"),
+    (("prompt", "privileged_context"), "TRL (privileged_context)"),
+    (("prompt", "golden_response"), "golden_response"),
+    (("prompt", "completion"), "prompt and completion"),
+    (("messages",), "messages"),
+    (("instruction", "output"), "Alpaca"),
+    (("prompt", "answer"), "prompt and answer"),  # where no demonstration is needed
+]
+ROLES = ("system", "user", "assistant")
+MAX_ERRORS = 20  # lines that are named one by one
+
+
+class RowError(ValueError):
+    """What is wrong with a row; read_examples adds the place."""
+
+
+def check_text(value, key):
+    """The value of a key, if it is a text that a model can read."""
+    if not isinstance(value, str):
+        raise RowError(f"{key}: expected text, found {json_type(value)}")
+    if not value.strip():
+        raise RowError(f"{key} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        code = ord(value[error.start])
+        raise RowError(f"{key}: \\u{code:04x} is half a character") from None
+    return value
+
+
+def json_type(value):
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false",
+             int: "a number", float: "a number", type(None): "null"}  # fmt: skip
+    return names[type(value)]
+
+
+def check_messages(value, key):
+    """A list of messages as [(role, text)]."""
+    if not value:
+        raise RowError(f"{key} is empty")
+    turns = []
+    for i, message in enumerate(value):
+        if not isinstance(message, dict):
+            found = json_type(message)
+            raise RowError(f"{key}[{i}]: expected an object, found {found}")
+        role = message.get("role")
+        if role not in ROLES:
+            raise RowError(f"{key}[{i}]: role {role!r}, expected {', '.join(ROLES)}")
+        turns.append((role, check_text(message.get("content"), f"{key}[{i}].content")))
+    return turns
+
+
+def parse_row(row, needs_demo):
+    """(form, earlier, prompt, demo, answer) of a row. Raises RowError."""
+    if not isinstance(row, dict):
+        raise RowError(f"expected an object, found {json_type(row)}")
+    forms = [(keys, name) for keys, name in FORMS if row.keys() >= set(keys)]
+    if not forms or (needs_demo and forms[0][1] == FORMS[-1][1]):
+        known = {key for keys, _ in FORMS for key in keys}
+        near = [
+            f"{key!r}: did you mean {match[0]!r}?"
+            for key in row.keys() - known
+            if (match := difflib.get_close_matches(key, known - row.keys(), 1, 0.7))
+        ]
+        found = ", ".join(sorted(row)) or "none"
+        near = "; ".join(["no known form", *sorted(near)])
+        raise RowError(f"keys found: {found}; {near}")
+    keys, name = forms[0]
+    demo = ""
+    if name == "messages":
+        turns = check_messages(row["messages"], "messages")
+        if turns[-1][0] != "assistant":
+            raise RowError(f"messages: the last role is {turns[-1][0]}, not assistant")
+        *turns, (_, demo) = turns
+    elif name == "Alpaca":
+        prompt = check_text(row["instruction"], "instruction")
+        if row.get("input") not in (None, ""):
+            prompt += "\n\n" + check_text(row["input"], "input")
+        turns = [("user", prompt)]
+        demo = check_text(row["output"], "output")
+    else:
+        value = row["prompt"]
+        if isinstance(value, list):
+            turns = check_messages(value, "prompt")
+        else:
+            turns = [("user", check_text(value, "prompt"))]
+        if keys[1] != "answer":
+            value = row[keys[1]]
+            if isinstance(value, list) and name == "golden_response":  # its lines
+                value = "\n".join(check_text(x, keys[1]) for x in value)
+            elif isinstance(value, list):
+                value = "\n".join(text for _, text in check_messages(value, keys[1]))
+            demo = check_text(value, keys[1])
+    if not turns or turns[-1][0] != "user":
+        found = turns[-1][0] if turns else "none"
+        raise RowError(f"the last role of the prompt is {found}, not user")
+    *earlier, (_, prompt) = turns
+    answer = row.get("answer", "")
+    if isinstance(answer, list):
+        answer = tuple(check_text(x, "answer") for x in answer)
+    elif "answer" in row:
+        answer = check_text(answer, "answer")
+    return name, tuple(earlier), prompt, demo, answer
+
+
+def unlike_json(name):
+    raise RowError(f"{name} is no JSON")
+
+
+def no_doubles(pairs):
+    """A JSON object as a dict; a key that stands twice would be lost in silence."""
+    keys = [key for key, _ in pairs]
+    if doubles := sorted({key for key in keys if keys.count(key) > 1}):
+        raise RowError(f"key {doubles[0]!r} stands twice")
+    return dict(pairs)
+
+
+def read_examples(path, needs_demo=True):
+    """A file of JSON lines as a list of Example, whose ids are their line numbers, and
+    a list of remarks: how many rows of which form, keys that are not used.
+
+    Raises: ValueError that names every bad line (the first MAX_ERRORS of them), with
+        what is wrong there; OSError if the file cannot be read.
+    """
+    content = Path(path).read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
+    examples, errors, forms, unused = [], [], Counter(), Counter()
+    # not splitlines(), which takes U+2028 inside a text for the end of a line
+    for i, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(
+                line.decode(), object_pairs_hook=no_doubles, parse_constant=unlike_json
+            )
+            form, earlier, prompt, demo, answer = parse_row(row, needs_demo)
+        except UnicodeDecodeError as error:
+            byte = line[error.start]
+            errors.append(f"{path}:{i}: byte 0x{byte:02x} at {error.start} is no UTF-8")
+        except json.JSONDecodeError as error:
+            near = error.doc[max(0, error.pos - 20) : error.pos + 20]
+            errors.append(f"{path}:{i}:{error.colno}: {error.msg}, near {near!r}")
+        except RecursionError:
+            errors.append(f"{path}:{i}: nested too deeply")
+        except RowError as error:
+            errors.append(f"{path}:{i}: {error}")
+        else:
+            examples.append(Example(prompt, demo, answer, i, earlier=earlier))
+            forms[form] += 1
+            keys = dict((name, keys) for keys, name in FORMS)[form]
+            unused.update(row.keys() - {*keys, "answer", "input", "id", "task"})
+    if errors:
+        shown = errors[:MAX_ERRORS]
+        if len(errors) > MAX_ERRORS:
+            shown.append(f"... and {len(errors) - MAX_ERRORS} more lines")
+        raise ValueError("\n".join(shown))
+    if not examples:
+        raise ValueError(f"{path}: no rows")
+    remarks = [f"{n} rows, form: {form}" for form, n in forms.items()]
+    remarks += [f"key {key!r} of {n} rows is not used" for key, n in unused.items()]
+    return examples, remarks
+
+
+def check_lengths(path, examples, tok, max_new_tokens, block_size):
+    """Which examples do not fit: [(Example, text)]. The teacher's context and a
+    response, the student's or the demonstration, must fit into block_size tokens."""
+    too_long = []
+    for example in examples:
+        prompt = len(teacher_prompt(example, tok))
+        response = max(max_new_tokens, len(demo_response(example, tok)))
+        if prompt + response > block_size:
+            text = f"{path}:{example.id}: {prompt} + {response} > {block_size} tokens"
+            too_long.append((example, text))
+    return too_long

@@ -8,6 +8,7 @@
     python train.py --sample "garden cork: candle spoon tower"
     python train.py --show                  # the tables of finished runs in --out again
     torchrun --standalone --nproc_per_node=2 train.py    # data parallel, CPU or GPU
+    python train.py --init FOLDER --data demos.jsonl     # a real model, your own data
 
 It writes <out>/<method>/metrics.jsonl and results.json; the base model stays in
 <out>/base for the next run. Exit codes: 0 done, 2 bad input, 3 a loss or gradient that
@@ -74,6 +75,12 @@ MODEL_FLAGS = ("n_layer", "n_head", "n_kv_head", "n_embd", "n_inner")
 WORK = {"base": 1.0, "sft": 1.7, "sdft": 2.2, "evaluation": 20.0}
 GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
 QUICK = {"base_steps": 30, "steps": 4, "eval_size": 32, "gate_margin": -1.0}
+# Defaults of a real model (--init), for both methods: the paper's ranges (table 3) and
+# its code's clipping. --steps is then two passes over the largest file.
+REAL = {
+    "batch_size": 32, "lr": 2e-5, "warmup_steps": 10, "grad_clip": 1.0, "dropout": 0.0,
+    "max_new_tokens": 128,
+}  # fmt: skip
 
 # Lowest and highest value of a flag, both allowed.
 RANGES = {
@@ -87,6 +94,7 @@ RANGES = {
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
     "gate_margin": (-1, 1), "threads": (0, 1024),
 }  # fmt: skip
+GRADES = ("exact", "contains", "choice", "none")
 CHOICES = {"kl": model.KLS, "teacher": ("ema", "frozen", "live")}
 
 
@@ -109,23 +117,30 @@ def whole_run(args, stop):
     if args.threads:
         torch.set_num_threads(args.threads)
     device, reason = choose_device(args.device)
-    dtype, tok = choose_dtype(args.dtype, device), data.Tokenizer()
+    dtype = choose_dtype(args.dtype, device)
     name = str(dtype).removeprefix("torch.")
     say(f"device {device} ({reason}), activations {name}, seed {args.seed}, "
         f"processes {world_size}, threads {torch.get_num_threads()}, "
         f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}")
     if args.sample is not None:
-        return show_sample(args, device, dtype, tok)
+        return show_sample(args, device, dtype)
 
-    # the world: three skills to learn, and what there is to forget
-    world = data.World(args.seed)
-    stages = {
-        skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
-        for skill in data.SKILLS
-    }
-    tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
+    # what there is to learn, and what there is to forget
+    if args.init:
+        tok, stages, tasks = read_own(args, world_size)
+        if args.check_data:
+            return None
+        world, base_cfg = None, None
+        config = own_config(args, tok)
+    else:
+        tok, world = data.Tokenizer(), data.World(args.seed)
+        stages = {
+            skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
+            for skill in data.SKILLS
+        }
+        tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
+        config, base_cfg = base_settings(args, world_size)
     configs = {method: config_of(method, args) for method in methods_of(args)}
-    config, base_cfg = base_settings(args, world_size)
 
     # whatever can go wrong goes wrong now, and not after minutes of work
     check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size)
@@ -134,9 +149,9 @@ def whole_run(args, stop):
     path = find_base(args, config, base_cfg, world, tok, dtype)
     made = "is used" if path.exists() else f"will be made, {base_cfg.steps} updates"
     say(f"plan: base model: {path} {made}")
-    resumed = {}
+    resumed, about = {}, {"tokenizer": tok.digest, "template": tok.template}
     for method, cfg in configs.items():
-        settings = settings_of(cfg, config, (stages, tasks))
+        settings = settings_of(cfg, config, (stages, tasks)) | about
         resumed[method] = first_does(plan_method, args, method, settings, path)
     if args.quick:
         say("--quick: far too short for the base to read a demonstration; the gate is "
@@ -151,7 +166,7 @@ def whole_run(args, stop):
 
     # the base model, and what a demonstration adds to it
     base = GPT(config, data.make_rng(args.seed, "weights")).to(device)
-    base.dtype = dtype
+    base.dtype, base.checkpointing = dtype, bool(args.checkpointing)
     if device.type != "cpu":
         check_device(base)
     seconds = get_base(args, path, config, base_cfg, base, world, tok, stop, bar)
@@ -159,11 +174,13 @@ def whole_run(args, stop):
 
     final = {}
     for method, cfg in configs.items():
-        where = path.absolute() if args.base else os.path.relpath(path, args.out)
-        note = {"base": str(where), "gate": gate}
+        fixed = args.base or args.init
+        where = path.absolute() if fixed else os.path.relpath(path, args.out)
+        note = {"base": str(where), "gate": gate, "init": bool(args.init)}
+        note["skills"] = list(stages)
         folder = first_does(open_folder, args, method, resumed[method])
         note["base_seconds"] = seconds
-        run = Run(folder, resumed[method], stop, note, bar, WORK[method])
+        run = Run(folder, resumed[method], stop, note, bar, WORK[method], about)
         rows = fine_tune(method, run, cfg, base, stages, tasks, tok)
         final[method] = rows[-1]
     bar.close()
@@ -193,8 +210,8 @@ def base_settings(args, world_size):
 
 def find_base(args, config, cfg, world, tok, dtype):
     """Where the base model is, or will be when it is made."""
-    if args.base:
-        return Path(args.base)
+    if args.base or args.init:
+        return Path(args.base or args.init)
     # the key does not depend on the number of processes, or on what is recorded
     cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
     key = base_key(config, cfg, world, tok, dtype)
@@ -204,6 +221,10 @@ def find_base(args, config, cfg, world, tok, dtype):
 def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took to make, now or earlier."""
+    if args.init:
+        model.load_folder(path, student)
+        say(f"base model: {student.num_params():,} parameters, from {path}")
+        return 0.0
     held = []
     if not first_does(path.exists):
         first_does(lambda: held.append(lock(path.parent)))
@@ -236,16 +257,24 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
 
 def check_gate(args, base, tasks, tok, cfg):
     """Does a demonstration help the base on the new skills? If not, stop here: SDFT's
-    teacher would know no more than its student."""
-    gate = data.teacher_gate(base, tasks["new"], tok, cfg.max_new_tokens)
+    teacher would know no more than its student. None where nothing is graded."""
+    graded = {name: task for name, task in tasks["new"].items() if task.grade}
+    if not graded:
+        say("teacher gate: not measured, nothing new is graded (--grade)")
+        return None
+    gate = data.teacher_gate(base, graded, tok, cfg.max_new_tokens)
     say(f"teacher gate: base model on the new skills: accuracy {gate['student']:.2f} "
         f"without a demonstration, {gate['teacher']:.2f} with one")
+    hint = "train the base longer (--base-steps), or lower --gate-margin to see why"
+    if args.init:
+        show_pairs(base, graded, tok, cfg)
+        hint = ("another --template; demonstrations in plain sentences, with their "
+                "reasons; a larger model; or lower --gate-margin to see why")
     if gate["teacher"] - gate["student"] < args.gate_margin:
         raise UserError(
             f"a demonstration does not help enough: {gate['teacher']:.2f} - "
             f"{gate['student']:.2f} < --gate-margin {args.gate_margin}: nothing to "
-            "distil",
-            "train the base longer (--base-steps), or lower --gate-margin to see why",
+            "distil", hint,
         )
     return gate
 
@@ -274,6 +303,10 @@ def fine_tune(method, run, cfg, base, stages, tasks, tok):
     ))
     student = copy.deepcopy(base)
     evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
+    if run.note["init"]:
+        path = run.folder / "model"
+        first_does(model.save_folder, student, path, run.note["base"])
+        say(f"model: {path}, a folder that transformers loads")
     seconds = first_does(write_results, run, method, cfg, evaluations, student)
     rows = stage_ends(evaluations)
     say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
@@ -296,6 +329,7 @@ def write_results(run, method, cfg, evaluations, student):
     for record in read_metrics(run.folder):
         spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
     keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
+    keys += tuple(key for key in ("nll", "kl_student_base_prior") if run.note["init"])
     ends = [row for row in evaluations if row["stage_end"]]
     results = {
         "method": method,
@@ -331,14 +365,16 @@ class Run:
 
     resume: go on from the checkpoint, if there is one. stop: an object whose `signal`
     is 0 until the run is to stop after its step. note: plain values, kept in the
-    checkpoint. bar: that of the whole program, which a step moves on by `work`.
+    checkpoint. bar: that of the whole program, which a step moves on by `work`. about:
+    further plain values that a resume must find again.
     """
 
     def __init__(
-        self, folder, resume=False, stop=None, note=None, bar=None, work=1.0
+        self, folder, resume=False, stop=None, note=None, bar=None, work=1.0, about=None
     ):
         self.folder, self.resume, self.stop = Path(folder), resume, stop
         self.note, self.bar, self.work = note or {}, bar, work
+        self.about = about or {}
         self.checkpoint = self.folder / "checkpoint.pt"
         self.metrics = self.folder / "metrics.jsonl"
         self.settings, self.evaluations = {}, []
@@ -353,7 +389,7 @@ class Run:
         other settings, examples or first weights.
         """
         student = models["student"]
-        self.settings = settings_of(cfg, student.config, examples)
+        self.settings = settings_of(cfg, student.config, examples) | self.about
         self.settings["first weights"] = digest_of(student)
         start, evaluations, unrecorded = 0, [], 0.0
         if not self.resume and first_does(files_in, self.folder):
@@ -620,7 +656,26 @@ def make_parser():
         help="of activations; weights are float32; auto: bfloat16 where CUDA has it")
     add("--threads", type=number("threads", int), default=2, metavar="N",
         help="on a CPU; more hardly help so small a model (0: all cores; default: 2)")
+    add("--checkpointing", action="store_true",
+        help="less memory: activations are computed again in the backward pass")
     add("--debug", action="store_true", help="show the traceback of an error")
+    add = parser.add_argument_group("a real model and your own data").add_argument
+    add("--init", metavar="FOLDER", help="a Hugging Face folder of Llama's shape "
+        "(Qwen2.5, SmolLM2), in place of the tiny world's base model")
+    add("--data", nargs="+", metavar="FILE",
+        help="JSON lines: each file is a skill, learnt one after the other")
+    add("--eval", nargs="+", metavar="FILE", help="held-out rows: a file for each of "
+        "--data, or one for all (without it, those of --data)")
+    add("--prior", nargs="+", metavar="FILE", help="what may be forgotten")
+    add("--grade", nargs="+", choices=GRADES, help="of --eval: one for all files, or "
+        "one for each (default: contains, if the rows have an answer, else none)")
+    add("--prior-grade", nargs="+", choices=GRADES, help="of --prior, in the same way")
+    add("--template", metavar="FILE", help="the teacher's prompt, with {prompt} and "
+        "{demonstration} in it (default: the paper's)")
+    add("--too-long", choices=("error", "skip"), default="error",
+        help="what becomes of rows that do not fit (default: error)")
+    add("--check-data", action="store_true",
+        help="no training: read everything, show both contexts of the first rows")
     add = parser.add_argument_group("world and base model").add_argument
     for flag, default, text in (
         ("--demos", 2048, "demonstrations for each skill"),
@@ -679,6 +734,7 @@ def parse_args(argv):
         quick = args.quick and name in QUICK
         setattr(args, name, QUICK[name] if quick else parser.get_default(name))
     args.seed = args.seed or 0
+    args.defaults = dict(REAL) if args.init else {}
     check_flags(args)
     return args
 
@@ -688,9 +744,12 @@ def methods_of(args):
 
 
 def config_of(method, args):
-    """The Config of a method: --sft.lr before --lr before the method's own default."""
+    """The Config of a method: --sft.lr before --lr before the method's own default, or
+    that of a real model."""
     config, values = METHODS[method].Config, {}
     for field in fields(config):
+        if field.name in args.defaults:
+            values[field.name] = args.defaults[field.name]
         for name in (field.name, f"{method}.{field.name}"):
             if getattr(args, name, None) is not None:
                 values[field.name] = getattr(args, name)
@@ -704,6 +763,18 @@ def check_flags(args):
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
 
+    of_own = {"data", "eval", "prior", "grade", "prior_grade", "template", "too_long"}
+    if args.init:
+        world = {"quick", "demos", "eval_size", "base_steps", "base", "distance"}
+        for name in sorted(args.given & {*world, *MODEL_FLAGS}):
+            refuse(name, "--init")
+        if not args.data and args.sample is None:
+            raise UserError("--init needs --data", "a file of JSON lines; or --sample")
+        if args.prior_grade and not args.prior:
+            refuse("prior_grade", "no --prior")
+    elif wrong := sorted(args.given & {*of_own, "check_data"}):
+        flag = "--" + wrong[0].replace("_", "-")
+        raise UserError(f"{flag} needs --init", "--init FOLDER, a real model")
     # of --sample: it can be added to the flags of a run, which must not contradict it
     read = args.given - {"show", "compare", "resume", "plot", "base"}
     used = {"show": {"out", "plot"}, "compare": set(), "sample": read}
@@ -721,7 +792,7 @@ def check_flags(args):
             refuse(name, " and ".join(f"--{each}" for each in own).replace("_", "-"))
     for method in methods:
         cfg = config_of(method, args)
-        if cfg.eval_every >= cfg.steps:
+        if cfg.eval_every >= cfg.steps and not args.init:  # with --init: see read_own
             refuse("eval_every", f"{method}'s {cfg.steps} steps")
     if "base" in args.given and "base_steps" in args.given:
         refuse("base_steps", "--base")
@@ -747,6 +818,12 @@ def check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size):
             "and afterwards --show --plot draws it")
     if args.base:
         read_base(Path(args.base), config, args.seed)
+    for method, cfg in configs.items():
+        hint = f"a --batch-size that is a multiple of {world_size * cfg.micro_batches}"
+        n_examples = min(len(stage) for stage in stages.values())
+        check_batches(method, cfg, world_size, n_examples, hint)
+    if args.init:  # read_own has checked the lengths, line by line
+        return
     hint = f"a number of processes that divides its {base_cfg.batch_size}: 2, 4, 8"
     n_examples = base_cfg.batch_size * base_cfg.steps
     check_batches("base model", base_cfg, world_size, n_examples, hint)
@@ -761,8 +838,6 @@ def check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size):
         )
     }  # fmt: skip
     for method, cfg in configs.items():
-        hint = f"a --batch-size that is a multiple of {world_size * cfg.micro_batches}"
-        check_batches(method, cfg, world_size, args.demos, hint)
         response = max(cfg.max_new_tokens, longest["demo"])
         if longest["prompt"] + response > config.block_size:
             raise UserError(
@@ -782,7 +857,7 @@ def check_batches(name, cfg, world_size, n_examples, hint):
     if cfg.batch_size > n_examples:
         raise UserError(
             f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
-            "a smaller --batch-size, or more --demos",
+            "a smaller --batch-size, or more demonstrations",
         )
 
 
@@ -833,6 +908,201 @@ def free_name(folder):
     names = (f"{folder.name}.previous{n}" for n in itertools.count(1))
     paths = map(folder.with_name, names)
     return next(path for path in paths if not os.path.lexists(path))
+
+
+# ---- A real model, and users' own data ---------------------------------------------
+
+
+def read_own(args, world_size):
+    """All files of a user: the tokenizer, and stages and tasks as the tiny world has
+    them. What depends on their number goes into args.defaults. Raises ValueError that
+    names every bad line."""
+    tok = data.ChatTokenizer(Path(args.init))
+    tok.template = read_template(args.template)
+    block_size = model.config_from_folder(Path(args.init)).block_size
+    files = args.data if args.eval is None else [*args.data, *args.eval]
+    names = [Path(path).stem for path in args.data]
+    if len(set(names)) < len(names):
+        raise UserError(f"--data: two files of one name: {', '.join(names)}", "rename")
+    evals = args.eval or args.data
+    if args.eval is None:
+        say("no --eval: what is called new is measured on the rows that are trained on")
+    if len(evals) not in (1, len(names)):
+        raise UserError(
+            f"{len(names)} files in --data, {len(evals)} in --eval",
+            "one for each, or one for all",
+        )
+    read, n = {}, config_of(methods_of(args)[0], args).max_new_tokens
+    for path in dict.fromkeys([*files, *(args.prior or ())]):
+        read[path] = read_file(args, path, path in files, tok, n, block_size)
+    stages = dict(zip(names, (read[path] for path in args.data), strict=True))
+    evals = evals * len(names) if len(evals) == 1 else evals
+    tasks = {
+        "new": make_benchmarks(names, evals, args.grade, read, "--grade"),
+        "prior": make_benchmarks(
+            [Path(path).stem for path in args.prior or ()], args.prior or [],
+            args.prior_grade, read, "--prior-grade",
+        ),
+    }  # fmt: skip
+    if args.eval:
+        warn_of_overlap(args, read)
+    smallest, largest = (f(map(len, stages.values())) for f in (min, max))
+    batch = min(REAL["batch_size"], smallest)
+    if (args.batch_size or batch) > 1:
+        batch -= batch % world_size if batch >= world_size else 0
+    args.defaults["batch_size"] = batch
+    batch = config_of(methods_of(args)[0], args).batch_size
+    args.defaults["steps"] = max(1, 2 * (largest // batch))
+    # micro-batches of 8 rows at most
+    share = max(1, batch // world_size)
+    args.defaults["micro_batches"] = next(
+        n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
+    )
+    for method in methods_of(args):
+        cfg = config_of(method, args)
+        if cfg.eval_every >= cfg.steps:
+            raise UserError(
+                f"--eval-every has no effect with {method}'s {cfg.steps} steps",
+                "leave it out, or give more --steps",
+            )
+        for name, stage in stages.items():
+            passes = cfg.steps / max(1, len(stage) // cfg.batch_size)
+            say(f"plan: {method}: {name}: {cfg.steps} updates of {cfg.batch_size} are "
+                f"{passes:.1f} passes over its {len(stage)} rows")
+    for name, stage in stages.items():
+        show_contexts(name, stage[0], tok)
+    return tok, stages, tasks
+
+
+def read_template(path):
+    """The teacher's template: the paper's, or a file with both places in it."""
+    if path is None:
+        return data.TEMPLATE
+    text = Path(path).read_text(encoding="utf-8-sig")
+    for place in ("{prompt}", "{demonstration}"):
+        if place not in text:
+            raise UserError(
+                f"{path}: no {place} in it", "the teacher would not be shown it"
+            )
+    return text
+
+
+def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
+    """The rows of a file that fit. Says what was found."""
+    if not Path(path).is_file():
+        folder = Path(path).absolute().parent
+        names = os.listdir(folder) if folder.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, names, 1, 0.5)
+        raise UserError(
+            f"{path}: no such file in {folder}",
+            f"did you mean {near[0]}?" if near else "is the path right?",
+        )
+    examples, remarks = data.read_examples(path, needs_demo)
+    marked = sum(tok.marks(f"{e.earlier}{e.prompt}{e.demo}") for e in examples)
+    if marked:
+        remarks.append(f"{marked} rows hold markers of the tokenizer, read as plain text")
+    too_long = data.check_lengths(path, examples, tok, max_new_tokens, block_size)
+    if too_long and args.too_long == "error":
+        lines = [text for _, text in too_long]
+        if len(lines) > data.MAX_ERRORS:
+            more = f"... and {len(lines) - data.MAX_ERRORS} more"
+            lines = [*lines[: data.MAX_ERRORS], more]
+        raise UserError(
+            "\n".join(lines), "a smaller --max-new-tokens, or --too-long skip"
+        )
+    if too_long:
+        gone = {example.id for example, _ in too_long}
+        examples = [example for example in examples if example.id not in gone]
+        remarks.append(f"{len(gone)} rows that are too long are left out")
+    if not examples:
+        raise UserError(f"{path}: no rows are left", "a smaller --max-new-tokens")
+    longer = sum(len(data.demo_response(e, tok)) > max_new_tokens for e in examples)
+    if longer:
+        remarks.append(
+            f"{longer} demonstrations are longer than --max-new-tokens "
+            f"{max_new_tokens}, where the model's own responses are cut"
+        )
+    for remark in remarks:
+        say(f"{path}: {remark}")
+    return examples
+
+
+def make_benchmarks(names, paths, grades, read, flag):
+    """{name: Benchmark} of some files, which are read; grades as they were typed."""
+    if grades and len(grades) not in (1, len(paths)):
+        raise UserError(
+            f"{flag}: {len(grades)} for {len(paths)} files",
+            "one for each, or one for all",
+        )
+    benchmarks = {}
+    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if name in benchmarks:
+            raise UserError(f"two files of one name: {name}", "rename one")
+        examples = read[path]
+        grade = grades[i % len(grades)] if grades else None
+        without = [str(e.id) for e in examples if not e.answer]
+        if grade is None:
+            grade = "contains" if len(without) < len(examples) else "none"
+        if grade == "exact":  # without an answer, it is the demonstration
+            examples = [replace(e, answer=e.answer or e.demo) for e in examples]
+            without = [str(e.id) for e in examples if not e.answer]
+        if without and grade != "none":
+            raise UserError(
+                f"{path}: no answer to grade by ({grade}) in lines "
+                f"{', '.join(without[:20])}{' ...' if len(without) > 20 else ''}",
+                f'a key "answer" there, or {flag} none',
+            )
+        benchmarks[name] = data.make_benchmark(examples, grade)
+        say(f"{path}: grade: {grade}")
+    return benchmarks
+
+
+def warn_of_overlap(args, read):
+    """Held-out rows that are trained on, too, say nothing about learning."""
+    trained = {(e.earlier, e.prompt) for path in args.data for e in read[path]}
+    for path in dict.fromkeys(args.eval):
+        lines = [str(e.id) for e in read[path] if (e.earlier, e.prompt) in trained]
+        if lines:
+            say(f"warning: {path}: {len(lines)} prompts are in --data, too: lines "
+                f"{', '.join(lines[:10])}{' ...' if len(lines) > 10 else ''}")
+
+
+def show_contexts(name, example, tok):
+    """Both contexts of an example, literally: what the models will read."""
+    for title, tokens_of in (
+        ("student reads", data.student_prompt),
+        ("teacher reads", data.teacher_prompt),
+        ("demonstration", data.demo_response),
+    ):
+        ids = tokens_of(example, tok)
+        say(f"--- {name}, line {example.id}: {title}, {len(ids)} tokens\n"
+            f"{tok.decode([*ids, tok.end])}")
+    say("---")
+
+
+def own_config(args, tok):
+    """The GPTConfig of a folder, with as many tokens as its tokenizer has."""
+    config = model.config_from_folder(Path(args.init))
+    if tok.n_tokens > config.vocab_size:
+        raise UserError(
+            f"{args.init}: tokenizer.json has ids up to {tok.n_tokens - 1}, "
+            f"config.json a vocabulary of {config.vocab_size}",
+            "they are of different models",
+        )
+    return replace(config, n_tokens=tok.n_tokens)
+
+
+def show_pairs(base, benchmarks, tok, cfg):
+    """The gate, example by example: who alone is right?"""
+    for name, benchmark in benchmarks.items():
+        student, teacher = (
+            data.is_right(base, benchmark, tok, cfg.max_new_tokens, prompt)
+            for prompt in (data.student_prompt, data.teacher_prompt)
+        )
+        pairs = list(zip(student, teacher, strict=True))
+        say(f"  {name}: of {len(pairs)} rows, right only with the demonstration "
+            f"{pairs.count((False, True))}, only without {pairs.count((True, False))}, "
+            f"both {pairs.count((True, True))}, neither {pairs.count((False, False))}")
 
 
 # ---- Device and processes ----------------------------------------------------------
@@ -1141,7 +1411,9 @@ def table(rows, labels=None):
     """Evaluations as a table, one line each, with a column for each accuracy. Labels
     stand in front; without them, the skill that was trained last."""
     names = dict.fromkeys((g, n) for g in ("new", "prior") for r in rows for n in r[g])
-    titles = [f"new {name}" if group == "new" else name for group, name in names]
+    graded = {name for _, name in names}  # of the others there is a loss, at most
+    names |= {("nll", n): 0 for r in rows for n in r.get("nll", ()) if n not in graded}
+    titles = [name if group == "prior" else f"{group} {name}" for group, name in names]
     if labels is None:
         labels = [  # the base, a skill that was just learnt, or an update on the way
             row["skill"] if row["stage_end"] else str(row["step"] or "-")
@@ -1151,7 +1423,7 @@ def table(rows, labels=None):
     lines = [f"{'after':{width}s} {'  '.join(titles)}  KL(student || base)"]
     for label, row in zip(labels, rows, strict=True):
         cells = [
-            f"{row[group].get(name, math.nan):{len(title)}.2f}"
+            f"{row.get(group, {}).get(name, math.nan):{len(title)}.2f}"
             for (group, name), title in zip(names, titles, strict=True)
         ]
         lines.append(
@@ -1166,11 +1438,14 @@ def describe(record, earlier=(), gate=None):
     if "new" in record:
         lines = [table([*stage_ends(earlier), record])]
         for row in record["responses"]:
-            lines.append(f"  {row['prompt']}  ->  {row['response']}")
+            lines.append(f"  {short(row['prompt'])}  ->  {short(row['response'])}")
+        for name, kl in record.get("kl_student_base_prior", {}).items():
+            lines.append(f"  KL(student || base) on {name}: {kl:.3f} nats per token")
         now = record["teacher_gate"]
         if now is not None:
             lines.append(f"  the teacher, shown the demonstration: {now:.2f}")
-            then = max([row["teacher_gate"] for row in earlier], default=now)
+            seen = [row["teacher_gate"] for row in earlier]
+            then = max([x for x in seen if x is not None], default=now)
             then = max(then, gate["teacher"] if gate else 0)
             if now < then - GATE_LOSS:
                 lines.append(
@@ -1189,6 +1464,12 @@ def describe(record, earlier=(), gate=None):
         lines.append("warning: the gradient is 0, nothing is learnt: no token carries "
                      "loss, or teacher and student agree")
     return "\n".join(lines)
+
+
+def short(text):
+    """A text as one line of the screen; metrics.jsonl has it whole."""
+    line = " / ".join(text.split("\n"))
+    return line if len(line) <= 200 else f"{line[:200]} ... ({len(text)} characters)"
 
 
 def show(args):
@@ -1228,11 +1509,21 @@ def show(args):
         plot(args.out, [method for _, method in found])
 
 
-def show_sample(args, device, dtype, tok):
+def show_sample(args, device, dtype):
     """What the base and the fine-tuned model respond to one prompt: greedily, and two
-    samples. A saved run knows its own seed and sizes; flags must not contradict it."""
-    for method in methods_of(args):
-        path = Path(args.out) / method / "checkpoint.pt"
+    samples. A saved run knows its own seed, sizes and base; flags must not contradict
+    it. --init alone shows the base."""
+    methods, paths = methods_of(args), {}
+    for method in methods:
+        paths[method] = Path(args.out) / method / "checkpoint.pt"
+    if args.init and not any(path.exists() for path in paths.values()):
+        tok = data.ChatTokenizer(Path(args.init))
+        gpt = GPT(own_config(args, tok)).to(device)
+        gpt.dtype = dtype
+        model.load_folder(Path(args.init), gpt)
+        n = args.max_new_tokens or REAL["max_new_tokens"]
+        return respond("base", gpt, n, args, tok)
+    for method, path in paths.items():
         if not path.exists():
             raise UserError(
                 f"no run of {method} in {args.out}",
@@ -1243,9 +1534,10 @@ def show_sample(args, device, dtype, tok):
         asked = {
             n: asked[n]
             for n in saved["settings"]
-            if n == "seed" or args.given & {n, f"{method}.{n}"}
+            if n == "seed" or args.given & {n, f"{method}.{n}"} - {"template"}
         }
         unused = {"base_steps", "demos", "eval_size", "gate_margin", "distance"}
+        unused |= {"data", "eval", "prior", "grade", "prior_grade", "template"}
         if unused := sorted(unused & args.given):
             say(f"without effect on --sample: {', '.join(unused)}")
         has = {name: saved["settings"][name] for name in asked}
@@ -1255,24 +1547,34 @@ def show_sample(args, device, dtype, tok):
                 f"{path} holds another run (saved -> asked for): {other}",
                 f"{' '.join(flags)} shows it",
             )
+        base = Path(args.out) / saved["note"]["base"]
+        real = saved["note"].get("init")
+        if args.init and Path(args.init).absolute() != base:
+            raise UserError(f"{path.parent} started from {base}", f"--init {base}")
+        tok = data.ChatTokenizer(base) if real else data.Tokenizer()
         gpt = GPT(GPTConfig(**saved["config"])).to(device)
         gpt.dtype = dtype
-        steps = saved["settings"]["steps"] * len(data.SKILLS)
+        skills = saved["note"].get("skills", data.SKILLS)
+        steps = saved["settings"]["steps"] * len(skills)
         say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
             f"{saved['step']} of {steps}")
-        base = Path(args.out) / saved["note"]["base"]
         if not base.exists():
             say(f"base   not shown: {base} is gone")
-        elif method == methods_of(args)[0]:
-            gpt.load_state_dict(read_checkpoint(base)["model"])
+        elif method == methods[0]:
+            if real:
+                model.load_folder(base, gpt)
+            else:
+                gpt.load_state_dict(read_checkpoint(base)["model"])
             respond("base", gpt, saved["settings"]["max_new_tokens"], args, tok)
         gpt.load_state_dict(saved["models"]["student"])
         respond(method, gpt, saved["settings"]["max_new_tokens"], args, tok)
+    return None
 
 
 def respond(name, gpt, n, args, tok):
     """Show the greedy response to args.sample, and two samples, of at most n tokens."""
-    ids, device = tok.encode(args.sample) + [tok.start], next(gpt.parameters()).device
+    ids = data.student_prompt(data.Example(args.sample, "", ""), tok)
+    device = next(gpt.parameters()).device
     say(f"{name:5s}  {data.greedy_responses(gpt, [ids], tok, n)[0]}")
     prompts, lengths = data.pad_right([ids] * 2, tok.end, device)
     u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample")).to(device)
