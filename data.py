@@ -814,6 +814,8 @@ def json_type(value):
 
 def check_messages(value, key):
     """A list of messages as [(role, text)]."""
+    if not isinstance(value, list):
+        raise RowError(f"{key}: expected a list, found {json_type(value)}")
     if not value:
         raise RowError(f"{key} is empty")
     turns = []
@@ -874,8 +876,10 @@ def parse_row(row, needs_demo):
         raise RowError(f"the last role of the prompt is {found}, not user")
     *earlier, (_, prompt) = turns
     answer = row.get("answer", "")
-    if isinstance(answer, list):
+    if isinstance(answer, list) and answer:
         answer = tuple(check_text(x, "answer") for x in answer)
+    elif answer == []:
+        raise RowError("answer is empty")
     elif "answer" in row:
         answer = check_text(answer, "answer")
     return name, tuple(earlier), prompt, demo, answer

@@ -857,7 +857,7 @@ def check_batches(name, cfg, world_size, n_examples, hint):
     if cfg.batch_size > n_examples:
         raise UserError(
             f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
-            "a smaller --batch-size, or more demonstrations",
+            "a smaller --batch-size, or more --demos (rows of --data)",
         )
 
 
@@ -1000,7 +1000,7 @@ def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
     examples, remarks = data.read_examples(path, needs_demo)
     marked = sum(tok.marks(f"{e.earlier}{e.prompt}{e.demo}") for e in examples)
     if marked:
-        remarks.append(f"{marked} rows hold markers of the tokenizer, read as plain text")
+        remarks.append(f"{marked} rows hold the tokenizer's markers, as plain text")
     too_long = data.check_lengths(path, examples, tok, max_new_tokens, block_size)
     if too_long and args.too_long == "error":
         lines = [text for _, text in too_long]

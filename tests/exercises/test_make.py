@@ -97,7 +97,7 @@ def grade(*argv):
 def test_a_stub_is_not_written_yet_and_says_it_once(tmp_path):
     run("e04", "--to", tmp_path)
     code, said = grade("tests/exercises", "-k", "e04", "--impl", tmp_path)
-    report = said.partition("short test summary")[0]  # the summary repeats it where CI is set
+    report = said.partition("short test summary")[0]  # it repeats all where CI is set
     assert code == 1 and report.count("not written yet: e04") == 1, said
     assert "1 failed, 9 skipped" in said, said
     assert "the project's own functions" not in said, said
