@@ -59,7 +59,7 @@ import data
 import model
 import sdft
 import sft
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LazyLogits
 
 METHODS = {"sft": sft, "sdft": sdft}
 LOCKS = []  # files that are locked; main lets go of them, whatever ended it
@@ -144,6 +144,10 @@ def whole_run(args, stop):
 
     # whatever can go wrong goes wrong now, and not after minutes of work
     check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size)
+    if args.init:
+        for method, cfg in configs.items():
+            rows = cfg.batch_size // (cfg.micro_batches * world_size)
+            plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype)
     held = []  # a lock lasts as long as its file is open
     first_does(lambda: held.append(lock(Path(args.out))))
     path = find_base(args, config, base_cfg, world, tok, dtype)
@@ -1090,6 +1094,74 @@ def own_config(args, tok):
             "they are of different models",
         )
     return replace(config, n_tokens=tok.n_tokens)
+
+
+def memory_of(config, method, rows, n_tokens, dtype, checkpointing):
+    """What training needs at its peak, name -> GB (10^9 bytes), for micro-batches of
+    `rows` sequences of n_tokens: the fixed parts by count, the others by what a block
+    keeps for its backward pass. Measured against it: tests/bench/memory.py."""
+    with torch.device("meta"):  # counts, and takes no memory
+        n = GPT(config).num_params()
+    c, wide = config, 4 if dtype == torch.float32 else 2  # bytes of an activation
+    D = c.n_embd // c.n_head
+    fixed = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n}
+    fixed["base, for KL(student || base)"] = 4 * n
+    if method == "sdft":
+        fixed["teacher"] = 4 * n
+    # of a token in a block: inputs and outputs of its norms, products and attention
+    qkv = (c.n_head + 2 * c.n_kv_head) * D
+    block = wide * (4 * c.n_embd + 2 * qkv + 3 * c.n_head * D + 4 * c.n_inner)
+    block += 4 * 2 * c.n_embd  # the norms compute in float32
+    layers = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
+    V = c.n_tokens or c.vocab_size
+    logits = LazyLogits(torch.empty(rows * n_tokens, 0), torch.empty(V, 0))
+    _, chunk = logits.chunks()[0]  # rows
+    moving = {
+        "activations": rows * n_tokens * layers,
+        "logits": 4 * V * (3 * chunk + c.n_embd),  # and the head's own gradient
+        "rollout cache": rows * n_tokens * 2 * c.n_layer * c.n_kv_head * D * wide,
+    }
+    if wide == 2:
+        moving["weights in bfloat16"] = 2 * n
+    return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
+
+
+def free_memory(device):
+    """GB that are free on the device, or None where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    try:
+        text = Path("/proc/meminfo").read_text()
+    except OSError:
+        return None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
+    return int(found[1]) * 1024 / 1e9 if found and device.type == "cpu" else None
+
+
+def plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype):
+    """Say what the run will need and what is there, before anything is loaded. Raises
+    UserError if the weights and their optimizer alone do not fit."""
+    examples = [example for stage in stages.values() for example in stage]
+    tokens_of = data.teacher_prompt if method == "sdft" else data.student_prompt
+    prompt = max(len(tokens_of(example, tok)) for example in examples)
+    response = max(len(data.demo_response(example, tok)) for example in examples)
+    n_tokens = prompt + (cfg.max_new_tokens if method == "sdft" else response)
+    parts = memory_of(config, method, rows, n_tokens, dtype, args.checkpointing)
+    total, free = sum(parts.values()), free_memory(device)
+    here = "" if free is None else f"; {free:.1f} are free here"
+    say(f"plan: {method}: memory in GB, micro-batches of {rows} x {n_tokens} tokens: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
+        + f": {total:.1f} in all{here}")
+    if free is None or total <= free:
+        return
+    must = sum(parts[name] for name in ("weights", "gradients", "AdamW"))
+    hint = "--checkpointing, more --micro-batches, a smaller model or another device"
+    if must > free:
+        raise UserError(
+            f"{method}: weights, gradients and AdamW take {must:.1f} GB, "
+            f"{free:.1f} are free", hint,
+        )
+    say(f"warning: that is more than is free: {hint}")
 
 
 def show_pairs(base, benchmarks, tok, cfg):
