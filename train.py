@@ -1357,10 +1357,12 @@ def append_line(path, line):
 def write_checkpoint(path, content):
     """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one
     file. The checkpoint before it is kept as <name>.previous."""
-    buffer = io.BytesIO()
+    buffer, n = io.BytesIO(), len(f"sdft {'0' * 64}\n")
+    buffer.write(b" " * n)  # the head's place: a model may be too large for a copy
     torch.save(content, buffer)
-    head = f"sdft {hashlib.sha256(buffer.getbuffer()).hexdigest()}\n".encode()
-    write_atomically(path, head + buffer.getvalue(), keep=True)
+    view = buffer.getbuffer()
+    view[:n] = f"sdft {hashlib.sha256(view[n:]).hexdigest()}\n".encode()
+    write_atomically(path, view, keep=True)
 
 
 def read_checkpoint(path):
