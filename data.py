@@ -35,10 +35,13 @@ Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 import difflib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
 import re
+import time
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -48,7 +51,20 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import LazyLogits, fused_linear_nll, generate, kl_models, response_hidden
+from model import (
+    LazyLogits,
+    fused_linear_nll,
+    generate,
+    kl_models,
+    read_json,
+    response_hidden,
+)
+
+try:  # comes with torch; only for chat templates
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+except ImportError:
+    jinja2 = None
 
 # ---- The words ---------------------------------------------------------------------
 
@@ -955,3 +971,341 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
             text = f"{path}:{example.id}: {prompt} + {response} > {block_size} tokens"
             too_long.append((example, text))
     return too_long
+
+
+# ---- Real models: tokenizer and chat form --------------------------------------------
+
+# A text is first split into pieces, by a regular expression, and tokens never cross
+# pieces. These are the splits that were compared with the tokenizers library, token by
+# token (tests/bench/test_real_equal.py); another one is refused.
+WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+QWEN2, LLAMA3 = rf"{WORD}|\p{{N}}|{REST}", rf"{WORD}|\p{{N}}{{1,3}}|{REST}"
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT2, after each digit was cut out (SmolLM2): spaces before a digit end a text
+DIGITS = (
+    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?![^\s\p{N}])|\s+"
+)
+LONGEST = 900_000  # characters; tiktoken's splitting panics at 1,000,000 spaces
+MARKER = r"<.+>|\[.+\]"  # no ordinary text, so that it may be a token of its own
+
+
+def byte_of_characters():
+    """The 256 characters that stand for the bytes in a tokenizer.json: a printable one
+    for itself, those from U+0100 on for the others."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {
+        **{chr(byte): byte for byte in printable},
+        **{chr(256 + i): byte for i, byte in enumerate(others)},
+    }
+
+
+def merge(piece, ranks, below=math.inf):
+    """Byte pair encoding as on paper: of all neighbours, join the two whose token has
+    the lowest rank, again and again, while that is < below. bytes -> list of bytes."""
+    parts = [piece[i : i + 1] for i in range(len(piece))]
+    while True:
+        pairs = enumerate(itertools.pairwise(parts))
+        options = [(ranks.get(a + b, below), i) for i, (a, b) in pairs]
+        rank, i = min(options, default=(below, 0))
+        if rank >= below:
+            return parts
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def split_of(pre):
+    """The regular expression of a pre_tokenizer; None if it is not one of ours."""
+    steps = pre.get("pretokenizers") if pre.get("type") == "Sequence" else [pre]
+    if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
+        return None
+    *first, last = steps or [{}]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
+        return None
+    own = last.get("use_regex", True)
+    if own is True and not first:
+        return GPT2
+    if own is True and first == [{"type": "Digits", "individual_digits": True}]:
+        return DIGITS
+    for pattern in (QWEN2, LLAMA3):
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "invert": False}
+        if own is False and first == [{**split, "behavior": "Isolated"}]:
+            return pattern
+    return None
+
+
+def read_tokenizer(path):
+    """A tokenizer.json with byte pair encoding, as what tiktoken needs.
+
+    tiktoken joins by rank, and knows no list of merges. Both agree on every text if
+    merges come in the order of ranks, and if joining the bytes of each token by lower
+    ranks alone ends in a pair that has a merge. That is checked, so no merge is lost.
+
+    Returns: ranks {bytes: id}; special {text: id}, of all added tokens; pattern, see
+        split_of; nfc, whether a text is to be normalised.
+    Raises: ValueError that names the file and the first thing that does not fit.
+    """
+    content = read_json(path)
+
+    def check(fits, what):
+        if not fits:
+            raise ValueError(f"{path}: {what}")
+
+    model, added = content.get("model"), content.get("added_tokens") or []
+    check(isinstance(model, dict) and model.get("type") == "BPE",
+          "model is no BPE; other kinds, as of SentencePiece, are not read")
+    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        check(not model.get(key), f"model.{key} is {model.get(key)!r}, not null")
+    check(not model.get("byte_fallback"), "model.byte_fallback is set")
+    decoder = content.get("decoder")
+    check(isinstance(decoder, dict) and decoder.get("type") == "ByteLevel",
+          "decoder is not ByteLevel")
+    normalizer = content.get("normalizer")
+    check(normalizer in (None, {"type": "NFC"}),
+          f"normalizer is {normalizer!r}; read are null and NFC")
+    pre = content.get("pre_tokenizer")
+    pattern = split_of(pre) if isinstance(pre, dict) else None
+    check(pattern, "pre_tokenizer is none that we know: ByteLevel without a prefix "
+          "space, alone, after Digits, or after the Split of Qwen2 or Llama 3")
+
+    # added tokens: markers, which a text never yields
+    special = {}
+    check(isinstance(added, list) and all(isinstance(t, dict) for t in added),
+          "added_tokens is no list of objects")
+    for token in added:
+        text, number = token.get("content"), token.get("id")
+        check(isinstance(text, str) and text, f"added token {number!r} has no text")
+        check(type(number) is int, f"the id of {text!r} is {number!r}")
+        check(text not in special, f"added token {text!r} twice")
+        for key in ("lstrip", "rstrip", "single_word"):
+            check(not token.get(key), f"added token {text!r}: {key} is set")
+        check(token.get("special") or re.fullmatch(MARKER, text),
+              f"added token {text!r} may be a part of ordinary text")
+        special[text] = number
+
+    # the vocabulary: its texts are bytes, its ids ranks
+    vocab, byte_of = model.get("vocab"), byte_of_characters()
+    check(isinstance(vocab, dict) and vocab, "model.vocab is no object")
+    ranks = {}
+    for text, number in vocab.items():
+        check(type(number) is int, f"the id of {text!r} is {number!r}")
+        if text in special:
+            check(special[text] == number,
+                  f"{text!r} has the ids {number} and {special[text]}")
+            continue
+        check(text and all(c in byte_of for c in text), f"{text!r} is no text of bytes")
+        ranks[bytes(byte_of[c] for c in text)] = number
+    ids = sorted([*ranks.values(), *special.values()])
+    for i, number in enumerate(ids):
+        check(i == number, f"ids have a gap: {i} is missing, or {number} twice")
+
+    # the merges
+    merges, before = set(), -1
+    listed = model.get("merges")
+    check(isinstance(listed, list), "model.merges is no list")
+    for pair in listed:
+        parts = pair.split(" ") if isinstance(pair, str) else pair
+        check(isinstance(parts, list) and len(parts) == 2
+              and all(isinstance(part, str) for part in parts),
+              f"merge {pair!r} is no pair")
+        check(all(c in byte_of for part in parts for c in part),
+              f"merge {pair!r} is no text of bytes")
+        a, b = (bytes(byte_of[c] for c in part) for part in parts)
+        check(a in ranks and b in ranks and a + b in ranks,
+              f"merge {pair!r}: not all three are in the vocabulary")
+        check((a, b) not in merges, f"merge {pair!r} twice")
+        rank = ranks[a + b]
+        check(rank >= before, f"merge {pair!r} makes id {rank}, after id {before}")
+        before = rank
+        merges.add((a, b))
+    for token, rank in ranks.items():
+        if len(token) > 1:
+            parts = tuple(merge(token, ranks, rank))
+            check(parts in merges, f"token {rank}, {token!r}, is not what merges make")
+
+    # a byte without a token: the tokenizers library drops it, or puts unk_token there
+    if len({token for token in ranks if len(token) == 1}) < 256:
+        check(model.get("unk_token") is None, "a byte is missing, but unk_token is set")
+    return ranks, special, pattern, normalizer is not None
+
+
+def read_template(folder, settings):
+    """The chat template of a folder, as text; settings: tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    template = settings.get("chat_template")
+    if isinstance(template, list):  # several, with names
+        named = [t for t in template if isinstance(t, dict)]
+        named = {str(t.get("name")): t.get("template") for t in named}
+        template = named.get("default")
+    if not isinstance(template, str) or not template:
+        raise ValueError(
+            f"{folder} has no chat template, neither in tokenizer_config.json nor as "
+            f"{path.name}: take an instruct model"
+        )
+    return template
+
+
+def compile_template(template, where):
+    """A chat template, a program in Jinja that nobody has checked, in a sandbox."""
+    if jinja2 is None:
+        raise ValueError("chat templates need the package: pip install jinja2")
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise ValueError("the sandbox of jinja2 < 3.1.6 leaks: pip install -U jinja2")
+
+    def fail(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, **how):  # jinja2's own writes HTML
+        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
+    try:
+        return environment.from_string(template)
+    except Exception as error:  # whatever a wrong program leads to
+        raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
+
+
+def text_of(token):
+    """tokenizer_config.json has a token as text, or as an object with its text."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+class ChatTokenizer:
+    """The tokenizer and the chat form of a folder of Hugging Face.
+
+    Attributes: end, the token that ends a response; n_tokens, one more than the highest
+    id; vocab_size, the same; name; digest, which another tokenizer or chat template
+    changes; template, that of the teacher's prompt, which may be set.
+    Raises: ValueError that names the file, if there is something that we cannot do
+    exactly as the libraries tokenizers and transformers; OSError.
+    """
+
+    template = TEMPLATE
+
+    def __init__(self, folder):
+        folder = Path(folder)
+        path, settings = folder / "tokenizer_config.json", {}
+        if path.is_file():
+            settings = read_json(path)
+        ranks, self.special, self.pattern, self.nfc = read_tokenizer(
+            folder / "tokenizer.json"
+        )
+        self.ranks = ranks
+        self.n_tokens = self.vocab_size = len(ranks) + len(self.special)
+        # tiktoken needs all bytes: those that have no token get ids that are dropped
+        missing = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
+        spare = {byte: self.n_tokens + i for i, byte in enumerate(missing)}
+        self.encoding = tiktoken.Encoding(
+            name=folder.resolve().name,
+            pat_str=self.pattern,
+            mergeable_ranks={**ranks, **spare},
+            special_tokens=self.special,
+        )
+        self.name = self.encoding.name
+        template = read_template(folder, settings)
+        self.chat_template = compile_template(template, f"{folder}, chat template")
+        names = [f"{x}_token" for x in "bos eos unk sep pad cls mask".split()]
+        named = {name: text_of(settings.get(name)) for name in names}
+        self.named = {name: text for name, text in named.items() if text is not None}
+        self.end = self.find_end(folder)
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.markers = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        content = (folder / "tokenizer.json").read_bytes() + template.encode()
+        self.digest = hashlib.sha256(content).hexdigest()[:12]
+
+    def find_end(self, folder):
+        """eos_token, else the first of eos_token_id in one of the other files."""
+        if "eos_token" in self.named:
+            text = self.named["eos_token"]
+            if not isinstance(text, str) or text not in self.special:
+                raise ValueError(
+                    f"{folder / 'tokenizer_config.json'}: eos_token is {text!r}, which "
+                    "is no added token of tokenizer.json"
+                )
+            return self.special[text]
+        for name in ("config.json", "generation_config.json"):
+            if (folder / name).is_file():
+                end = read_json(folder / name).get("eos_token_id")
+                end = end[0] if isinstance(end, list) and end else end
+                if type(end) is int and end in self.special.values():
+                    return end
+        raise ValueError(f"{folder}: no file says which token ends a response")
+
+    def encode(self, text):
+        """A text as a list of ids. A marker in it stays text, and never becomes one."""
+        if len(text) > LONGEST:
+            raise ValueError(f"a text of {len(text)} characters; at most {LONGEST}")
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        ids = self.encoding.encode_ordinary(text)
+        if max(ids, default=0) < self.n_tokens:
+            return ids
+        # a byte that has no token is dropped, and its neighbours may be joined
+        import regex  # tiktoken needs it, so it is there
+
+        ids = []
+        for piece in regex.findall(self.pattern, text):
+            known = bytes(b for b in piece.encode() if bytes([b]) in self.ranks)
+            ids += [self.ranks[token] for token in merge(known, self.ranks)]
+        return ids
+
+    def decode(self, ids):
+        """The text of ids; markers show as their text, but not a last end."""
+        ids = ids[:-1] if ids and ids[-1] == self.end else ids
+        known, n = self.encoding.decode_single_token_bytes, self.n_tokens
+        pieces = [known(i) if i < n else b"<%d>" % i for i in ids]
+        return b"".join(pieces).decode("utf-8", errors="replace")
+
+    def chat(self, messages):
+        """Messages [{"role", "content"}, ...] in the form that the model was trained
+        on, up to where its response begins, as a list of ids.
+
+        The template's markers become ids, and all else text, what the messages hold
+        included: a user cannot write a marker. (apply_chat_template lets him.) So the
+        template is rendered with a stand-in for each content, cut at the markers, and
+        the contents are put back into the text between.
+        Raises: ValueError if the template fails, or changes a content.
+        """
+        text = self.render(messages)
+        for strip in (False, True):  # some templates strip what they are given
+            contents = [m["content"] for m in messages]
+            contents = [c.strip() for c in contents] if strip else contents
+            # (an empty content stays one: templates ask whether there is any)
+            stand_ins = [c and f"\ue000{i}\ue001" for i, c in enumerate(contents)]
+            pairs = zip(messages, stand_ins, strict=True)
+            form = self.render([{**m, "content": x} for m, x in pairs])
+
+            def put_back(part, contents=contents):
+                return re.sub(
+                    "\ue000(\\d+)\ue001", lambda match: contents[int(match[1])], part
+                )
+
+            if put_back(form) == text:
+                ids, start = [], 0
+                for marker in self.markers.finditer(form):
+                    ids += self.encode(put_back(form[start : marker.start()]))
+                    ids.append(self.special[marker[0]])
+                    start = marker.end()
+                return ids + self.encode(put_back(form[start:]))
+        raise ValueError(
+            f"the chat template of {self.name} changes what a message says; which part "
+            "of it is a marker cannot be told"
+        )
+
+    def render(self, messages):
+        """The template's text for these messages. Raises: ValueError if it fails."""
+        try:
+            return self.chat_template.render(
+                messages=messages, add_generation_prompt=True, tools=None,
+                documents=None, **self.named,
+            )  # fmt: skip
+        except Exception as error:  # the template is a program, and fails as it likes
+            raise ValueError(
+                f"the chat template of {self.name}: {type(error).__name__}: {error}"
+            ) from None

@@ -22,19 +22,29 @@ on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
 The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
 """
 
+import json
 import math
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 try:  # comes with torch on Linux with a GPU
     import triton
     import triton.language as tl
 except ImportError:
     triton = None
+try:  # only for folders of Hugging Face
+    import safetensors
+    from safetensors.torch import save_file
+except ImportError:
+    safetensors = None
 
 # ---- The model ---------------------------------------------------------------------
 
@@ -210,6 +220,7 @@ def make_dropout(p, seed, device):
         keep = noise.view(torch.uint8)[: x.numel()].view(x.shape) >= cut
         return x * (keep.to(x.dtype) / (1 - cut / 256))
 
+    drop.rng = rng
     return drop
 
 
@@ -226,18 +237,34 @@ class Block(nn.Module):
         return x + drop(self.mlp(self.ln_2(x)))
 
 
+def recomputed(block, x, drop, cos, sin):
+    """block(x, ...), of which only x is kept: its activations are computed again in the
+    backward pass. That costs a forward pass and saves most of the memory."""
+    rng = getattr(drop, "rng", None)  # none without dropout
+    state = rng and rng.get_state()
+
+    def run(x):
+        if rng:
+            rng.set_state(state)  # so the second time drops the same entries
+        return block(x, drop, cos, sin)
+
+    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+
+
 class GPT(nn.Module):
     """tokens (B, T) -> logits (B, T, V).
 
     `dtype` is that of the activations; the parameters are float32 always. `dropout` is
     the share of each residual branch that is dropped in train mode, decided by
-    `dropout_seed`; the trainers set both.
+    `dropout_seed`; the trainers set both. `checkpointing` saves memory in training and
+    changes no number: see recomputed.
     """
 
     def __init__(self, config, generator=None):
         super().__init__()
         self.config, self.dtype = config, torch.float32
         self.dropout, self.dropout_seed = 0.0, 0
+        self.checkpointing = False
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = RMSNorm(config.n_embd, config.norm_eps)
@@ -285,7 +312,10 @@ class GPT(nn.Module):
         p = self.dropout if self.training else 0.0
         drop = make_dropout(p, self.dropout_seed, idx.device)
         for layer, block in enumerate(self.h):
-            x = block(x, drop, cos, sin, cache, layer)
+            if self.checkpointing and cache is None and torch.is_grad_enabled():
+                x = recomputed(block, x, drop, cos, sin)
+            else:
+                x = block(x, drop, cos, sin, cache, layer)
         return self.ln_f(x)
 
     def head(self):
@@ -880,3 +910,379 @@ def kl_rows_triton(s, t, weight, kl, grad):
         with torch.cuda.device_of(s):  # Triton would take the current one
             kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
     return value
+
+
+# ---- Real models: folders of Hugging Face --------------------------------------------
+#
+# config.json           sizes                             config_from_folder
+# model.safetensors     tensors by name, or several       load_folder, save_folder
+#                       files and an index of the names
+# tokenizer.json, ...   see data.ChatTokenizer; save_folder copies them
+#
+# Nothing of a folder is trusted: what does not fit is a ValueError that names it.
+
+# model_type: has it a bias on q, k and v? (transformers has it in its code, not as a
+# key.) Another type may compute otherwise, under the same names: it is refused.
+QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True}
+# What config.json may say, or leave out, about what our GPT has not.
+PLAIN = {
+    "hidden_act": ("silu",),
+    "mlp_bias": (False,),
+    "attention_out_bias": (False,),
+    "partial_rotary_factor": (1, None),
+    "rope_interleaved": (False,),
+    "qk_norm": (False,),
+    "use_qk_norm": (False,),
+    "qk_layernorm": (False,),
+    "num_experts": (0, 1, None),
+    "num_local_experts": (0, 1, None),
+    "n_routed_experts": (0, 1, None),
+    "quantization_config": (None,),
+    "compression_config": (None,),
+    "auto_map": (None,),  # code of its own
+}
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MARK = {"format": "pt", "written_by": "save_folder"}  # in the header of what we wrote
+COPIED = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def read_json(path):
+    """The object in a JSON file, as a dict. Raises: FileNotFoundError; ValueError for
+    what is no JSON object or has a key twice (json would take the last in silence)."""
+
+    def once(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"key {key!r} twice")
+            found[key] = value
+        return found
+
+    def refuse(constant):
+        raise ValueError(f"{constant} is no number of JSON")
+
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        content = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ValueError(f"{path}: expected an object, found {kind}")
+    return content
+
+
+def config_from_folder(folder, block_size=None):
+    """What a folder says about its model, as a GPTConfig. The headers of its weights
+    are read, too, so that a folder that cannot be loaded is refused before a model of
+    that size is made.
+
+    Args: block_size, in tokens; None: the longest that the model was made for.
+    Returns: GPTConfig; its n_tokens is 0, for the tokenizer knows it.
+    Raises: ValueError that names file and key, or file and tensor; OSError.
+    """
+    config = read_config(folder, block_size)
+    check_tensors(find_tensors(folder), config)
+    return config
+
+
+def read_config(folder, block_size=None):
+    """config_from_folder, but for the weights."""
+    path = Path(folder) / "config.json"
+    config = read_json(path)
+
+    def refuse(key, value, why):
+        raise ValueError(f"{path}: {key} is {value!r}; {why}")
+
+    def number(key, low, high, default=None):
+        value = default if config.get(key) is None else config[key]
+        kinds = (int, float) if isinstance(low, float) else int
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            refuse(key, value, "it should be a number")
+        if not low <= value <= high:
+            refuse(key, value, f"it should be {low} to {high}")
+        return value
+
+    def texts(key):
+        value = config.get(key) or []
+        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
+            refuse(key, value, "it should be a list of names")
+        return value
+
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in QKV_BIAS:
+        refuse("model_type", kind, f"known are {', '.join(QKV_BIAS)}")
+    if not all(name.endswith("ForCausalLM") for name in texts("architectures")):
+        refuse("architectures", config["architectures"], "it is no language model")
+    for key, values in PLAIN.items():
+        if key in config and config[key] not in values:
+            refuse(key, config[key], "our GPT has no such thing")
+    if config.get("attention_bias") and not QKV_BIAS[kind]:
+        refuse("attention_bias", True, "it puts a bias on o_proj, too, which our GPT "
+               "has not")
+    # mistral has a sliding window unless it says null, qwen2 none unless it says true
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    if config.get("use_sliding_window", kind != "qwen2") and window is not None:
+        refuse("sliding_window", window, "our GPT attends to all that came before")
+    if set(texts("layer_types")) - {"full_attention"}:
+        refuse("layer_types", config["layer_types"], "our GPT has full_attention only")
+    # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = config.get(key) or {}
+        known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+        if not isinstance(rope, dict) or not (
+            rope.keys() <= known
+            and rope.get("rope_type") in ("default", None)
+            and rope.get("type") in ("default", None)
+            and rope.get("partial_rotary_factor", 1) == 1
+        ):
+            refuse(key, rope, "our GPT has plain rotary positions")
+        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+        if config.setdefault("rope_theta", theta) != theta:
+            refuse("rope_theta", config["rope_theta"], f"{key} says {theta!r}")
+
+    n_embd = number("hidden_size", 1, 2**20)
+    n_head = number("num_attention_heads", 1, 2**16)
+    # (llama says "as many as n_head" by saying nothing; the others have other defaults)
+    default = n_head if kind == "llama" else None
+    n_kv_head = number("num_key_value_heads", 1, 2**16, default)
+    head_dim = number("head_dim", 1, 2**20, n_embd // n_head)
+    if head_dim * n_head != n_embd:
+        refuse("head_dim", head_dim, f"hidden_size / heads is {n_embd} / {n_head}")
+    tie = config.get("tie_word_embeddings", False)
+    if not isinstance(tie, bool):
+        refuse("tie_word_embeddings", tie, "it should be true or false")
+    longest = number("max_position_embeddings", 2, 2**24)
+    block_size = longest if block_size is None else block_size
+    if not 1 <= block_size <= longest:
+        raise ValueError(
+            f"{path}: max_position_embeddings is {longest}; a block_size of "
+            f"{block_size} does not fit"
+        )
+    try:
+        return GPTConfig(
+            block_size=block_size,
+            vocab_size=number("vocab_size", 1, 2**24),
+            n_layer=number("num_hidden_layers", 1, 2**12),
+            n_head=n_head,
+            n_kv_head=n_kv_head,
+            n_embd=n_embd,
+            n_inner=number("intermediate_size", 1, 2**22),
+            rope_theta=float(number("rope_theta", 1.0, 1e12)),
+            norm_eps=float(number("rms_norm_eps", 1e-12, 0.1)),
+            qkv_bias=QKV_BIAS[kind],
+            tie_weights=tie,
+        )
+    except ValueError as error:  # sizes that do not divide
+        message = str(error)
+        message = message if str(path) in message else f"{path}: {message}"
+        raise ValueError(message) from None
+
+
+def tensor_table(config):
+    """Which tensor of a folder is which of ours, for reading and for writing.
+
+    Yields (name, ours, row, shape): the tensor `name` of this shape is what begins at
+    `row` of our parameter `ours`. (We keep q, k and v in one matrix, and gate and up.)
+    """
+    C, V, inner = config.n_embd, config.vocab_size, config.n_inner
+    q, kv = C, C // config.n_head * config.n_kv_head  # rows
+    yield "model.embed_tokens.weight", "wte.weight", 0, (V, C)
+    for i in range(config.n_layer):
+        name, ours = f"model.layers.{i}", f"h.{i}"
+        yield f"{name}.input_layernorm.weight", f"{ours}.ln_1.weight", 0, (C,)
+        for part, row, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
+            part = f"{name}.self_attn.{part}_proj"
+            yield f"{part}.weight", f"{ours}.attn.qkv_proj.weight", row, (rows, C)
+            if config.qkv_bias:
+                yield f"{part}.bias", f"{ours}.attn.qkv_proj.bias", row, (rows,)
+        part = f"{name}.self_attn.o_proj"
+        yield f"{part}.weight", f"{ours}.attn.o_proj.weight", 0, (C, C)
+        yield f"{name}.post_attention_layernorm.weight", f"{ours}.ln_2.weight", 0, (C,)
+        for part, row in (("gate", 0), ("up", inner)):
+            part = f"{name}.mlp.{part}_proj"
+            yield f"{part}.weight", f"{ours}.mlp.gate_up_proj.weight", row, (inner, C)
+        part = f"{name}.mlp.down_proj"
+        yield f"{part}.weight", f"{ours}.mlp.down_proj.weight", 0, (C, inner)
+    yield "model.norm.weight", "ln_f.weight", 0, (C,)
+    if not config.tie_weights:
+        yield "lm_head.weight", "lm_head.weight", 0, (V, C)
+
+
+def open_tensors(path):
+    """A safetensors file, opened; nothing but its header is read yet."""
+    if safetensors is None:
+        raise ValueError(f"{path}: this needs the package: pip install safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    with open(path, "rb") as file:
+        if file.read(100).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a pointer of Git LFS: run git lfs pull")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
+
+
+def find_tensors(folder):
+    """Name of a tensor -> (path, opened file) that holds it, for a whole folder."""
+    folder = Path(folder)
+    single, index = (folder / f"model.safetensors{end}" for end in ("", ".index.json"))
+    if single.is_file() or not index.is_file():
+        file = open_tensors(single)
+        return dict.fromkeys(file.keys(), (single, file))
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise ValueError(f"{index}: weight_map is no object: name -> file")
+    found, shards = {}, {}
+    for name, shard in listed.items():
+        if not isinstance(shard, str) or shard != Path(shard.replace("\\", "/")).name:
+            raise ValueError(f"{index}: {name}: {shard!r} is no file of this folder")
+        if shard not in shards:
+            file = open_tensors(folder / shard)
+            shards[shard] = (folder / shard, file, set(file.keys()))
+        path, file, names = shards[shard]
+        if name not in names:
+            raise ValueError(f"{path} has no tensor {name}, but {index.name} says so")
+        found[name] = (path, file)
+    for path, _, names in shards.values():
+        for name in sorted(names):
+            if name not in found or found[name][0] != path:
+                raise ValueError(f"{path} has a tensor {name}: {index.name} says no")
+    return found
+
+
+def check_tensors(found, config):
+    """Raise ValueError unless the files hold the tensors of the config and no others,
+    each in its shape and in a dtype that we read."""
+    expected = set()
+    for name, _, _, shape in tensor_table(config):
+        if name not in found:
+            some = next(iter(found.values()), ["the folder"])[0]
+            raise ValueError(f"{some}: there is no tensor {name}")
+        path, file = found[name]
+        tensor = file.get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
+            raise ValueError(
+                f"{path}: {name} is {tuple(tensor.get_shape())}, and should be {shape} "
+                "by config.json"
+            )
+        if tensor.get_dtype() not in DTYPES:
+            raise ValueError(
+                f"{path}: {name} is {tensor.get_dtype()}; read are {', '.join(DTYPES)}"
+            )
+        expected.add(name)
+    if config.tie_weights:
+        expected.add("lm_head.weight")  # some write it twice; load_folder compares
+    for name, (path, _) in found.items():
+        # (old files hold the frequencies of the positions, which we compute)
+        if name not in expected and not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(f"{path}: {name} has no place in our GPT")
+
+
+@torch.no_grad()
+def load_folder(folder, gpt):
+    """Fill a GPT, made from config_from_folder, with the weights of a folder, tensor by
+    tensor and in place. Whatever their dtype is, ours are float32.
+
+    Raises: ValueError that names file and tensor, before anything is filled; OSError.
+    """
+    theirs, ours = (
+        {**asdict(config), "n_tokens": 0}
+        for config in (read_config(folder, gpt.config.block_size), gpt.config)
+    )
+    for key, value in theirs.items():
+        if ours[key] != value:
+            raise ValueError(f"{folder}: {key} is {value}, and {ours[key]} in the GPT")
+    found = find_tensors(folder)
+    check_tensors(found, gpt.config)
+    if gpt.config.tie_weights and "lm_head.weight" in found:
+        path, file = found["lm_head.weight"]
+        embedding = found["model.embed_tokens.weight"][1]
+        head = file.get_tensor("lm_head.weight")
+        if not head.equal(embedding.get_tensor("model.embed_tokens.weight")):
+            raise ValueError(
+                f"{path}: lm_head.weight is not the embedding, but config.json has "
+                "tie_word_embeddings true"
+            )
+    for name, ours, row, shape in tensor_table(gpt.config):
+        rows = gpt.get_parameter(ours)[row : row + shape[0]]
+        rows.copy_(found[name][1].get_tensor(name))
+
+
+@torch.no_grad()
+def save_folder(gpt, folder, source, dtype=torch.float32):
+    """Write a GPT as a folder that transformers, vLLM and load_folder read: the
+    weights, config.json, and copies of the tokenizer's files.
+
+    The folder is there whole or not at all: it is written beside its place, as
+    <folder>.tmp. One that save_folder wrote earlier is replaced.
+
+    Args: source, the folder that the model came from; dtype of the weights, float32 or
+        bfloat16 (half the size, and 3 significant digits).
+    Raises: FileExistsError for any other folder or file in its place; OSError;
+        ValueError if the source's config.json is that of another model.
+    """
+    folder, source = Path(folder), Path(source)
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    old = folder.with_name(f"{folder.name}.old")
+    config = read_json(source / "config.json")
+    theirs = asdict(read_config(source, gpt.config.block_size))
+    if theirs != {**asdict(gpt.config), "n_tokens": 0}:
+        raise ValueError(f"{source}/config.json is not that of the model to be saved")
+    for place in (folder, temporary, old):
+        if os.path.lexists(place) and not is_ours(place):
+            raise FileExistsError(f"{place} exists and was not written by save_folder")
+    if folder.exists() and folder.resolve() == source.resolve():
+        raise FileExistsError(f"{folder} is the model that this one came from")
+    key = "dtype" if "dtype" in config else "torch_dtype"  # of transformers 5, and 4
+    config[key] = str(dtype).removeprefix("torch.")
+    tensors = {
+        name: gpt.get_parameter(ours)[row : row + shape[0]].to(dtype)
+        for name, ours, row, shape in tensor_table(gpt.config)
+    }
+    if temporary.exists():  # of a save that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    weights = temporary / "model.safetensors"
+    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+    (temporary / "config.json").write_text(text, encoding="utf-8")
+    for name in COPIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, temporary / name)
+    try:
+        save_file(tensors, weights, metadata=MARK)
+    except safetensors.SafetensorError as error:  # a full disk, say
+        raise OSError(f"{weights} not written: {error}") from None
+    shutil.copymode(temporary / "config.json", weights)  # it was for its owner only
+    for path in temporary.iterdir():
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+    if folder.exists():
+        if old.exists():
+            shutil.rmtree(old)
+        os.replace(folder, old)
+    os.replace(temporary, folder)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def is_ours(folder):
+    """Did save_folder write this, wholly or in part? So it may be removed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    names = {path.name for path in folder.iterdir()}
+    if folder.suffix == ".tmp":  # perhaps without its weights; the name is ours, too
+        # (the library writes into a temporary file of its own first)
+        names = {name for name in names if not name.startswith(".")}
+        return names <= {*COPIED, "config.json", "model.safetensors"}
+    try:
+        return open_tensors(folder / "model.safetensors").metadata() == MARK
+    except (OSError, ValueError):
+        return False

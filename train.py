@@ -1002,7 +1002,8 @@ def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
             f"did you mean {near[0]}?" if near else "is the path right?",
         )
     examples, remarks = data.read_examples(path, needs_demo)
-    marked = sum(tok.marks(f"{e.earlier}{e.prompt}{e.demo}") for e in examples)
+    texts = (f"{e.earlier}{e.prompt}{e.demo}" for e in examples)
+    marked = sum(bool(tok.markers.search(text)) for text in texts)
     if marked:
         remarks.append(f"{marked} rows hold the tokenizer's markers, as plain text")
     too_long = data.check_lengths(path, examples, tok, max_new_tokens, block_size)
