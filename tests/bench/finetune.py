@@ -124,7 +124,8 @@ def run(
     student.eval()
     result = probes.measure(student, model, teacher, tasks, tok, n, seed, quick)
     few = stages[skills[0]]
-    work = probes.work_of_update(trainer, student, few, tok, cfg, *extra)
+    timed = 1 if quick else 4
+    work = probes.work_of_update(trainer, student, few, tok, cfg, *extra, timed=timed)
     updates, written = cfg.steps * len(stages), method == "sdft"
     rows = train.read_metrics(way.folder)
     result["work"] = {key: value * updates for key, value in work.items()}

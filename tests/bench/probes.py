@@ -103,8 +103,6 @@ def mass(model, base, examples, tok, n):
 
 # ---- Work --------------------------------------------------------------------------
 
-TIMED = 4  # updates
-
 
 def addmm_(out, a, b, **_):
     return 2 * a[0] * a[1] * b[1]
@@ -126,7 +124,7 @@ COUNTED = {  # what FlopCounterMode leaves out
 }  # fmt: skip
 
 
-def work_of_update(trainer, student, examples, tok, cfg, *more):
+def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
     """One update of a trainer (m.sft or m.sdft), as this student makes it:
 
     flops         floating-point operations of matrix products and attention
@@ -134,7 +132,8 @@ def work_of_update(trainer, student, examples, tok, cfg, *more):
     loss          tokens that carry loss
     core_seconds  of this process, not of the clock: others may use the core, too
 
-    more: what train of a variant needs beside its usual arguments.
+    more: what train of a variant needs beside its usual arguments. timed: how many
+    updates give the seconds.
     """
     seen, run = [], Quiet()
 
@@ -157,7 +156,7 @@ def work_of_update(trainer, student, examples, tok, cfg, *more):
         "flops": both[0] - first[0],
         "computed": both[1] - first[1],
         "loss": run.records[0]["tokens"],
-        "core_seconds": (train(1 + TIMED) - train(1)) / TIMED,
+        "core_seconds": (train(1 + timed) - train(1)) / timed,
     }
 
 
