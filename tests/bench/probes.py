@@ -95,8 +95,8 @@ def mass(model, base, examples, tok, n):
     response, mask = respond(base, examples, student_prompt, tok, n)
     both = data.pad_batch(student_prompt, examples, tok, response.device)
     logits = LazyLogits(response_hidden(model, *both, response, mask), model.head())
-    log_p = torch.zeros(mask.shape, device=response.device)  # (B, R)
     rows = logits.rows(0, len(logits.hidden)).log_softmax(-1)  # (N, V)
+    log_p = rows.new_zeros(mask.shape)  # (B, R)
     log_p[mask] = rows.gather(1, response[mask][:, None])[:, 0]
     return log_p.sum(1).exp().mean().item()
 
