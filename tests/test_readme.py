@@ -148,7 +148,7 @@ def paper():
     return module
 
 
-@pytest.mark.parametrize("name", ["default", "forgetting"])
+@pytest.mark.parametrize("name", ["default", "earlier"])
 def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
     cells = json.loads((BENCH / "results" / f"{name}.json").read_text())["cells"]
     seeds = paper.EXPERIMENTS[name]["seeds"]

@@ -1,212 +1,209 @@
-"""The paper's experiments in the tiny world: many runs of train.py, a table, pictures.
+"""The paper's experiments in the tiny world: many runs, a table, pictures.
 
-    python tests/bench/paper.py default                 # run what is missing; draw
-    python tests/bench/paper.py default --seeds 0 1     # other seeds
-    python tests/bench/paper.py default --draw          # only draw
+    python tests/bench/paper.py                       # the list: claim, cells, minutes
+    python tests/bench/paper.py skills                # run what is missing; draw
+    python tests/bench/paper.py skills --draw         # only table and picture
+    python tests/bench/paper.py skills --seeds 0 1    # other seeds, kept apart
+    python tests/bench/paper.py skills --seeds 0 --quick    # two minutes: does it run?
 
-A cell is one run of train.py: flags and a seed. Finished cells are not run again (those
-that other code made are counted below the table); each runs on one core (or one GPU),
-as many at a time as there are. Results and pictures stand beside each other in
-tests/bench/results/. Needs matplotlib for the pictures.
-
-`default` is both methods as they are. `forgetting` has all rates, distances and
-teachers; its results are of the earlier base (1,700 updates, commit e476572).
+What an experiment says, and what would refute it, stands in experiments.py. A cell is
+one run in a process of its own (cell.py), on one core (or one GPU), as many at a time
+as there are. Equal cells of several experiments are run once; finished ones never again
+(those that other code made are counted below the table); a stopped one goes on. Base
+models are shared. Results and pictures of an experiment's own seeds stand beside each
+other in tests/bench/results/, all others in --work. Needs matplotlib for pictures.
 """
 
 import argparse
-import ast
-import hashlib
+import importlib.util
 import json
+import math
 import os
 import platform
 import queue
-import re
 import subprocess
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from statistics import mean
 
-import torch
-from tqdm import tqdm
+ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "tests" / "bench"
+RESULTS = HERE / "results"
+for path in (ROOT / "tests" / "exercises", HERE):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "tests" / "bench" / "results"
+import torch  # noqa: E402
+from cell import code_key, folder_of, is_spec, needs  # noqa: E402
+from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
-# ---- The table of experiments ------------------------------------------------------
-#
-# name -> seeds, and rows of (label, how many of the seeds, flags of train.py), the most
-# important ones first.
+# ---- Cells -------------------------------------------------------------------------
 
-SFT, SDFT = "--method sft", "--method sdft"
-EXPERIMENTS = {
-    "default": {
-        "seeds": tuple(range(200, 206)),  # no setting was chosen on these
-        "rows": [
-            ("sdft", 6, SDFT),
-            ("sft", 6, SFT),
-            ("sft curve", 3, f"{SFT} --eval-every 100"),
-            ("sdft curve", 3, f"{SDFT} --eval-every 40"),
-        ],
-    },
-    "forgetting": {
-        "seeds": (70, 71, 72, 73, 74),  # no setting was chosen on these
-        "rows": [
-            ("sdft 9e-5", 5, f"{SDFT} --lr 9e-5 --eval-every 40"),
-            ("sft 6e-4", 5, f"{SFT} --lr 6e-4 --eval-every 100"),
-            ("sft 2.5e-4", 5, f"{SFT} --lr 2.5e-4"),
-            ("sft 1.5e-3", 5, f"{SFT} --lr 1.5e-3"),
-            ("sdft 2.4e-4", 5, f"{SDFT} --lr 2.4e-4"),
-            ("sdft 3e-5", 5, f"{SDFT} --lr 3e-5"),
-            ("sft 1e-4", 5, f"{SFT} --lr 1e-4"),
-            ("sft 4e-5", 5, f"{SFT} --lr 4e-5"),
-            ("sdft 6e-4", 5, f"{SDFT} --lr 6e-4"),
-            ("sft own", 3, f"{SFT} --lr 1e-4 --distance own"),
-            ("sdft own", 3, f"{SDFT} --distance own"),
-            ("sft known", 3, f"{SFT} --lr 1e-4 --distance known"),
-            ("sdft known", 3, f"{SDFT} --distance known"),
-            ("sdft reverse", 2, f"{SDFT} --kl reverse"),
-            ("sdft frozen", 2, f"{SDFT} --teacher frozen"),
-            ("sdft live", 2, f"{SDFT} --teacher live"),
-        ],
-    },
-}  # fmt: skip
-COLORS = {"sft": "tab:orange", "sdft": "tab:blue"}
-# the rows whose evaluations are drawn, stage by stage
-CURVES = {
-    "default": ("sft curve", "sdft curve"),
-    "forgetting": ("sft 6e-4", "sft 1e-4", "sdft 9e-5"),
-}
-# the distance "terms" beside own and known: SFT at its lowest rate that learns
-TERMS = {"sft": "sft 1e-4", "sdft": "sdft 9e-5"}
+
+def fill(spec, seed, quick):
+    """The spec of a row for one seed; those that it needs are of the same seed."""
+    inner = {k: fill(v, seed, quick) if is_spec(v) else v for k, v in spec.items()}
+    return {**inner, "seed": seed, "quick": quick}
+
+
+def specs_of(name, seeds, quick):
+    """{"label seed": spec} of an experiment, the most important ones first."""
+    rows = EXPERIMENTS[name]["rows"]
+    return {
+        f"{label} {seed}": fill(spec, seed, quick)
+        for label, n, spec in rows
+        for seed in seeds[:n]
+    }
+
+
+def as_key(spec):
+    return json.dumps(spec, sort_keys=True)
+
+
+def load(path):
+    return json.loads(path.read_text())["cells"] if path.exists() else {}
+
+
+def finished(name, specs, where, work):
+    """{"label seed": result} of the cells that need not be run: their results stand in
+    one of the JSON files, or in their own folders."""
+    known = {}
+    for other in EXPERIMENTS:
+        for key, cell in load(where / f"{other}.json").items():
+            if "spec" in cell:
+                known[as_key(cell["spec"])] = cell
+            else:  # an earlier run of train.py
+                known[other, key, cell["flags"]] = cell
+    found = {}
+    for key, spec in specs.items():
+        path = folder_of(work, spec) / "result.json"
+        cell = known.get(as_key(spec)) or known.get((name, key, spec.get("flags")))
+        if cell is None and path.exists():
+            cell = json.loads(path.read_text())
+        if cell is not None:
+            label, _, seed = key.rpartition(" ")
+            cell = {k: v for k, v in cell.items() if k not in ("label", "seed", "spec")}
+            found[key] = {"label": label, "seed": int(seed), "spec": spec, **cell}
+    return found
 
 
 # ---- Running -----------------------------------------------------------------------
 
 
-def code_key():
-    """What makes a result: the five modules, without their comments."""
-    names = ("model", "data", "sft", "sdft", "train")
-    trees = [ast.parse((ROOT / f"{name}.py").read_text()) for name in names]
-    text = "".join(ast.dump(tree) for tree in trees)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def run_cell(work, seed, label, flags, devices):
-    """One run of train.py in a folder of its own, with the base of its seed."""
-    folder = work / f"seed{seed}" / label.replace(" ", "_")
-    base = work / f"seed{seed}" / "base"
-    folder.mkdir(parents=True, exist_ok=True)
-    base.mkdir(exist_ok=True)
-    if not (folder / "base").exists():
-        (folder / "base").symlink_to(base.resolve())
-    command = [sys.executable, str(ROOT / "train.py"), *flags.split()]
-    command += ["--seed", str(seed), "--out", str(folder), "--threads", "1"]
-    method = flags.split()[1]
-    if (folder / method / "checkpoint.pt").exists():
-        command.append("--resume")
-    device, code = devices.get(), code_key()
-    env = dict(os.environ)
+def start(folder, device):
+    """Run the cell of a folder in a process of its own. Raises RuntimeError."""
+    env = dict(os.environ, OMP_NUM_THREADS="1")
     if device is not None:
         env["CUDA_VISIBLE_DEVICES"] = str(device)
+    command = [sys.executable, str(HERE / "cell.py"), str(folder)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip()[-400:])
+
+
+def run_one(spec, work, devices):
+    """A cell from its spec to its result, on the next free core or GPU."""
+    folder = folder_of(work, spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    device = devices.get()
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        start(folder, device)
     finally:
         devices.put(device)
-    if done.returncode:
-        raise RuntimeError(f"{label}, seed {seed}: {done.stderr.strip()[-400:]}")
-    lines = (folder / method / "metrics.jsonl").read_text().splitlines()
-    results = json.loads((folder / method / "results.json").read_text())
-    results["evaluations"] = [
-        {key: row[key] for key in ("step", "new", "prior")}
-        for row in map(json.loads, lines)
-        if "new" in row
-    ]
-    about = {"label": label, "flags": flags, "seed": seed, "code": code}
-    return {**about, **results}
 
 
-def run_missing(name, seeds, work, jobs):
-    """Run the cells that have no result yet; returns all, {"label seed": result}."""
-    path = RESULTS / f"{name}.json"
-    known = json.loads(path.read_text())["cells"] if path.exists() else {}
-    cells = {
-        f"{label} {seed}": (seed, label, flags)
-        for label, n, flags in EXPERIMENTS[name]["rows"]
-        for seed in seeds[:n]
-    }
-    todo = {
-        key: cell
-        for key, cell in cells.items()
-        if known.get(key, {}).get("flags") != cell[2]
-    }
-    gpus = torch.cuda.device_count()
-    devices = queue.Queue()
+def with_needs(specs, work):
+    """The cells to run, each behind those that it needs and that are not in work."""
+    todo = {}
+
+    def add(spec):
+        for other in needs(spec):
+            if not (folder_of(work, other) / "result.json").exists():
+                add(other)
+        todo[as_key(spec)] = spec
+
+    for spec in specs:
+        add(spec)
+    return todo
+
+
+def run_missing(name, specs, where, work, jobs):
+    """Run the cells that have no result yet. Returns all, {"label seed": result}."""
+    known = finished(name, specs, where, work)
+    todo = with_needs([s for key, s in specs.items() if key not in known], work)
+    labels = {as_key(spec): key for key, spec in specs.items()}
+    gpus, devices = torch.cuda.device_count(), queue.Queue()
     for i in range(jobs or gpus or os.cpu_count()):
         devices.put(i % gpus if gpus else None)
-    # a seed's base is made once, by its first cell; the others of the seed wait for it
-    makers = {cell[0]: key for key, cell in reversed(todo.items())}
-    made = {seed: threading.Event() for seed in makers}
-
-    def run(key):
-        seed = todo[key][0]
-        if key != makers[seed]:
-            made[seed].wait()
-        try:
-            return run_cell(work, *todo[key], devices)
-        finally:
-            made[seed].set()
-
-    bar = tqdm(total=len(todo), desc=name, smoothing=0)
-    with ThreadPoolExecutor(devices.qsize()) as pool:
-        running = {pool.submit(run, key): key for key in todo}
-        for job in as_completed(running):
-            try:
-                known[running[job]] = job.result()
-            except RuntimeError as error:  # the others go on; a next start tries again
-                tqdm.write(str(error))
-            save(path, name, known)
-            bar.update()
+    waiting, running, failed = dict(todo), {}, set()
+    total = sum(map(estimate, todo.values()))
+    bar = tqdm(
+        total=total, desc=name, smoothing=0, disable=None,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+        "{postfix}",
+    )  # fmt: skip
+    pool = ThreadPoolExecutor(devices.qsize())
+    try:
+        while waiting or running:
+            for key, spec in list(waiting.items()):
+                others = {as_key(other) for other in needs(spec)}
+                if others & failed:
+                    failed.add(key)
+                    del waiting[key]
+                elif not others & (waiting.keys() | set(running.values())):
+                    job = pool.submit(run_one, waiting.pop(key), work, devices)
+                    running[job] = key
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for job in done:
+                key = running.pop(job)
+                try:
+                    job.result()
+                except RuntimeError as error:  # the others go on; next time again
+                    failed.add(key)
+                    tqdm.write(f"{labels.get(key, todo[key])}: {error}")
+                bar.update(estimate(todo[key]))
+                bar.set_postfix_str(f"{len(running) + len(waiting)} cells")
+                known = finished(name, specs, where, work)
+                save(where / f"{name}.json", name, known)
+    except KeyboardInterrupt:
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        bar.close()
+    save(where / f"{name}.json", name, known)
     return known
 
 
 def save(path, name, cells):
-    RESULTS.mkdir(exist_ok=True)
+    """Cells that are not of this table any more are kept, too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": f"python tests/bench/paper.py {name}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one for each run",
         "torch": torch.__version__,
-        "cells": cells,
+        "cells": {**load(path), **cells},
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content))
     os.replace(temporary, path)
 
 
-# ---- What a row says ---------------------------------------------------------------
+# ---- Tables ------------------------------------------------------------------------
 
 
-def summary(cell):
-    """The numbers of a run that the tables and pictures use."""
-    stages, base = cell["stages"], cell["base"]
-    final = stages[-1]
-    own = [stage["new"][stage["skill"]] for stage in stages]
-    prior = mean(final["prior"].values())
-    return {
-        "after own stage": mean(own),
-        "worst own stage": min(own),
-        "new": mean(final["new"].values()),
-        "worst skill": min(final["new"].values()),
-        "prior": prior,
-        "prior / base": prior / mean(base["prior"].values()),
-        "KL(student || base)": final["kl_student_base"],
-    }
+def number(x):
+    if math.isinf(x):
+        return "never"
+    return f"{x:.2f}" if abs(x) < 10 else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
 
 
 def spread(values):
     """mean (lowest to highest)"""
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    low, high = number(min(values)), number(max(values))
+    return f"{number(mean(values))} ({low} to {high})"
 
 
 def complete_rows(name, cells, seeds):
@@ -222,20 +219,29 @@ def complete_rows(name, cells, seeds):
     }
 
 
-def at_rates(rows, method):
-    """The rows of a method that are named by a learning rate, as (label, runs)."""
-    return [(x, y) for x, y in rows.items() if re.match(rf"{method} \d", x)]
+def read(cell, columns):
+    """The numbers of a cell that the table shows; None where it has no such number."""
+    if callable(columns):
+        return columns(cell)
+    return {title: READ[title](cell) for title in columns}
 
 
-def print_table(rows):
-    if not rows:
-        return print("no row is complete yet")
-    first = next(iter(rows.values()))[0]
-    print("| run | seeds | " + " | ".join(first) + " |")
-    print("|---|" + "---|" * (len(first) + 1))
+def table(rows, columns):
+    """Complete rows as markdown, one line each."""
+    lines, titles = [], None
     for label, runs in rows.items():
-        cells = [spread([run[key] for run in runs]) for key in first]
-        print(f"| {label} | {len(runs)} | " + " | ".join(cells) + " |")
+        numbers = [read(run, columns) for run in runs]
+        if titles is None:
+            titles = list(numbers[0])
+            lines += [f"| run | seeds | {' | '.join(titles)} |"]
+            lines += ["|---|" + "---|" * (len(titles) + 1)]
+        parts = [
+            "" if any(row[title] is None for row in numbers)
+            else spread([row[title] for row in numbers])
+            for title in titles
+        ]  # fmt: skip
+        lines.append(f"| {label} | {len(runs)} | {' | '.join(parts)} |")
+    return "\n".join(lines) or "no row is complete yet"
 
 
 def print_benchmarks(rows):
@@ -250,141 +256,67 @@ def print_benchmarks(rows):
               " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
 
 
-def print_gaps(rows):
-    """How far SFT at the default distance stays below SDFT, seed by seed."""
-    best = rows.get(TERMS["sdft"], [])
-    for label, runs in at_rates(rows, "sft") if best else []:
-        pairs = list(zip(best, runs, strict=False))
-        gaps = {k: spread([a[k] - b[k] for a, b in pairs]) for k in ("new", "prior")}
-        print(f"{TERMS['sdft']} minus {label}:", gaps)
+# ---- The program -------------------------------------------------------------------
 
 
-# ---- Pictures ----------------------------------------------------------------------
+def minutes_of(name, where, work):
+    """Cells of an experiment at its own seeds, those that are missing, and the
+    core-minutes that these will take."""
+    specs = specs_of(name, EXPERIMENTS[name]["seeds"], False)
+    known = finished(name, specs, where, work)
+    todo = with_needs([s for key, s in specs.items() if key not in known], work)
+    return len(specs), len(todo), sum(map(estimate, todo.values())) / 60
 
 
-def draw_curves(plt, name, runs_of):
-    """New skills up, prior kept: mean and range over seeds, for the three stages."""
-    curves = CURVES[name]
-    size = 4 * len(curves), 3.6
-    figure, axes = plt.subplots(1, len(curves), figsize=size, sharey=True)
-    for axis, curve in zip(axes, curves, strict=True):
-        runs = runs_of[curve]
-        steps = [row["step"] for row in runs[0]["evaluations"]]
-        x = [step / runs[0]["config"]["steps"] for step in steps]
-        lines = [(f"skill {s}", "new", s) for s in ("A", "B", "C")]
-        lines.append(("prior", "", ""))
-        for label, group, skill in lines:
-            ys = [
-                [row[group][skill] if group else mean(row["prior"].values())
-                 for row in run["evaluations"]]
-                for run in runs
-            ]  # fmt: skip
-            columns = list(zip(*ys, strict=True))
-            style = {"color": "black", "lw": 2.5} if label == "prior" else {}
-            (line,) = axis.plot(x, [mean(c) for c in columns], label=label, **style)
-            low, high = [min(c) for c in columns], [max(c) for c in columns]
-            axis.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-        for stage in (1, 2):
-            axis.axvline(stage, color="gray", lw=0.8, ls=":")
-        method, rate = curve.split()
-        rate = "" if rate == "curve" else f", {rate}"
-        axis.set_title(f"{method.upper()}{rate}")
-        axis.set_xlabel("stages (one for each skill)")
-        axis.set_ylim(-0.03, 1.03)
-    axes[0].set_ylabel("accuracy on held-out queries")
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(RESULTS / f"{name}_curves.png", dpi=130, bbox_inches="tight")
+def print_list(work):
+    for name, experiment in EXPERIMENTS.items():
+        cells, missing, minutes = minutes_of(name, RESULTS, work)
+        print(f"{name}: {cells} cells, {missing} to run, about {minutes:.0f} "
+              f"core-minutes\n  the paper: {experiment['claim']}\n"
+              f"  fails if: {experiment['fails if']}")  # fmt: skip
 
 
-def draw_tradeoff(plt, name, rows):
-    """Prior against new, one point for each rate, the frontier of each method."""
-    figure, axis = plt.subplots(figsize=(8, 4.2))
-    for method, color in COLORS.items():
-        points, markers = [], iter("os^vDP*X")
-        for label, runs in at_rates(rows, method):
-            x = [run["new"] for run in runs]
-            y = [run["prior / base"] for run in runs]
-            points.append((mean(x), mean(y)))
-            dx = [[mean(x) - min(x)], [max(x) - mean(x)]]
-            dy = [[mean(y) - min(y)], [max(y) - mean(y)]]
-            axis.errorbar(
-                *points[-1], dy, dx, next(markers), color=color, alpha=0.7,
-                label=label.replace(method, method.upper()),
-            )  # fmt: skip
-
-        def beaten(p, points=points):
-            return any(q[0] > p[0] and q[1] > p[1] for q in points)
-
-        best = [point for point in points if not beaten(point)]
-        axis.plot(*zip(*sorted(best), strict=True), color=color)
-    axis.set(xlabel="new: mean of the three skills after A, B, C",
-             ylabel="prior, as a share of the base's")  # fmt: skip
-    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(RESULTS / f"{name}_tradeoff.png", dpi=130, bbox_inches="tight")
-
-
-def draw_distance(plt, name, rows):
-    """What each method keeps against the distance of the demonstrations."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
-    distances = ("own", "known", "terms")
-    for axis, key in zip(axes, ("new", "prior / base"), strict=True):
-        for i, (method, color) in enumerate(COLORS.items()):
-            labels = [f"{method} {d}" for d in distances[:2]] + [TERMS[method]]
-            runs = [[run[key] for run in rows[label]] for label in labels]
-            y = [mean(r) for r in runs]
-            low = [mean(r) - min(r) for r in runs]
-            high = [max(r) - mean(r) for r in runs]
-            x = [j + 0.06 * (i - 0.5) for j in range(3)]
-            label = method.upper()
-            axis.errorbar(x, y, [low, high], fmt="o-", color=color, label=label)
-        axis.set_xticks(range(3), ["own style", "known style", "own terms"])
-        axis.set_title(key)
-        axis.set_xlabel("distance of the demonstrations")
-    axes[0].set_ylabel("after A, B, C")
-    axes[0].legend()
-    figure.savefig(RESULTS / f"{name}_distance.png", dpi=130, bbox_inches="tight")
-
-
-def draw(name, runs, rows):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    def have(*labels):
-        return all(label in rows for label in labels)
-
-    if have(*CURVES[name]):
-        draw_curves(plt, name, runs)
-    if name == "forgetting" and have(*CURVES[name]):
-        draw_tradeoff(plt, name, rows)
-    if have("sft own", "sft known", "sdft own", "sdft known", *TERMS.values()):
-        draw_distance(plt, name, rows)
-
-
-def main():
+def main(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("experiment", choices=list(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, nargs="+")
-    parser.add_argument("--work", default=str(ROOT / "out-paper"), help="for the runs")
-    parser.add_argument("--jobs", type=int, help="runs at a time (all cores or GPUs)")
+    parser.add_argument("experiment", choices=list(EXPERIMENTS), nargs="?")
+    parser.add_argument("--list", action="store_true", help="all, with their cost")
+    parser.add_argument("--seeds", type=int, nargs="+", help="others than its own")
+    parser.add_argument("--quick", action="store_true", help="two minutes, no results")
+    parser.add_argument("--work", help="folder for the runs (out-paper)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (cores or GPUs)")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
-    args = parser.parse_args()
-    seeds = args.seeds or EXPERIMENTS[args.experiment]["seeds"]
-    path = RESULTS / f"{args.experiment}.json"
+    args = parser.parse_args(argv)
+    work = Path(args.work or ROOT / ("out-paper-quick" if args.quick else "out-paper"))
+    if args.list or args.experiment is None:
+        return print_list(work)
+    name, experiment = args.experiment, EXPERIMENTS[args.experiment]
+    seeds = args.seeds or experiment["seeds"]
+    own = set(seeds) <= set(experiment["seeds"]) and not args.quick
+    where = RESULTS if own else work / "results"
+    specs = specs_of(name, seeds, args.quick)
     if args.draw:
-        cells = json.loads(path.read_text())["cells"]
+        cells = finished(name, specs, where, work)
     else:
-        cells = run_missing(args.experiment, seeds, Path(args.work), args.jobs)
-    runs = complete_rows(args.experiment, cells, seeds)
-    rows = {label: [summary(run) for run in row] for label, row in runs.items()}
-    print_table(rows)
-    print_gaps(rows)
-    print_benchmarks(runs)
-    other = sum(cell.get("code") != code_key() for cell in cells.values())
-    print(f"{len(cells)} cells, {other} of them made by other code than the present")
-    draw(args.experiment, runs, rows)
+        cells = run_missing(name, specs, where, work, args.jobs)
+    rows = complete_rows(name, cells, seeds)
+    print(f"the paper: {experiment['claim']}\nfails if: {experiment['fails if']}\n")
+    print(table(rows, experiment["columns"]))
+    if experiment["columns"] is summary:
+        print_benchmarks(rows)
+    other = sum(
+        cell.get("code") != code_key(cell["spec"].get("variants"))
+        for cell in cells.values()
+    )
+    print(f"{len(cells)} of {len(specs)} cells, {other} of them made by other code "
+          "than the present")  # fmt: skip
+    if importlib.util.find_spec("matplotlib"):
+        import pictures
+
+        pictures.draw(name, rows, where)
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")

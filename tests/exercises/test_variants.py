@@ -1,5 +1,6 @@
 """Named changes of the source: what they do, and that nothing else notices."""
 
+import copy
 import sys
 
 import kit
@@ -7,6 +8,7 @@ import oracles
 import pytest
 import torch
 import variants
+from extra import Quiet
 from variants import KitError, Modules, changes_of
 
 
@@ -156,6 +158,140 @@ def test_the_sampled_estimator_has_the_gradient_of_a_policy_gradient():
     oracles.close(*pair)
 
 
+def test_imitate_is_the_likelihood_of_what_was_sampled():
+    m = Modules(changes_of("offpolicy,imitate"))
+    student, teacher, batch, tok = setting(m)
+    cfg = m.sdft.Config(batch_size=4)
+    response, mask = m.sdft.get_responses(teacher, batch, tok, cfg, 7)
+    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    total = 0.0
+    rows = oracles.rows_of(response, mask)
+    for example, row in zip(batch, rows, strict=True):
+        bare = m.data.student_prompt(example, tok)
+        values = oracles.log_likelihoods(student, bare, row)
+        total -= sum(values) / len(values) / 4
+    oracles.close(loss.detach(), torch.tensor(total))
+
+
+def test_rao_blackwell_adds_what_a_token_does_to_the_divergence_behind_it():
+    m = Modules(changes_of("raoblackwell"))
+    student, teacher, batch, tok = setting(m)
+    cfg = m.sdft.Config(batch_size=4)
+    response, mask = m.sdft.get_responses(student, batch, tok, cfg, 7)
+    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    value, surrogate = 0.0, 0
+    rows = oracles.rows_of(response, mask)
+    assert max(map(len, rows)) > 2, "these inputs show nothing"
+    for example, row in zip(batch, rows, strict=True):
+        bare = m.data.student_prompt(example, tok)
+        shown = m.data.teacher_prompt(example, tok)
+        at = torch.tensor([bare + row]), torch.tensor([shown + row])
+        log_s = torch.log_softmax(student(at[0])[0, len(bare) - 1 : -1], -1)  # (R, V)
+        with torch.no_grad():
+            log_t = torch.log_softmax(teacher(at[1])[0, len(shown) - 1 : -1], -1)
+        k = (log_s.exp() * (log_s - log_t)).sum(-1)  # (R,)
+        own = log_s.gather(1, torch.tensor(row)[:, None])[:, 0]  # (R,)
+        value += k.mean().item() / 4
+        surrogate = surrogate + k.mean() / 4
+        for t in range(len(row)):
+            behind = k[t + 1 :].sum().detach() / len(row)
+            surrogate = surrogate + own[t] * behind / 4
+    oracles.close(loss.detach(), torch.tensor(value))
+    pair = oracles.gradients(student, loss), oracles.gradients(student, surrogate)
+    oracles.close(*pair)
+
+
+def test_rollouts_are_several_different_responses_to_each_prompt():
+    m = Modules(changes_of("rollouts"))
+    student, _, batch, tok = setting(m)
+    seen, get_responses = [], m.sdft.get_responses
+
+    def watch(student, micro, *args):
+        response, mask = get_responses(student, micro, *args)
+        seen.append((micro, oracles.rows_of(response, mask)))
+        return response, mask
+
+    m.sdft.get_responses = watch
+    cfg = m.sdft.Config(steps=1, batch_size=8, rollouts=4)
+    m.sdft.train(student, {"A": batch}, {}, tok, cfg, Quiet())
+    ((micro, rows),) = seen
+    texts = {}
+    for example, row in zip(micro, rows, strict=True):
+        texts.setdefault(example.prompt, []).append(tuple(row))
+    assert [len(each) for each in texts.values()] == [4, 4], "not four of two prompts"
+    assert all(len(set(each)) > 1 for each in texts.values()), "equal responses"
+
+
+def test_a_copied_teacher_stands_still_and_is_the_student_every_so_often():
+    m = Modules(changes_of("copies"))
+    student, _, batch, tok = setting(m)
+    first, equal, compute_loss = copy.deepcopy(student), [], m.sdft.compute_loss
+
+    def watch(student, teacher, *args):
+        pairs = (teacher, first), (teacher, student)
+        equal.append(tuple(oracles.equal_weights(*pair) for pair in pairs))
+        return compute_loss(student, teacher, *args)
+
+    m.sdft.compute_loss = watch
+    cfg = m.sdft.Config(steps=4, batch_size=4, copy_every=2, warmup_steps=0, lr=1e-2)
+    m.sdft.train(student, {"A": batch}, {}, tok, cfg, Quiet())
+    # before update 0, 1, 2, 3: is the teacher the first student? the present one?
+    assert equal == [(True, True), (True, False), (False, True), (False, False)], equal
+
+
+def test_reinvoke_goes_on_from_sft_and_pulls_towards_the_base_shown_nothing():
+    m = Modules(changes_of("reinvoke"))
+    base, sft_student, batch, tok = setting(m)
+    first, losses, compute_loss = copy.deepcopy(base), [], m.sdft.compute_loss
+
+    def watch(student, teacher, micro, response, mask, *args):
+        result = compute_loss(student, teacher, micro, response, mask, *args)
+        losses.append((result[0].item(), micro, response, mask, teacher))
+        return result
+
+    m.sdft.compute_loss = watch
+    cfg = m.sdft.Config(steps=1, batch_size=4, dropout=0.0, lr=1e-2, warmup_steps=0)
+    start = copy.deepcopy(sft_student.state_dict())
+    m.sdft.train(base, {"A": batch}, {}, tok, cfg, Quiet(), start)
+    ((loss, micro, response, mask, teacher),) = losses
+    assert oracles.equal_weights(teacher, first), "not the base, or it has moved"
+    total = 0.0
+    for example, row in zip(micro, oracles.rows_of(response, mask), strict=True):
+        bare = m.data.student_prompt(example, tok)
+        values = oracles.divergences(sft_student, bare, teacher, bare, row, "forward")
+        total += sum(values) / len(values) / 4
+    assert abs(loss - total) < 1e-8, "another loss, or not from SFT's weights"
+
+
+def test_general_prompts_ask_for_what_the_base_knows():
+    m = Modules(changes_of("general"))
+    world = m.data.World(3)
+    demos = m.data.make_demos(world, "A", 500, 3)
+    prompts = [example.prompt.split(":")[0].split() for example in demos]
+    commands = {prompt[1] for prompt in prompts}
+    assert commands == set(world.known), commands ^ set(world.known)
+    styles = [prompt[2] for prompt in prompts if len(prompt) > 2]
+    assert set(styles) == set(m.data.STYLES) - {"own"} and 75 < len(styles) < 175
+
+
+def test_answer_only_demonstrations_are_the_others_without_their_term():
+    m, plain = Modules(changes_of("answer-only")), Modules()
+    world = plain.data.World(3)
+    for distance in plain.data.DISTANCES:
+        pairs = zip(
+            m.data.make_demos(world, "A", 60, 3, distance),
+            plain.data.make_demos(world, "A", 60, 3, distance),
+            strict=True,
+        )
+        for answer, whole in pairs:
+            _, operation = world.skills["A"][whole.prompt.split(":")[0].split()[1]]
+            term = plain.data.OPERATIONS[operation][0]
+            thought = term if distance == "terms" else operation
+            left = whole.demo.replace(f"{thought}:", ":").replace(f"{thought} ", "")
+            assert answer.demo == left and thought not in answer.demo, answer.demo
+            assert answer.answer == whole.answer and answer.prompt == whole.prompt
+
+
 def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
                                                                      monkeypatch):
     """dft changes sft.py, which makes the base: its key is the project's own."""
@@ -171,10 +307,15 @@ def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
     assert len(set(made)) == 1 and made[0].parts[0] == "out", made
 
 
-def test_speculative_has_a_flag_for_tau():
-    m = Modules(changes_of("speculative"))
-    args = m.train.parse_args(["--tau", "0.7"])
-    assert m.train.config_of("sdft", args).tau == 0.7, "the flag does nothing"
+@pytest.mark.parametrize("variant, name, value", [
+    ("speculative", "tau", 0.7), ("rollouts", "rollouts", 4),
+    ("copies", "copy_every", 10),
+])  # fmt: skip
+def test_a_setting_of_a_variant_has_a_flag(variant, name, value):
+    m = Modules(changes_of(variant))
+    args = m.train.parse_args([f"--{name.replace('_', '-')}", str(value)])
+    cfg = m.train.config_of("sdft", args)
+    assert getattr(cfg, name) == value, "the flag does nothing"
 
 
 def test_the_list_and_a_diff_are_printed(capsys):

@@ -165,6 +165,148 @@ SAMPLED = [(
     "from model import kl_stats, response_hidden\n",
 )]  # fmt: skip
 
+IMITATE = [(
+    "sdft.py",
+    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
+    "    loss = fused_linear_nll(student_logits, response[mask], weight)\n",
+), (
+    "sdft.py",
+    "import LazyLogits, fused_linear_kl, generate, kl_stats, response_hidden\n",
+    "import LazyLogits, fused_linear_nll, generate, kl_stats, response_hidden\n",
+)]  # fmt: skip
+
+RAO_BLACKWELL = [(
+    "sdft.py",
+    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
+    """\
+    # KL(student || teacher), and what each token does to the divergence behind it: a
+    # token that leads to where the two disagree gets less likely (appendix A.1)
+    loss = fused_linear_kl(student_logits, teacher_logits, weight, "reverse")
+    k = torch.zeros(mask.shape, device=mask.device)  # (B, R)
+    k[mask] = weight * kl_of_rows(student_logits, teacher_logits, "reverse")
+    behind = k.sum(1, keepdim=True) - k.cumsum(1)  # (B, R), of the tokens after it
+    score = fused_linear_nll(student_logits, response[mask], -behind[mask])
+    loss = loss + score - score.detach()  # its gradient, and not its value
+""",
+), (
+    "sdft.py",
+    "from model import LazyLogits, fused_linear_kl, generate, kl_stats, "
+    "response_hidden\n",
+    """\
+from model import LazyLogits, fused_linear_kl, fused_linear_nll, generate
+from model import kl_of_rows, kl_stats, response_hidden
+""",
+)]  # fmt: skip
+
+ROLLOUTS = [
+    (
+        "sdft.py",
+        "    skip_first_tokens: int = 0",
+        "    rollouts: int = 2  # responses to a prompt; batch_size counts responses\n"
+        "    skip_first_tokens: int = 0",
+    ),
+    (
+        "sdft.py",
+        "        batch = data.get_batch(stages[names[stage]], cfg.batch_size, "
+        "cfg.seed, step)\n",
+        """\
+        n = cfg.batch_size // cfg.rollouts  # prompts
+        batch = data.get_batch(stages[names[stage]], n, cfg.seed, step)
+        # another id, other random numbers, another response
+        ids = range(0, cfg.rollouts * 10**6, 10**6)
+        batch = [replace(example, id=example.id + i) for example in batch for i in ids]
+""",
+    ),
+    (
+        "sdft.py",
+        "from dataclasses import dataclass\n",
+        "from dataclasses import dataclass, replace\n",
+    ),
+    ("train.py", '"temperature": (1e-3, 1e3),', '"temperature": (1e-3, 1e3), '
+     '"rollouts": (1, 10**4),'),
+]  # fmt: skip
+
+COPIES = [
+    (
+        "sdft.py",
+        "    temperature: float = 1.0",
+        "    copy_every: int = 40  # updates; in between the teacher stands still\n"
+        "    temperature: float = 1.0",
+    ),
+    (
+        "sdft.py",
+        "        update_teacher(teacher, student, cfg)  # critical: once per update, "
+        "after it\n",
+        """\
+        if (step + 1) % cfg.copy_every == 0:
+            teacher.load_state_dict(student.state_dict())
+""",
+    ),
+    ("train.py", '"temperature": (1e-3, 1e3),', '"temperature": (1e-3, 1e3), '
+     '"copy_every": (1, 10**7),'),
+]  # fmt: skip
+
+REINVOKE = [
+    (
+        "sdft.py",
+        "    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)\n",
+        "    shown = bare  # the teacher is the base, shown nothing\n",
+    ),
+    (
+        "sdft.py",
+        "def train(student, stages, tasks, tok, cfg, run):\n",
+        "def train(student, stages, tasks, tok, cfg, run, start):\n",
+    ),
+    (
+        "sdft.py",
+        "    teacher = make_teacher(student)\n",
+        "    teacher = make_teacher(student)  # the base\n"
+        "    student.load_state_dict(start)  # what SFT has made of it\n",
+    ),
+    (
+        "sdft.py",
+        "        update_teacher(teacher, student, cfg)  # critical: once per update, "
+        "after it\n",
+        "",
+    ),
+    (
+        "train.py",
+        "        return trainer.train(*args, run)\n",
+        """\
+        if trainer is sft:
+            return trainer.train(*args, run)
+        start = read_run(run.folder.parent / "sft" / "checkpoint.pt")["models"]
+        return trainer.train(*args, run, start["student"])
+""",
+    ),
+]
+
+GENERAL = [
+    (
+        "data.py",
+        "    commands, demos = list(world.skills[skill]), []\n",
+        "    commands, demos = list(world.known), []  # nothing of the skill\n",
+    ),
+    (
+        "data.py",
+        "        domain, operation = world.skills[skill][command]\n"
+        "        items = draw_items(rng, held_out=False)\n"
+        "        prompt = word_prompt(domain, command, items)\n",
+        """\
+        domain, operation = world.known[command]
+        items = draw_items(rng, held_out=False)
+        style = rng.choice(list(STYLES)[1:]) if rng.random() < ASKED else "own"
+        prompt = word_prompt(domain, command, items, style)
+""",
+    ),
+]
+
+ANSWER_ONLY = [(
+    "data.py",
+    '    thought = term if distance == "terms" else operation\n',
+    '    thought = ""  # the expert says what comes out, and not why\n',
+)]  # fmt: skip
+
 VARIANTS = {  # name: (what it is, changes)
     "dft": ("SFT whose tokens weigh as much as the student believes in them", DFT),
     "offpolicy": ("SDFT, but the teacher writes the responses", OFFPOLICY),
@@ -175,6 +317,28 @@ VARIANTS = {  # name: (what it is, changes)
     "sampled": (
         "SDFT with KL(student || teacher) estimated from the sampled token", SAMPLED,
     ),
+    "raoblackwell": (
+        "SDFT with the gradient of KL(student || teacher) of whole responses",
+        RAO_BLACKWELL,
+    ),
+    "rollouts": ("SDFT with --rollouts responses to each prompt", ROLLOUTS),
+    "imitate": (
+        "SDFT's responses, imitated as SFT does; with offpolicy: generate with the "
+        "demonstration, then imitate", IMITATE,
+    ),
+    "copies": (
+        "SDFT whose teacher is a copy of the student, a fresh one every --copy-every "
+        "updates", COPIES,
+    ),
+    "reinvoke": (
+        "after SFT, on-policy distillation from the base that is shown nothing; SFT's "
+        "run stands beside it in --out", REINVOKE,
+    ),
+    "general": (
+        "prompts with commands that the base knows in place of the skill's, for "
+        "reinvoke", GENERAL,
+    ),
+    "answer-only": ("demonstrations without their thought", ANSWER_ONLY),
 }  # fmt: skip
 
 

@@ -1,0 +1,168 @@
+"""Cells of the experiments that fine-tune a base model of train.py: see cell.py.
+
+    base      makes a seed's base model, with the project's own code, and measures it
+    run       fine-tunes it, by sft.py, sdft.py or a variant of them, and measures
+    train_py  one whole run of train.py
+"""
+
+import argparse
+import copy
+import json
+import os
+import time
+from dataclasses import asdict, replace
+
+import probes
+import torch
+from variants import Modules, changes_of
+
+import data
+import train
+from model import GPT
+
+QUICK = {"steps": 2, "batch_size": 8, "log_every": 1}  # of every run
+WATCHED = {"new": 100, "prior": 40}  # queries of an evaluation on the way
+
+
+def make_tasks(m, world, seed, skills, distance, quick, size=200):
+    """What to evaluate: the skills that are trained, and the prior benchmarks."""
+    tasks = m.data.make_tasks(world, 8 if quick else size, seed, distance)
+    tasks["new"] = {skill: tasks["new"][skill] for skill in skills}
+    return tasks
+
+
+def first_of(tasks, sizes):
+    """The same benchmarks with fewer examples."""
+    return {
+        group: {
+            name: replace(benchmark, examples=benchmark.examples[: sizes[group]])
+            for name, benchmark in benchmarks.items()
+        }
+        for group, benchmarks in tasks.items()
+    }
+
+
+def describe(model):
+    """The machine of a result, without which its seconds say nothing."""
+    machine = train.machine_of(model)
+    return {key: machine[key] for key in ("device", "dtype", "torch", "capability")}
+
+
+def base(seed, folder, quick, flags=""):
+    """Find or make the base model of a seed, in <work>/seed<N>/base, where train.py's
+    own runs find it, too. flags: of train.py, for another size or another length."""
+    work = folder.parents[1]
+    argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
+    args = train.parse_args(argv + ["--quick"] * quick)
+    device, _ = train.choose_device("auto")
+    world, tok = data.World(seed), data.Tokenizer()
+    config, cfg = train.base_settings(args, 1)
+    dtype = train.choose_dtype("auto", device)
+    path = train.find_base(args, config, cfg, world, tok, dtype)
+    model = GPT(config, data.make_rng(seed, "weights")).to(device)
+    model.dtype = dtype
+    stop, bar = argparse.Namespace(signal=0), None
+    seconds = train.get_base(args, path, config, cfg, model, world, tok, stop, bar)
+    model.eval()
+    tasks = make_tasks(Modules(), world, seed, "ABC", "terms", quick)
+    result = probes.measure(model, model, model, tasks, tok, 16, seed, quick)
+    result["seconds"] = {"train": seconds}
+    result["machine"] = describe(model)
+    result["parameters"] = model.num_params()
+    result["base"] = os.path.relpath(path, folder)
+    return result
+
+
+def load_base(folder, gpt, gpt_config):
+    """The base model of a base cell, as a GPT of a variant's model.py."""
+    path = folder / json.loads((folder / "result.json").read_text())["base"]
+    content = train.read_checkpoint(path)
+    config = {k: v for k, v in content["base"].items() if k != "seed"}
+    model = gpt(gpt_config(**config))
+    model.load_state_dict(content["model"])
+    device, _ = train.choose_device("auto")
+    model.dtype = train.choose_dtype("auto", device)
+    return model.to(device).eval()
+
+
+def run(
+    seed, folder, quick, base, method, variants="", skills="A", distance="terms",
+    start=None, **settings,
+):  # fmt: skip
+    """Fine-tune the base on the skills, one after the other, and measure the end.
+
+    Args:
+        base: folder of a base cell. start: that of a run whose student is gone on from.
+        method: "sft" or "sdft". variants: names of tests/exercises/variants.py.
+        skills: some of "ABC". distance: of the demonstrations, see data.py.
+        settings: of the method's Config; others are its defaults.
+    Returns: probes.measure at the end, the records and evaluations on the way, seconds
+        and work.
+    """
+    m = Modules(changes_of(variants) if variants else [])
+    trainer, tok, world = getattr(m, method), m.data.Tokenizer(), m.data.World(seed)
+    if quick:
+        settings |= {**QUICK, "eval_every": min(1, settings.get("eval_every", 0))}
+    cfg = trainer.Config(seed=seed, **settings)
+    stages = {s: m.data.make_demos(world, s, 2048, seed, distance) for s in skills}
+    tasks = make_tasks(m, world, seed, skills, distance, quick)
+    model = load_base(base, m.model.GPT, m.model.GPTConfig)
+    student, extra = copy.deepcopy(model), []
+    if start is not None:
+        extra = [torch.load(start / "student.pt", weights_only=True)]
+    way = m.train.Run(folder / "run", resume=True)
+    watched = first_of(tasks, WATCHED) if cfg.eval_every else {}
+    trainer.train(student, stages, watched, tok, cfg, way, *extra)
+
+    saved = train.read_run(way.checkpoint)["models"]
+    teacher = None
+    if "teacher" in saved:
+        teacher = copy.deepcopy(model)
+        teacher.load_state_dict(saved["teacher"])
+    begin = time.perf_counter()
+    n = cfg.max_new_tokens
+    student.eval()
+    result = probes.measure(student, model, teacher, tasks, tok, n, seed, quick)
+    few = stages[skills[0]]
+    timed = 1 if quick else 4
+    work = probes.work_of_update(trainer, student, few, tok, cfg, *extra, timed=timed)
+    updates, written = cfg.steps * len(stages), method == "sdft"
+    rows = train.read_metrics(way.folder)
+    result["work"] = {key: value * updates for key, value in work.items()}
+    result["work"]["written"] = result["work"].pop("loss") if written else 0
+    result["seconds"] = {
+        "train": sum(row["seconds"] for row in rows),
+        "measure": time.perf_counter() - begin,
+    }
+    result["machine"], result["config"] = describe(student), asdict(cfg)
+    keep = ("step", "skill", "new", "prior", "kl_student_base", "kl_teacher_base",
+            "teacher_gate", "kl_teacher_student_by_position", "seconds")  # fmt: skip
+    result["evaluations"] = [
+        {key: row[key] for key in keep if key in row} for row in rows if "new" in row
+    ]
+    result["records"] = [row for row in rows if "new" not in row]
+    torch.save(student.state_dict(), folder / "student.pt")
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):  # 60 MB that none needs
+        (way.folder / name).unlink(missing_ok=True)
+    return result
+
+
+def train_py(seed, folder, quick, base, flags):
+    """A run of train.py with the seed's base model. Its results are train.py's own, and
+    the evaluations on the way."""
+    shared = folder / "base"
+    if not shared.exists():
+        shared.symlink_to((folder.parents[1] / "base").resolve())
+    argv = [*flags.split(), "--seed", str(seed), "--out", str(folder), "--threads", "1"]
+    argv += ["--quick"] * quick
+    out = folder / train.parse_args(argv).method
+    if (out / "checkpoint.pt").exists():
+        argv.append("--resume")
+    if code := train.main(argv):
+        raise RuntimeError(f"train.py ended with {code}")
+    results = json.loads((out / "results.json").read_text())
+    results["evaluations"] = [
+        {key: row[key] for key in ("step", "new", "prior")}
+        for row in train.read_metrics(out) if "new" in row
+    ]  # fmt: skip
+    return {"flags": flags, **results}

@@ -1,0 +1,287 @@
+"""The experiments of tests/bench: cells, measurements, tables, pictures."""
+
+import importlib.util
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+for path in (ROOT / "tests" / "exercises", ROOT / "tests" / "bench"):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
+
+import cell  # noqa: E402
+import experiments  # noqa: E402
+import oracles  # noqa: E402
+import paper  # noqa: E402
+import probes  # noqa: E402
+from experiments import EXPERIMENTS  # noqa: E402
+
+import data  # noqa: E402
+import sdft  # noqa: E402
+import sft  # noqa: E402
+from model import GPT, GPTConfig  # noqa: E402
+
+NEW = [name for name in EXPERIMENTS if name not in ("default", "earlier")]
+TOK = data.Tokenizer()
+
+
+# ---- Whole experiments -------------------------------------------------------------
+
+
+def kind(spec):
+    """Cells of one kind run the same code."""
+    names = ("run", "method", "variants", "skills", "kl", "base")
+    return json.dumps([spec.get(name) for name in names])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("paper")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Cells without a process for each, whose start takes longer than they do."""
+    monkeypatch.setattr(paper, "start", lambda folder, device: cell.run(folder))
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_an_experiment_runs_to_its_table_and_its_picture(
+    name, work, in_this_process, monkeypatch, capsys
+):
+    """The first row of each kind; cells of other experiments are not run again."""
+    rows = {}
+    for label, _, spec in EXPERIMENTS[name]["rows"]:
+        rows.setdefault(kind(spec), (label, 1, spec))
+    rows = list(rows.values())[:6] if name == "size" else list(rows.values())
+    monkeypatch.setitem(EXPERIMENTS[name], "rows", rows)
+    args = [name, "--seeds", "1", "--quick", "--work", str(work), "--jobs", "1"]
+    paper.main(args)
+    said = capsys.readouterr().out
+    for label, *_ in rows:
+        assert f"| {label} | 1 |" in said, f"no row {label}: {said}"
+    assert f"{len(rows)} of {len(rows)} cells, 0 of them made by other code" in said
+    results = json.loads((work / "results" / f"{name}.json").read_text())
+    assert len(results["cells"]) == len(rows)
+    if importlib.util.find_spec("matplotlib"):
+        assert list((work / "results").glob(f"{name}*.png")), "no picture"
+    # what is finished is not run again
+    monkeypatch.setattr(paper, "start", lambda *_: pytest.fail("a cell ran again"))
+    paper.main(args)
+
+
+# ---- Cells -------------------------------------------------------------------------
+
+
+def writer(folder, seed, quick, name, other=None):
+    """A cell function that leaves a file, and reads that of the cell it needs."""
+    (folder / "left.txt").write_text(name)
+    read = (other / "left.txt").read_text() if other else ""
+    return {"name": name, "read": read, "length": math.pi}
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """An experiment of three cells a seed: b and c need a; and who was started."""
+    started = []
+
+    def start(folder, device):
+        spec = json.loads((folder / "spec.json").read_text())
+        started.append(f"{spec['name']} {spec['seed']}")
+        cell.run(folder)
+
+    monkeypatch.setattr(paper, "start", start)
+    a = {"run": "test_paper:writer", "name": "a"}
+    rows = [
+        ("b", 2, {"run": "test_paper:writer", "name": "b", "other": a}),
+        ("c", 1, {"run": "test_paper:writer", "name": "c", "after": a}),
+        ("b again", 2, {"run": "test_paper:writer", "name": "b", "other": a}),
+    ]
+    monkeypatch.setitem(EXPERIMENTS, "small", {"rows": rows, "seeds": (7, 8)})
+    return started
+
+
+def run_small(folder, seeds=(7, 8)):
+    specs = paper.specs_of("small", seeds, quick=True)
+    return paper.run_missing("small", specs, folder / "results", folder, jobs=2)
+
+
+def test_a_cell_runs_after_those_it_needs_and_equal_ones_run_once(small, tmp_path):
+    cells = run_small(tmp_path)
+    assert sorted(small) == ["a 7", "a 8", "b 7", "b 8", "c 7"], small
+    assert small.index("a 7") < min(small.index("b 7"), small.index("c 7"))
+    assert list(cells) == ["b 7", "b 8", "c 7", "b again 7", "b again 8"]
+    assert cells["b 7"]["read"] == "a" and cells["c 7"]["read"] == ""
+    assert cells["b 7"]["length"] == 3.14159, "not rounded to six digits"
+    assert cells["b again 8"]["name"] == "b" and cells["b again 8"]["seed"] == 8
+
+
+def test_a_finished_cell_is_not_run_again_wherever_its_result_stands(small, tmp_path):
+    run_small(tmp_path, seeds=(7,))
+    small.clear()
+    for path in tmp_path.glob("seed7/cells/*"):  # the results alone are kept
+        path.rename(tmp_path / f"gone-{path.name}")
+    run_small(tmp_path)
+    assert sorted(small) == ["a 8", "b 8"], small
+
+
+def test_a_cell_that_fails_stops_only_those_that_need_it(
+    small, tmp_path, monkeypatch, capsys
+):
+    start = paper.start
+
+    def breaks(folder, device):
+        if json.loads((folder / "spec.json").read_text())["seed"] == 7:
+            raise RuntimeError("it broke")
+        start(folder, device)
+
+    monkeypatch.setattr(paper, "start", breaks)
+    cells = run_small(tmp_path)
+    assert list(cells) == ["b 8", "b again 8"] and "it broke" in capsys.readouterr().out
+    monkeypatch.setattr(paper, "start", start)
+    assert len(run_small(tmp_path)) == 5, "it cannot be mended"
+
+
+def test_a_result_is_there_whole_or_not_at_all(small, tmp_path, monkeypatch):
+    def breaks(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(cell.train, "write_atomically", breaks)
+    with pytest.raises(OSError):
+        run_small(tmp_path)
+    assert not list(tmp_path.glob("*/cells/*/result.json"))
+
+
+def test_every_experiment_says_what_would_refute_it_and_has_unused_seeds():
+    for name, experiment in EXPERIMENTS.items():
+        assert experiment["claim"] and experiment["fails if"], name
+        labels = [label for label, *_ in experiment["rows"]]
+        assert len(set(labels)) == len(labels), f"{name}: a label twice"
+        for label, n, spec in experiment["rows"]:
+            assert 1 <= n <= len(experiment["seeds"]), (name, label)
+            module, function = spec["run"].split(":")
+            assert callable(getattr(importlib.import_module(module), function))
+
+
+# ---- Measurements ------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_choices_with_a_right_sample():
+    n = 6
+    for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+        choices = list(itertools.combinations([1] * right + [0] * (n - right), k))
+        share = mean(float(any(choice)) for choice in choices)
+        assert abs(probes.pass_at_k(right, n, k) - share) < 1e-12, (right, k)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Two small models in float64 and questions to them."""
+    sizes = {"vocab_size": TOK.vocab_size, "end": TOK.end, "block_size": 128}
+    pair = [oracles.make_model(seed, n_tokens=TOK.n_tokens, **sizes) for seed in (1, 2)]
+    queries = data.make_tasks(data.World(1), 8, 1)["new"]["A"].examples[:3]
+    return *[model.eval() for model in pair], queries
+
+
+def test_mass_is_the_probability_of_the_bases_own_greedy_response(models):
+    base, student, queries = models
+    total = 0.0
+    for example in queries:
+        context = data.student_prompt(example, TOK)
+        response = oracles.sample(base, context, [0.0] * 5, TOK.end, temperature=0)
+        total += math.exp(sum(oracles.log_likelihoods(student, context, response))) / 3
+    measured = probes.mass(student, base, queries, TOK, 5)
+    assert abs(measured - total) < 1e-10 and total > 0
+    assert probes.mass(base, base, queries, TOK, 5) > total
+
+
+def test_a_distance_is_along_what_its_first_model_samples_in_its_own_context(models):
+    p, q, queries = models
+    u = data.get_uniform(queries, 5, 3, "distance", "cpu").tolist()
+    total = 0.0
+    for example, numbers in zip(queries, u, strict=True):
+        shown = data.teacher_prompt(example, TOK)
+        bare = data.student_prompt(example, TOK)
+        response = oracles.sample(p, shown, numbers, TOK.end)
+        # KL(p || q): p in the teacher's place of KL(teacher || student)
+        values = oracles.divergences(q, bare, p, shown, response, "forward")
+        total += mean(values) / 3
+    seen = data.teacher_prompt, data.student_prompt
+    assert abs(probes.distance(p, q, queries, seen, TOK, 5, 3) - total) < 1e-9
+
+
+def products(config, tokens, columns, heads):
+    """FLOP of a forward pass: 2 for each weight and token, and attention; heads: rows
+    that the head is used on. Attention is counted in full, with the part behind a
+    token that its mask hides."""
+    C, inner = config.n_embd, config.n_inner
+    D = C // config.n_head
+    weights = C * D * (config.n_head + 2 * config.n_kv_head) + C * C + 3 * C * inner
+    attention = 4 * columns * C
+    each = config.n_layer * (2 * weights + attention)
+    return tokens * each + 2 * heads * config.vocab_rows * C
+
+
+def test_the_counted_work_of_sft_is_that_of_a_formula():
+    config = GPTConfig(
+        vocab_size=TOK.vocab_size, n_tokens=TOK.n_tokens, n_layer=2, n_head=2,
+        n_kv_head=1, n_embd=16, n_inner=24,
+    )  # fmt: skip
+    config.vocab_rows = TOK.n_tokens
+    student = GPT(config, data.make_rng(0, "weights"))
+    demos = data.make_demos(data.World(1), "A", 64, 1)
+    cfg = sft.Config(batch_size=8, dropout=0.0)
+    work = probes.work_of_update(sft, student, demos, TOK, cfg, timed=1)
+    batch = data.get_batch(demos, 8, cfg.seed, 1)  # the second update is counted
+    places = [
+        len(data.student_prompt(e, TOK)) + len(data.demo_response(e, TOK)) - 1
+        for e in batch
+    ]
+    rows = sum(len(data.demo_response(e, TOK)) for e in batch)
+    tokens = 8 * max(places)
+    assert work["computed"] == tokens
+    # forward once, backward twice; attention's backward pass is 2.5 times its forward
+    forward = products(config, tokens, 0, rows)
+    attention = products(config, tokens, max(places), rows) - forward
+    assert work["flops"] == 3 * forward + 3.5 * attention
+
+
+def test_sdft_computes_rollout_and_teacher_beyond_what_sft_does():
+    config = GPTConfig(
+        vocab_size=TOK.vocab_size, n_tokens=TOK.n_tokens, n_layer=2, n_head=2,
+        n_kv_head=2, n_embd=16, n_inner=24,
+    )  # fmt: skip
+    student = GPT(config, data.make_rng(0, "weights"))
+    demos = data.make_demos(data.World(1), "A", 64, 1)
+    cfg = sdft.Config(batch_size=8, dropout=0.0, max_new_tokens=6)
+    work = probes.work_of_update(sdft, student, demos, TOK, cfg, timed=1)
+    batch = data.get_batch(demos, 8, cfg.seed, 1)
+    bare = [len(data.student_prompt(e, TOK)) for e in batch]
+    shown = [len(data.teacher_prompt(e, TOK)) for e in batch]
+    twin = GPT(config, data.make_rng(0, "weights"))
+    response, mask = probes.respond(
+        twin, batch, data.student_prompt, TOK, 6, cfg.seed, 1
+    )
+    lengths = mask.sum(1).tolist()
+    rollout = 8 * max(bare) + sum(length - 1 for length in lengths)
+    scored = sum(
+        8 * (max(n + r for n, r in zip(prompts, lengths, strict=True)) - 1)
+        for prompts in (bare, shown)
+    )
+    # the student has made one update before this one, at the lowest rate
+    assert work["computed"] == rollout + scored
+    assert work["loss"] > 0 and work["core_seconds"] > 0
+
+
+def test_updates_to_a_goal_are_read_between_two_evaluations():
+    rows = [{"step": 10 * i, "new": {"A": y}} for i, y in enumerate((0.2, 0.6, 1.0))]
+    cell = {"evaluations": rows}
+    assert experiments.updates_to(cell, 0.8) == pytest.approx(15)
+    assert experiments.updates_to(cell, 0.2) == 0
+    assert experiments.updates_to({"evaluations": rows[:2]}, 0.9) == math.inf
