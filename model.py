@@ -941,7 +941,7 @@ PLAIN = {
     "compression_config": (None,),
     "auto_map": (None,),  # code of its own
 }
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES = ("F32", "F16", "BF16")  # that are read
 MARK = {"format": "pt", "written_by": "save_folder"}  # in the header of what we wrote
 COPIED = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -988,7 +988,7 @@ def config_from_folder(folder, block_size=None):
     Raises: ValueError that names file and key, or file and tensor; OSError.
     """
     config = read_config(folder, block_size)
-    check_tensors(find_tensors(folder), config)
+    check_tensors(folder, config)
     return config
 
 
@@ -1052,8 +1052,8 @@ def read_config(folder, block_size=None):
     # (llama says "as many as n_head" by saying nothing; the others have other defaults)
     default = n_head if kind == "llama" else None
     n_kv_head = number("num_key_value_heads", 1, 2**16, default)
-    head_dim = number("head_dim", 1, 2**20, n_embd // n_head)
-    if head_dim * n_head != n_embd:
+    head_dim = config.get("head_dim")
+    if head_dim is not None and number("head_dim", 1, 2**20) * n_head != n_embd:
         refuse("head_dim", head_dim, f"hidden_size / heads is {n_embd} / {n_head}")
     tie = config.get("tie_word_embeddings", False)
     if not isinstance(tie, bool):
@@ -1158,14 +1158,13 @@ def find_tensors(folder):
     return found
 
 
-def check_tensors(found, config):
-    """Raise ValueError unless the files hold the tensors of the config and no others,
-    each in its shape and in a dtype that we read."""
-    expected = set()
+def check_tensors(folder, config):
+    """find_tensors, if the files hold the tensors of the config and no others, each in
+    its shape and in a dtype that we read. Raises: ValueError otherwise."""
+    found, expected = find_tensors(folder), set()
     for name, _, _, shape in tensor_table(config):
         if name not in found:
-            some = next(iter(found.values()), ["the folder"])[0]
-            raise ValueError(f"{some}: there is no tensor {name}")
+            raise ValueError(f"{folder}: no safetensors file has a tensor {name}")
         path, file = found[name]
         tensor = file.get_slice(name)
         if tuple(tensor.get_shape()) != shape:
@@ -1184,6 +1183,7 @@ def check_tensors(found, config):
         # (old files hold the frequencies of the positions, which we compute)
         if name not in expected and not name.endswith(".rotary_emb.inv_freq"):
             raise ValueError(f"{path}: {name} has no place in our GPT")
+    return found
 
 
 @torch.no_grad()
@@ -1200,8 +1200,7 @@ def load_folder(folder, gpt):
     for key, value in theirs.items():
         if ours[key] != value:
             raise ValueError(f"{folder}: {key} is {value}, and {ours[key]} in the GPT")
-    found = find_tensors(folder)
-    check_tensors(found, gpt.config)
+    found = check_tensors(folder, gpt.config)
     if gpt.config.tie_weights and "lm_head.weight" in found:
         path, file = found["lm_head.weight"]
         embedding = found["model.embed_tokens.weight"][1]
@@ -1274,15 +1273,15 @@ def save_folder(gpt, folder, source, dtype=torch.float32):
 
 
 def is_ours(folder):
-    """Did save_folder write this, wholly or in part? So it may be removed."""
+    """Did save_folder write this, wholly or (*.tmp) in part? So it may be removed."""
     if folder.is_symlink() or not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    if folder.suffix == ".tmp":  # perhaps without its weights; the name is ours, too
-        # (the library writes into a temporary file of its own first)
-        names = {name for name in names if not name.startswith(".")}
-        return names <= {*COPIED, "config.json", "model.safetensors"}
-    try:
-        return open_tensors(folder / "model.safetensors").metadata() == MARK
-    except (OSError, ValueError):
-        return False
+    if "model.safetensors" in names:
+        try:
+            return open_tensors(folder / "model.safetensors").metadata() == MARK
+        except ValueError:
+            return False
+    # before its weights; the library writes them into a hidden file first
+    names = {name for name in names if not name.startswith(".tmp")}
+    return folder.suffix == ".tmp" and names <= {*COPIED, "config.json"}

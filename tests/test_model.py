@@ -931,3 +931,48 @@ def test_dropout_drops_its_share_as_its_seed_decides_and_only_in_train_mode():
     assert not torch.equal(model.train().hidden(ids), hidden[0])
     model.dropout = 0.0
     assert torch.equal(model.hidden(ids), hidden[2])
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.1))
+def test_recomputed_activations_give_the_same_gradients(dropout):
+    """Equal to the bit, dropout included: the second pass drops what the first did."""
+    model = make_model(seed=1).train()
+    model.dropout, model.dropout_seed = dropout, 3
+    ids = draw_tokens(3, 9)
+    kept, results = [], []
+    for model.checkpointing in (False, True):
+        model.zero_grad()
+        sizes = []
+
+        def count(x, sizes=sizes):
+            sizes.append(x.numel())
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            losses = model(ids).logsumexp(-1).sum(), model(ids[:, :5]).square().sum()
+        kept.append(sum(sizes))
+        sum(losses).backward()  # two forward passes, then both backward
+        results.append([*losses, *(p.grad.clone() for p in model.parameters())])
+    for plain, again in zip(*results, strict=True):
+        assert torch.equal(plain, again)
+    assert kept[1] < kept[0] / 3, kept
+
+
+def test_recomputation_is_for_training_alone(monkeypatch):
+    """A cache must not be written twice, and without gradients nothing is kept."""
+    calls = []
+    monkeypatch.setattr(
+        model_py, "recomputed", lambda block, *args: calls.append(1) or block(*args)
+    )
+    model = make_model(seed=1)
+    model.checkpointing = True
+    prompts, lengths = pad(draw_prompts([3, 5]))
+    cache = KVCache(model.config, prompts, lengths, 2, model.dtype)
+    hidden = model.hidden(prompts, cache=cache)  # gradients are on
+    assert hidden.requires_grad and not calls
+    with torch.no_grad():
+        model.hidden(prompts)
+    generate(model, prompts, lengths, 3, NEVER, temperature=0)
+    assert not calls
+    model.hidden(prompts)
+    assert len(calls) == model.config.n_layer

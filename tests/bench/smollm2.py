@@ -12,6 +12,7 @@ all else (names, tokenizer, chat template, config.json) is as in the published f
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -124,7 +125,9 @@ def make_tokenizer_config(fields):
         "chat_template": fields["tokenizer.chat_template"],
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
-        "tokenizer_class": "GPT2Tokenizer",
+        # The published folder says GPT2Tokenizer: transformers 5 then splits as GPT-2
+        # does, not as tokenizer.json says, and gives other tokens near digits.
+        "tokenizer_class": "PreTrainedTokenizerFast",
     }  # fmt: skip
 
 
@@ -169,11 +172,8 @@ def main():
     reader = GGUFReader(path)
     fields = read_fields(reader)
     args.folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        make_tensors(reader, fields),
-        args.folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    weights = args.folder / "model.safetensors"
+    save_file(make_tensors(reader, fields), weights, metadata={"format": "pt"})
     made = {
         "config.json": make_config(fields),
         "tokenizer.json": make_tokenizer(fields),
@@ -182,6 +182,7 @@ def main():
     for name, content in made.items():
         text = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
         (args.folder / name).write_text(text, encoding="utf-8")
+    shutil.copymode(args.folder / "config.json", weights)  # it was for its owner only
     print(f"{args.folder}: {', '.join(p.name for p in sorted(args.folder.iterdir()))}")
 
 
