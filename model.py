@@ -63,6 +63,7 @@ class GPTConfig:
     norm_eps: float = 1e-6  # of RMSNorm
     qkv_bias: bool = True  # on q, k and v only
     tie_weights: bool = True  # the head is the token embedding
+    hf_rounding: bool = False  # of the rotary frequencies: see rotation_tables
 
     def __post_init__(self):
         if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
@@ -103,6 +104,8 @@ def rotation_tables(config):
     float32, each (block_size, D/2). Low channels turn fast, high channels slowly."""
     D = config.n_embd // config.n_head
     frequency = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
+    if config.hf_rounding:  # rounded twice, as transformers does: equal to the bit
+        frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
     angle = torch.arange(config.block_size).float()[:, None] * frequency  # (T, D/2)
     return angle.cos(), angle.sin()
 
@@ -1078,6 +1081,7 @@ def read_config(folder, block_size=None):
             norm_eps=float(number("rms_norm_eps", 1e-12, 0.1)),
             qkv_bias=QKV_BIAS[kind],
             tie_weights=tie,
+            hf_rounding=True,
         )
     except ValueError as error:  # sizes that do not divide
         message = str(error)

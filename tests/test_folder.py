@@ -320,6 +320,8 @@ def test_a_folder_computes_what_its_tensors_say(tmp_path, kind, tie, shards, dty
     config, tensors = make_folder(tmp_path, make_config(kind, tie), shards, dtype)
     gpt = load(tmp_path)
     assert gpt.config.block_size == 64 and gpt.config.n_tokens == 0
+    frequency = 1.0 / 500.0 ** (torch.arange(0, 4, 2).float() / 4)  # as transformers
+    assert torch.equal(gpt.cos[1], frequency.cos())
     ids = torch.randint(0, 352, (40,), generator=torch.Generator().manual_seed(1))
     expected = reference_logits(tensors, config, ids)
     found = gpt(ids[None])[0]
