@@ -34,6 +34,12 @@ def prior_of(row):
 def frontier(axis, rows, families):
     """Prior against new, a point for each rate, joined in the order of the rates.
     families: {(first word of the label, its end): what to write}."""
+    axis.set(xlim=(-0.03, 1.14), ylim=(-0.03, 1.1))
+    words = []
+    if "base" in rows:
+        at = values(rows["base"], "new"), values(rows["base"], "prior")
+        at = style.cross(axis, *at, style.GREY, "X")
+        words.append((*at, "base", style.GREY, 8))
     for (method, end), text in families.items():
         color, marker = style.COLORS[method], style.MARKERS[method]
         points = []
@@ -46,12 +52,10 @@ def frontier(axis, rows, families):
         if points:
             axis.plot(*zip(*[at for *_, at in points], strict=True), color=color, lw=1)
         for i, (_, rate, at) in enumerate(points):
-            word = f"{text}  {rate}" if i == 0 else rate
-            style.write(axis, *at, word, color, fontsize=7 if i else 8)
-    if "base" in rows:
-        at = values(rows["base"], "new"), values(rows["base"], "prior")
-        style.write(axis, *style.cross(axis, *at, style.GREY, "X"), "base", style.GREY)
-    axis.set(xlim=(-0.03, 1.14), ylim=(-0.03, 1.1))
+            word = rate if i else f"{text}  {rate}"
+            words.append((*at, word, color, 7 if i else 8))
+    for word in words:
+        style.write(axis, *word)
 
 
 def skills(rows):
@@ -158,6 +162,7 @@ def tradeoff(rows):
 def distance(rows):
     """What each method keeps, by the distance of the demonstrations."""
     figure, axes = style.panels("new", "prior", width=3.3, share=True)
+    axes[0].set_ylim(-0.03, 1.05)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         labels = []
         for method, far in {"sdft": "9e-5", "sft": "1e-4", "dft": "1e-4"}.items():
@@ -203,15 +208,18 @@ def answers_only(rows):
 def size(rows):
     figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
+        words = []
         for label, runs in rows.items():
             method, _, name = label.partition(" ")
             pair = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
             if method == "base" and all(pair):
                 gates = [run["gate"] for run in runs]
-                gains = [x - y for x, y in zip(*(values(r, title) for r in pair),
-                                               strict=True)]  # fmt: skip
+                both = [values(each, title) for each in pair]
+                gains = [x - y for x, y in zip(*both, strict=True)]
                 at = style.cross(axis, gates, gains, style.COLORS["sdft"])
-                style.write(axis, *at, name, style.GREY, rotation=30, fontsize=7)
+                words.append((*at, name, style.GREY, 7))
+        for word in words:
+            style.write(axis, *word)
         axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
@@ -233,29 +241,34 @@ def passk(rows):
     return figure
 
 
-TWO = ("KL(base || student), prior", "mass on old answers")
 ENDS = ("", ", prior")  # of the numbers on new and on prior prompts
 
 
 def distance_kl(rows):
     figure, axes = style.panels(
         "KL(student || base), nats a token", "two numbers of forgetting, prior prompts",
-        width=4.2, height=3.4,
+        width=4.4, height=3.6,
     )  # fmt: skip
+    words = [[], []]
+
+    def point(i, runs, titles, label, color, marker):
+        both = [values(runs, title) for title in titles]
+        words[i].append((*style.cross(axes[i], *both, color, marker), label, color, 6))
+
     for label, runs in rows.items():
         color = color_of(label)
         marker = style.MARKERS.get(label.split()[0], "o")
         if label == "base":
-            both = [values(runs, f"KL(teacher || base){end}") for end in ENDS]
-            at = style.cross(axes[0], *both, style.COLORS["teacher"], "*")
-            style.write(axes[0], *at, "teacher", style.COLORS["teacher"])
+            titles = [f"KL(teacher || base){end}" for end in ENDS]
+            point(0, runs, titles, "teacher", style.COLORS["teacher"], "*")
         else:
-            both = [values(runs, f"KL(student || base){end}") for end in ENDS]
-            at = style.cross(axes[0], *both, color, marker)
-            style.write(axes[0], *at, label, color, fontsize=6)
-        both = [values(runs, title) for title in TWO]
-        at = style.cross(axes[1], *both, color, marker)
-        style.write(axes[1], *at, label, color, fontsize=6)
+            titles = [f"KL(student || base){end}" for end in ENDS]
+            point(0, runs, titles, label, color, marker)
+        titles = "KL(base || student), prior", "mass on old answers"
+        point(1, runs, titles, label, color, marker)
+    for axis, each in zip(axes, words, strict=True):
+        for word in each:
+            style.write(axis, *word)
     axes[0].set(xlabel="new prompts", ylabel="prior prompts")
     axes[1].set(xlabel="drift: KL(base || student)", ylabel="mass on old answers")
     return figure

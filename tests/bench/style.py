@@ -59,10 +59,29 @@ def cross(axis, xs, ys, color, marker="o"):
     return x, y
 
 
-def write(axis, x, y, text, color, **style):
-    """A word beside a point."""
-    axis.annotate(text, (x, y), **{"xytext": (5, 4), "textcoords": "offset points",
-                  "color": color, "fontsize": 8, **style})  # fmt: skip
+PLACES = [  # of a word beside its point, in points: the first that is free
+    (x, y, side) for y in (4, -9, 13, -18, 22, -27) for x, side in ((5, "left"),
+                                                                   (-5, "right"))
+]  # fmt: skip
+
+
+def write(axis, x, y, text, color, size=8):
+    """A word beside a point, where it covers no other word or point of the panel: so
+    write when all points are drawn."""
+    taken = [each.get_window_extent() for each in axis.texts]
+    ends = [line.get_xydata() for line in axis.lines]
+    ends = axis.transData.transform([e[0] for e in ends if len(e) == 1])
+    own = axis.transData.transform((x, y))
+    others = [end for end in ends if abs(end - own).max() > 1]
+    for dx, dy, side in PLACES:
+        word = axis.annotate(text, (x, y), (dx, dy), textcoords="offset points",
+                             color=color, fontsize=size, ha=side)  # fmt: skip
+        box = word.get_window_extent()
+        free = not any(box.overlaps(other) for other in taken)
+        if free and not any(box.padded(7).contains(*end) for end in others):
+            return
+        word.remove()
+    axis.add_artist(word)  # no place is free: the last one will do
 
 
 def label_lines(axis, labels):
