@@ -34,6 +34,7 @@ for path in (ROOT / "tests" / "exercises", HERE):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
+import notes  # noqa: E402
 import torch  # noqa: E402
 from cell import code_key, folder_of, is_spec, needs  # noqa: E402
 from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
@@ -256,6 +257,12 @@ def print_benchmarks(rows):
               " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
 
 
+NOTES = {
+    "skills": [notes.gaps], "forgetting": [notes.gaps], "size": [notes.gains],
+    "teacher": [notes.first_signs],
+}  # fmt: skip
+
+
 # ---- The program -------------------------------------------------------------------
 
 
@@ -303,6 +310,8 @@ def main(argv):
     print(table(rows, experiment["columns"]))
     if experiment["columns"] is summary:
         print_benchmarks(rows)
+    for function in NOTES.get(name, ()):
+        print("\n".join(["", *function(rows)]))
     other = sum(
         cell.get("code") != code_key(cell["spec"].get("variants"))
         for cell in cells.values()
