@@ -83,9 +83,8 @@ def write(axis, words):
                 box.padded(7).contains(*point) for point in others
             ):  # fmt: skip
                 break
-            word.remove()
-        else:
-            axis.add_artist(word)  # no place is free: the last one will do
+            if (dx, dy, side) != places[-1]:  # no place is free: the last one will do
+                word.remove()
         taken.append(box)
 
 
