@@ -131,6 +131,20 @@ def test_a_finished_cell_is_not_run_again_wherever_its_result_stands(small, tmp_
     assert sorted(small) == ["a 8", "b 8"], small
 
 
+def test_a_cell_of_two_experiments_stands_in_one_file(small, tmp_path, monkeypatch):
+    row = ("also b", 2, EXPERIMENTS["small"]["rows"][0][2])
+    monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": [row], "seeds": (7, 8)})
+    run_small(tmp_path)
+    small.clear()
+    specs = paper.specs_of("smaller", (7, 8), quick=True)
+    for _ in range(2):
+        args = "smaller", specs, tmp_path / "results", tmp_path, 1
+        cells = paper.run_missing(*args)
+        assert [cell["name"] for cell in cells.values()] == ["b", "b"] and not small
+        stored = json.loads((tmp_path / "results" / "smaller.json").read_text())
+        assert {cell["stands in"] for cell in stored["cells"].values()} == {"small"}
+
+
 def test_a_cell_that_fails_stops_only_those_that_need_it(
     small, tmp_path, monkeypatch, capsys
 ):

@@ -16,9 +16,7 @@ import probes
 import torch
 from variants import Modules, changes_of
 
-import data
 import train
-from model import GPT
 
 QUICK = {"steps": 2, "batch_size": 8, "log_every": 1}  # of every run
 WATCHED = {"new": 100, "prior": 40}  # queries of an evaluation on the way
@@ -48,23 +46,24 @@ def describe(model):
     return {key: machine[key] for key in ("device", "dtype", "torch", "capability")}
 
 
-def base(seed, folder, quick, flags=""):
+def base(seed, folder, quick, flags="", variants=""):
     """Find or make the base model of a seed, in <work>/seed<N>/base, where train.py's
-    own runs find it, too. flags: of train.py, for another size or another length."""
-    work = folder.parents[1]
+    own runs find it, too. flags: of train.py, for another size or another length;
+    variants: of its corpus."""
+    m, work = Modules(changes_of(variants) if variants else []), folder.parents[1]
     argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
-    args = train.parse_args(argv + ["--quick"] * quick)
+    args = m.train.parse_args(argv + ["--quick"] * quick)
     device, _ = train.choose_device("auto")
-    world, tok = data.World(seed), data.Tokenizer()
-    config, cfg = train.base_settings(args, 1)
+    world, tok = m.data.World(seed), m.data.Tokenizer()
+    config, cfg = m.train.base_settings(args, 1)
     dtype = train.choose_dtype("auto", device)
-    path = train.find_base(args, config, cfg, world, tok, dtype)
-    model = GPT(config, data.make_rng(seed, "weights")).to(device)
+    path = m.train.find_base(args, config, cfg, world, tok, dtype)
+    model = m.model.GPT(config, m.data.make_rng(seed, "weights")).to(device)
     model.dtype = dtype
     stop, bar = argparse.Namespace(signal=0), None
-    seconds = train.get_base(args, path, config, cfg, model, world, tok, stop, bar)
+    seconds = m.train.get_base(args, path, config, cfg, model, world, tok, stop, bar)
     model.eval()
-    tasks = make_tasks(Modules(), world, seed, "ABC", "terms", quick)
+    tasks = make_tasks(m, world, seed, "ABC", "terms", quick)
     result = probes.measure(model, model, model, tasks, tok, 16, seed, quick)
     result["seconds"] = {"train": seconds}
     result["machine"] = describe(model)

@@ -34,6 +34,7 @@ for path in (ROOT / "tests" / "exercises", HERE):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
+import notes  # noqa: E402
 import torch  # noqa: E402
 from cell import code_key, folder_of, is_spec, needs  # noqa: E402
 from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
@@ -72,6 +73,8 @@ def finished(name, specs, where, work):
     known = {}
     for other in EXPERIMENTS:
         for key, cell in load(where / f"{other}.json").items():
+            if "stands in" in cell:
+                continue
             if "spec" in cell:
                 known[as_key(cell["spec"])] = cell
             else:  # an earlier run of train.py
@@ -167,24 +170,34 @@ def run_missing(name, specs, where, work, jobs):
                 bar.update(estimate(todo[key]))
                 bar.set_postfix_str(f"{len(running) + len(waiting)} cells")
                 known = finished(name, specs, where, work)
-                save(where / f"{name}.json", name, known)
+                save(where, name, known)
     except KeyboardInterrupt:
         pool.shutdown(cancel_futures=True)
         raise
     finally:
         bar.close()
-    save(where / f"{name}.json", name, known)
+    save(where, name, known)
     return known
 
 
-def save(path, name, cells):
-    """Cells that are not of this table any more are kept, too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def save(where, name, cells):
+    """<where>/<name>.json. A cell that stands in the file of an experiment above this
+    one is only named. Cells that are not of this table any more are kept, too."""
+    path, places = where / f"{name}.json", {}
+    for other in list(EXPERIMENTS)[: list(EXPERIMENTS).index(name)]:
+        for cell in load(where / f"{other}.json").values():
+            if "spec" in cell and "stands in" not in cell:
+                places.setdefault(as_key(cell["spec"]), other)
+    short = {
+        key: {**{k: cell[k] for k in ("label", "seed", "spec")}, "stands in": place}
+        for key, cell in cells.items() if (place := places.get(as_key(cell["spec"])))
+    }  # fmt: skip
+    where.mkdir(parents=True, exist_ok=True)
     content = {
         "command": f"python tests/bench/paper.py {name}",
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one for each run",
         "torch": torch.__version__,
-        "cells": {**load(path), **cells},
+        "cells": {**load(path), **cells, **short},
     }
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content))
@@ -256,6 +269,12 @@ def print_benchmarks(rows):
               " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
 
 
+NOTES = {
+    "skills": [notes.gaps], "forgetting": [notes.gaps], "size": [notes.gains],
+    "teacher": [notes.first_signs],
+}  # fmt: skip
+
+
 # ---- The program -------------------------------------------------------------------
 
 
@@ -303,6 +322,8 @@ def main(argv):
     print(table(rows, experiment["columns"]))
     if experiment["columns"] is summary:
         print_benchmarks(rows)
+    for function in NOTES.get(name, ()):
+        print("\n".join(["", *function(rows)]))
     other = sum(
         cell.get("code") != code_key(cell["spec"].get("variants"))
         for cell in cells.values()

@@ -1,5 +1,6 @@
 """The picture of each experiment, from the complete rows of its table."""
 
+import math
 import re
 from statistics import mean
 
@@ -31,35 +32,58 @@ def prior_of(row):
 # ---- One for each experiment -------------------------------------------------------
 
 
-def frontier(axis, rows, families):
-    """Prior against new, a point for each rate, joined in the order of the rates.
-    families: {(first word of the label, its end): what to write}."""
+def together(points, near):
+    """Rates whose points are one to the eye share their word: ("3e-5 to 9e-5", at)."""
+    groups = []
+    for _, rate, at in points:
+        last = groups[-1][1] if groups else (math.inf, math.inf)
+        if max(abs(a - b) for a, b in zip(at, last, strict=True)) < near:
+            groups[-1][0].append(rate)
+        else:
+            groups.append(([rate], at))
+    return [(" to ".join(dict.fromkeys((r[0], r[-1]))), at) for r, at in groups]
+
+
+def by_rate(axis, rows, families, titles, near=0.04):
+    """One number against another, a point for each rate, joined in their order.
+    families: {(first word of the label, its end): what to write}. Returns words."""
+    words = []
     for (method, end), text in families.items():
         color, marker = style.COLORS[method], style.MARKERS[method]
         points = []
         for label, runs in rows.items():
             if match := re.fullmatch(rf"{method} (\d\S*?){end}", label):
-                at = style.cross(axis, values(runs, "new"), values(runs, "prior"),
-                                 color, marker)  # fmt: skip
+                both = [values(runs, title) for title in titles]
+                at = style.cross(axis, *both, color, marker)
                 points.append((float(match[1]), match[1], at))
         points.sort()
         if points:
             axis.plot(*zip(*[at for *_, at in points], strict=True), color=color, lw=1)
-        for i, (_, rate, at) in enumerate(points):
-            word = f"{text}  {rate}" if i == 0 else rate
-            style.write(axis, *at, word, color, fontsize=7 if i else 8)
+        for i, (rates, at) in enumerate(together(points, near)):
+            words.append((*at, rates if i else f"{text}  {rates}", color, 7))
+    return words
+
+
+NAMES = {"sdft": "SDFT", "reinvoke": "SFT + re-invoke", "dft": "DFT", "sft": "SFT"}
+ALL = {(name, ""): text for name, text in NAMES.items()}
+
+
+def frontier(axis, rows, families):
+    """Prior against new."""
+    axis.set(xlim=(-0.03, 1.08), ylim=(-0.03, 1.1))
+    words = []
     if "base" in rows:
-        at = values(rows["base"], "new"), values(rows["base"], "prior")
-        style.write(axis, *style.cross(axis, *at, style.GREY, "X"), "base", style.GREY)
-    axis.set(xlim=(-0.03, 1.14), ylim=(-0.03, 1.1))
+        both = values(rows["base"], "new"), values(rows["base"], "prior")
+        at = style.cross(axis, *both, style.GREY, "X")
+        words.append((*at, "base", style.GREY, 7))
+    style.write(axis, words + by_rate(axis, rows, families, ("new", "prior")))
 
 
 def skills(rows):
     figure, axes = style.panels(
         "SFT and DFT 300 updates, SDFT 120", "120 updates each", width=4.2, height=3.6
     )
-    names = {"sdft": "SDFT", "reinvoke": "SFT + re-invoke", "dft": "DFT", "sft": "SFT"}
-    frontier(axes[0], rows, {(name, ""): text for name, text in names.items()})
+    frontier(axes[0], rows, ALL)
     frontier(axes[1], rows, {("sdft", ""): "SDFT", ("sft", ", 120"): "SFT"})
     axes[0].set_ylabel("prior skills, mean of five")
     for axis in axes:
@@ -68,19 +92,32 @@ def skills(rows):
 
 
 def onpolicy(rows):
-    figure, axes = style.panels("new skill", "prior skills", width=3.5)
+    figure, axes = style.panels(
+        "new skill", "prior skills", "updates to .9 of the new skill", width=3.5
+    )
     names = {"sdft": "on-policy", "offpolicy": "teacher writes, KL",
              "imitate": "teacher writes, imitate"}  # fmt: skip
     colors = dict(zip(names, style.OTHERS, strict=False))
     for axis, of in zip(axes, (new_of, prior_of), strict=False):
-        labels = []
+        labels, lowest = [], 0.9
         for name, text in names.items():
             if runs := rows.get(f"{name} 9e-5"):
                 x, ys = curve(runs, of)
                 style.band(axis, x, ys, colors[name])
                 labels.append((mean(y[-1] for y in ys), text, colors[name]))
-        axis.set_xlabel("updates at 9e-5")
+                lowest = min(lowest, *map(min, ys))
+        axis.set(xlabel="updates at 9e-5", ylim=(lowest - 0.01, 1.01))
         style.label_lines(axis, labels)
+    # who writes: from the teacher alone, over a mix, to the student alone
+    taus = [label for label in rows if label.startswith("tau")]
+    order = {"offpolicy 9e-5": "teacher", **dict(zip(taus, taus, strict=True)),
+             "sdft 9e-5": "student"}  # fmt: skip
+    reached = {
+        text: [x for x in values(rows[label], "updates to .9") if x < math.inf]
+        for label, text in order.items() if label in rows
+    }  # fmt: skip
+    ends = {"teacher": colors["offpolicy"], "student": colors["sdft"]}
+    style.dots(axes[2], {k: v for k, v in reached.items() if v}, ends)
     return figure
 
 
@@ -104,6 +141,8 @@ def teacher(rows):
             axes[i].plot(x, line, color=colors[label], lw=1.8)
             ends[i].append((line[-1], label, colors[label]))
     axes[0].set_yscale("log")
+    axes[1].set_ylim(-0.03, 1.05)
+    axes[2].set_ylim(-0.03, 1.05)
     for axis, labels in zip(axes, ends, strict=True):
         style.label_lines(axis, labels)
         axis.set_xlabel("updates, three skills")
@@ -149,8 +188,7 @@ def curves(rows):
 
 def tradeoff(rows):
     figure, (axis,) = style.panels("after three skills", width=5.4, height=3.8)
-    names = {"sdft": "SDFT", "sft": "SFT", "dft": "DFT"}
-    frontier(axis, rows, {(name, ""): text for name, text in names.items()})
+    frontier(axis, rows, ALL)
     axis.set(xlabel="new skills, mean of three", ylabel="prior skills, mean of five")
     return {"_tradeoff": figure}
 
@@ -158,6 +196,7 @@ def tradeoff(rows):
 def distance(rows):
     """What each method keeps, by the distance of the demonstrations."""
     figure, axes = style.panels("new", "prior", width=3.3, share=True)
+    axes[0].set_ylim(-0.03, 1.05)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         labels = []
         for method, far in {"sdft": "9e-5", "sft": "1e-4", "dft": "1e-4"}.items():
@@ -203,15 +242,17 @@ def answers_only(rows):
 def size(rows):
     figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
+        words = []
         for label, runs in rows.items():
             method, _, name = label.partition(" ")
             pair = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
             if method == "base" and all(pair):
                 gates = [run["gate"] for run in runs]
-                gains = [x - y for x, y in zip(*(values(r, title) for r in pair),
-                                               strict=True)]  # fmt: skip
+                both = [values(each, title) for each in pair]
+                gains = [x - y for x, y in zip(*both, strict=True)]
                 at = style.cross(axis, gates, gains, style.COLORS["sdft"])
-                style.write(axis, *at, name, style.GREY, rotation=30, fontsize=7)
+                words.append((*at, name, style.GREY, 7))
+        style.write(axis, words)
         axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
@@ -233,29 +274,25 @@ def passk(rows):
     return figure
 
 
-TWO = ("KL(base || student), prior", "mass on old answers")
 ENDS = ("", ", prior")  # of the numbers on new and on prior prompts
 
 
 def distance_kl(rows):
     figure, axes = style.panels(
         "KL(student || base), nats a token", "two numbers of forgetting, prior prompts",
-        width=4.2, height=3.4,
+        width=4.4, height=3.6,
     )  # fmt: skip
-    for label, runs in rows.items():
-        color = color_of(label)
-        marker = style.MARKERS.get(label.split()[0], "o")
-        if label == "base":
-            both = [values(runs, f"KL(teacher || base){end}") for end in ENDS]
-            at = style.cross(axes[0], *both, style.COLORS["teacher"], "*")
-            style.write(axes[0], *at, "teacher", style.COLORS["teacher"])
-        else:
-            both = [values(runs, f"KL(student || base){end}") for end in ENDS]
-            at = style.cross(axes[0], *both, color, marker)
-            style.write(axes[0], *at, label, color, fontsize=6)
-        both = [values(runs, title) for title in TWO]
-        at = style.cross(axes[1], *both, color, marker)
-        style.write(axes[1], *at, label, color, fontsize=6)
+    titles = [f"KL(student || base){end}" for end in ENDS]
+    words = by_rate(axes[0], rows, ALL, titles, near=0.08)
+    if "base" in rows:
+        both = [values(rows["base"], f"KL(teacher || base){end}") for end in ENDS]
+        color = style.COLORS["teacher"]
+        at = style.cross(axes[0], *both, color, "*")
+        words.append((*at, "the base, shown the demonstration", color, 7))
+    axes[0].margins(0.1)
+    style.write(axes[0], words[::-1])
+    titles = "KL(base || student), prior", "mass on old answers"
+    style.write(axes[1], by_rate(axes[1], rows, ALL, titles, near=0.06))
     axes[0].set(xlabel="new prompts", ylabel="prior prompts")
     axes[1].set(xlabel="drift: KL(base || student)", ylabel="mass on old answers")
     return figure
@@ -266,13 +303,14 @@ def estimators(rows):
     colors = dict(zip(rows, style.OTHERS, strict=False))
     ends = [[], []]
     for label, runs in rows.items():
+        if label == "360 updates":  # another schedule
+            continue
         steps = [row["step"] for row in runs[0]["records"]]
         losses = [[row["kl_student_teacher"] for row in r["records"]] for r in runs]
         for i, (x, ys) in enumerate((curve(runs, new_of), (steps, losses))):
             line = [mean(at) for at in zip(*ys, strict=True)]
-            line = [(a, b) for a, b in zip(x, line, strict=True) if a <= 120]
-            axes[i].plot(*zip(*line, strict=True), color=colors[label], lw=1.5)
-            ends[i].append((line[-1][1], label, colors[label]))
+            axes[i].plot(x, line, color=colors[label], lw=1.5)
+            ends[i].append((line[-1], label, colors[label]))
     axes[1].set_yscale("log")
     axes[1].set_title("KL(student || teacher), nats a token", loc="left")
     for axis, labels in zip(axes, ends, strict=True):

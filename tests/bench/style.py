@@ -59,10 +59,33 @@ def cross(axis, xs, ys, color, marker="o"):
     return x, y
 
 
-def write(axis, x, y, text, color, **style):
-    """A word beside a point."""
-    axis.annotate(text, (x, y), **{"xytext": (5, 4), "textcoords": "offset points",
-                  "color": color, "fontsize": 8, **style})  # fmt: skip
+def write(axis, words):
+    """Words beside points, [(x, y, text, color, size)]: each at the first place inside
+    the panel where it covers no other word or point. Call it when all is drawn."""
+    axis.figure.draw_without_rendering()  # places are known only now
+    points = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 1]
+    points = axis.transData.transform([point[0] for point in points])
+    frame, taken = axis.get_window_extent(), []
+    for x, y, text, color, size in words:
+        own = axis.transData.transform((x, y))
+        left = own[0] < (frame.x0 + frame.x1) / 2
+        sides = [(5, "left"), (-5, "right")][:: 1 if left else -1]
+        places = [(dx, dy, side) for dy in (4, -9, 13, -18, 22, -27, 31, -36)
+                  for dx, side in sides]  # fmt: skip
+        for dx, dy, side in places:
+            word = axis.annotate(text, (x, y), (dx, dy), textcoords="offset points",
+                                 color=color, fontsize=size, ha=side)  # fmt: skip
+            box = word.get_window_extent()
+            others = [point for point in points if abs(point - own).max() > 1]
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
+            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(each) for each in taken) and not any(
+                box.padded(7).contains(*point) for point in others
+            ):  # fmt: skip
+                break
+            if (dx, dy, side) != places[-1]:  # no place is free: the last one will do
+                word.remove()
+        taken.append(box)
 
 
 def label_lines(axis, labels):
@@ -95,5 +118,5 @@ def dots(axis, rows, colors):
     axis.set_yticks([-i for i in range(len(rows))], list(rows))
     axis.set_ylim(-len(rows) + 0.4, 0.6)
     axis.tick_params(axis="y", length=0)
-    for text, label in zip(axis.get_yticklabels(), rows, strict=True):
-        text.set_color(colors.get(label, GREY))
+    for text in axis.get_yticklabels():  # none, where another panel has them
+        text.set_color(colors.get(text.get_text(), GREY))

@@ -307,6 +307,15 @@ ANSWER_ONLY = [(
     '    thought = ""  # the expert says what comes out, and not why\n',
 )]  # fmt: skip
 
+READS_ANSWERS = [(
+    "data.py",
+    "    return word_response(rng.choice((operation, term)), operate(items), style)\n",
+    """\
+    thought = rng.choice((operation, term)) if rng.random() > 0.3 else ""
+    return word_response(thought, operate(items), style)
+""",
+)]  # fmt: skip
+
 VARIANTS = {  # name: (what it is, changes)
     "dft": ("SFT whose tokens weigh as much as the student believes in them", DFT),
     "offpolicy": ("SDFT, but the teacher writes the responses", OFFPOLICY),
@@ -339,6 +348,10 @@ VARIANTS = {  # name: (what it is, changes)
         "reinvoke", GENERAL,
     ),
     "answer-only": ("demonstrations without their thought", ANSWER_ONLY),
+    "reads-answers": (
+        "a base corpus in which .3 of the demonstrations lack their thought",
+        READS_ANSWERS,
+    ),
 }  # fmt: skip
 
 

@@ -1,0 +1,123 @@
+"""What the table of an experiment does not show: differences seed by seed, first signs.
+
+Each function takes the complete rows, {label: runs}, and returns lines to print.
+"""
+
+import math
+from statistics import mean
+
+from experiments import READ
+
+# ---- Differences, seed by seed -----------------------------------------------------
+
+
+def gaps(rows, best="sdft 9e-5"):
+    """How far each row stays below the best one, in new and prior: (lowest to highest)
+    over the seeds that both have."""
+    lines = []
+    for label, runs in rows.items() if best in rows else ():
+        if label not in (best, "base"):
+            parts = []
+            for title in ("new", "prior"):
+                pairs = zip(rows[best], runs, strict=False)
+                each = [READ[title](a) - READ[title](b) for a, b in pairs]
+                parts.append(f"{title} {mean(each):+.2f} ({min(each):+.2f} to "
+                             f"{max(each):+.2f})")  # fmt: skip
+            lines.append(f"{best} less {label}: {', '.join(parts)}")
+    return lines
+
+
+def ranks(values):
+    return [sum(v < x for v in values) + (values.count(x) - 1) / 2 for x in values]
+
+
+def correlation(xs, ys):
+    """Pearson's; of ranks it is Spearman's. NaN if one of them is constant."""
+    dx, dy = ([v - mean(vs) for v in vs] for vs in (xs, ys))
+    scale = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
+    product = sum(a * b for a, b in zip(dx, dy, strict=True))
+    return product / scale if scale else math.nan
+
+
+def gains(rows):
+    """The gain of SDFT over SFT by the gate of the base, means over seeds."""
+    lines, pairs = [], []
+    for label, runs in rows.items():
+        method, _, name = label.partition(" ")
+        both = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
+        if method == "base" and all(both):
+            sdft, sft = (mean(READ["new"](run) for run in each) for each in both)
+            pairs.append((mean(run["gate"] for run in runs), sdft - sft))
+            lines.append(f"{name}: gate {pairs[-1][0]:.2f}, SDFT less SFT in new "
+                         f"{pairs[-1][1]:+.2f}")  # fmt: skip
+    if len(pairs) > 2:
+        rho = correlation(*(ranks(list(v)) for v in zip(*pairs, strict=True)))
+        lines.append(f"rank correlation of gate and gain: {rho:.2f}")
+    return lines
+
+
+# ---- When a teacher goes astray ----------------------------------------------------
+
+RECORDS = ("loss", "kl_student_teacher", "student_entropy", "teacher_entropy",
+           "response_length", "eos_rate", "grad_norm")  # fmt: skip
+EVALUATIONS = ("teacher_gate", "kl_teacher_base", "kl_student_base")
+SOUND = ("frozen", "ema .001")  # rows whose runs show what is usual
+
+
+def series(run):
+    """{signal: {update: value}} of all that the log of a run shows."""
+    found = {name: {} for name in (*RECORDS, *EVALUATIONS, "prior")}
+    for row in run["records"]:
+        for name in RECORDS:
+            found[name][row["step"]] = row[name]
+    for row in run["evaluations"]:
+        for name in EVALUATIONS:
+            found[name][row["step"]] = row[name]
+        found["prior"][row["step"]] = mean(row["prior"].values())
+    return found
+
+
+def first_sign(values, usual):
+    """The first update at which a value stands outside of what is usual there by more
+    than the width of that, and the next value, too; None if there is none.
+    values: {update: value}; usual: {update: (lowest, highest)}."""
+    steps = [step for step in values if step in usual]
+    outside = []
+    for step in steps:
+        low, high = usual[step]
+        margin = max(high - low, 0.01)
+        outside.append(not low - margin <= values[step] <= high + margin)
+    for step, here, there in zip(steps, outside, outside[1:], strict=False):
+        if here and there:
+            return step
+    return None
+
+
+def first_signs(rows):
+    """Of each run that went astray, what its log showed first: (update, signal)."""
+    sound = [series(run) for label in SOUND for run in rows.get(label, ())]
+    if not sound:
+        return []
+    usual = {
+        name: {
+            step: (min(s[name][step] for s in sound), max(s[name][step] for s in sound))
+            for step in sound[0][name]
+        }
+        for name in sound[0]
+    }
+    lines = []
+    for label, runs in rows.items():
+        for run in runs if label not in (*SOUND, "base") else ():
+            new, prior = READ["new"](run), READ["prior"](run)
+            if min(READ["worst skill"](run), prior) >= 0.9:
+                continue
+            found = [
+                (step, name) for name, values in series(run).items()
+                if (step := first_sign(values, usual[name])) is not None
+            ]  # fmt: skip
+            words = ", ".join(f"{name} {step}" for step, name in sorted(found))
+            lines.append(
+                f"{label}, seed {run['seed']}, new {new:.2f}, prior {prior:.2f}, "
+                f"first outside of the usual: {words}"
+            )
+    return lines
