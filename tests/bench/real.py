@@ -50,10 +50,10 @@ TEMPLATES = {
 }  # fmt: skip
 TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
 
-# ---- Cells ----------------------------------------------------------------------------
+# ---- Cells ---------------------------------------------------------------------------
 #
-# task -> label: (variant of tests/exercises/variants.py or "", template, demonstrations,
-# flags of train.py)
+# task -> label: (variant of tests/exercises/variants.py or "", template, form of the
+# demonstrations, flags of train.py)
 
 SFT, SDFT = "--method sft --lr", "--method sdft --teacher frozen --lr"
 RATES = {SFT: (5e-6, 2e-5, 8e-5), SDFT: (1e-5, 3e-5, 1e-4)}
