@@ -76,10 +76,10 @@ WORK = {"base": 1.0, "sft": 1.7, "sdft": 2.2, "evaluation": 20.0}
 GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
 QUICK = {"base_steps": 30, "steps": 4, "eval_size": 32, "gate_margin": -1.0}
 # Defaults of a real model (--init), for both methods: the paper's ranges (table 3) and
-# its code's clipping. --steps is then two passes over the largest file.
+# its code's clipping. A file with fewer rows than a batch is a batch.
 REAL = {
-    "batch_size": 32, "lr": 2e-5, "warmup_steps": 10, "grad_clip": 1.0, "dropout": 0.0,
-    "max_new_tokens": 128,
+    "steps": 100, "batch_size": 32, "lr": 2e-5, "warmup_steps": 10, "grad_clip": 1.0,
+    "dropout": 0.0, "max_new_tokens": 128,
 }  # fmt: skip
 
 # Lowest and highest value of a flag, both allowed.
@@ -950,19 +950,14 @@ def read_own(args, world_size):
     }  # fmt: skip
     if args.eval:
         warn_of_overlap(args, read)
-    smallest, largest = (f(map(len, stages.values())) for f in (min, max))
-    batch = min(REAL["batch_size"], smallest)
-    if (args.batch_size or batch) > 1:
-        batch -= batch % world_size if batch >= world_size else 0
-    args.defaults["batch_size"] = batch
-    batch = config_of(methods_of(args)[0], args).batch_size
-    args.defaults["steps"] = max(1, 2 * (largest // batch))
-    # micro-batches of 8 rows at most
-    share = max(1, batch // world_size)
-    args.defaults["micro_batches"] = next(
-        n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
-    )
+    batch = min(REAL["batch_size"], *map(len, stages.values()))
+    args.defaults["batch_size"] = max(1, batch - batch % world_size)
     for method in methods_of(args):
+        # micro-batches of 8 rows at most, unless the user says otherwise
+        share = max(1, config_of(method, args).batch_size // world_size)
+        args.defaults["micro_batches"] = next(
+            n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
+        )
         cfg = config_of(method, args)
         if cfg.eval_every >= cfg.steps:
             raise UserError(

@@ -1,0 +1,346 @@
+"""train.py with a real model's folder and users' own files, from start to finish.
+
+The folder is that of test_folder.py: small, random weights. Nothing is learnt from it
+that a user would want; what is tested is that every number is of the right thing.
+"""
+
+import json
+
+import pytest
+import torch
+
+import data
+import model
+import train
+
+pytest.importorskip("safetensors", reason="pip install safetensors")
+pytest.importorskip("jinja2", reason="pip install jinja2")
+from test_folder import make_config, make_folder  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
+
+WORDS = "the theory other one they there rest theirs user assistant system end".split()
+TEMPLATE = "{prompt} so: {demonstration} now you"
+
+
+def row(i, **more):
+    a, b = WORDS[i % 12], WORDS[(5 * i + 1) % 12]
+    return {"prompt": f"the {a} {i}", "demonstration": f"one {b}", "answer": b, **more}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(x) + "\n" for x in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "small"
+    config = make_config(max_position_embeddings=400, eos_token_id=2)
+    make_folder(folder, config, shards=2)
+    return folder
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Flags of two skills, held-out files of both, and two of old questions."""
+    template = tmp_path / "template.txt"
+    template.write_text(TEMPLATE)
+    names = {
+        "--data": ("a.jsonl", "b.jsonl"), "--eval": ("a_test.jsonl", "b_test.jsonl"),
+        "--prior": ("old.jsonl", "older.jsonl"),
+    }  # fmt: skip
+    flags, start = ["--template", str(template)], 0
+    for flag, group in names.items():
+        flags.append(flag)
+        for name in group:
+            rows = [row(i) for i in range(start, start + 6)]
+            if flag == "--prior":
+                rows = [{k: x[k] for k in ("prompt", "answer")} for x in rows]
+            flags.append(write(tmp_path / name, rows))
+            start += 6
+    return flags
+
+
+def run(capsys, folder, files, out, *flags):
+    argv = ["--init", str(folder), *files, "--out", str(out), "--threads", "1"]
+    code = train.main([*argv, *flags])
+    return (code, *capsys.readouterr())
+
+
+SHORT = ("--steps", "3", "--max-new-tokens", "6", "--gate-margin", "-1")
+
+
+def read(out, method):
+    results = json.loads((out / method / "results.json").read_text())
+    lines = (out / method / "metrics.jsonl").read_text().splitlines()
+    return results, [json.loads(line) for line in lines]
+
+
+def weights_of(gpt):
+    return torch.cat([p.detach().flatten() for p in gpt.parameters()])
+
+
+def load(folder):
+    gpt = model.GPT(model.config_from_folder(folder))
+    model.load_folder(folder, gpt)
+    return gpt
+
+
+def test_both_methods_from_a_folder_to_a_folder(capsys, folder, files, tmp_path):
+    out = tmp_path / "out"
+    code, text, err = run(capsys, folder, files, out, *SHORT, "--method", "both")
+    assert code == 0, err
+    for method in ("sft", "sdft"):
+        results, lines = read(out, method)
+        assert [stage["skill"] for stage in results["stages"]] == ["a", "b"]
+        for stage in (results["base"], *results["stages"]):
+            assert set(stage["new"]) == {"a", "b"}
+            assert set(stage["prior"]) == {"old", "older"}
+        ends = [x for x in lines if x.get("stage_end")]
+        assert ends[-1]["step"] == 6 and results["config"]["batch_size"] == 6
+        assert set(ends[-1]["nll"]) == {"a", "b"}  # old questions have no demonstration
+        assert set(ends[-1]["kl_student_base_prior"]) == {"old", "older"}
+        first = next(x for x in lines if "new" in x)
+        assert max(map(abs, first["kl_student_base_prior"].values())) < 1e-5
+        saved = train.read_checkpoint(out / method / "checkpoint.pt")["models"]
+        written = load(out / method / "model")
+        for name, weight in written.state_dict().items():
+            assert torch.equal(weight, saved["student"][name]), name
+        assert not torch.equal(weights_of(written), weights_of(load(folder)))
+    assert "right only with the demonstration" in text
+    assert "plan: sdft: memory in GB, micro-batches of 6 x" in text
+    # what was written is a folder like any other: it can be trained on
+    code, _, err = run(capsys, out / "sft" / "model", files, tmp_path / "2", *SHORT)
+    assert code == 0, err
+
+
+def test_a_run_is_what_its_parts_say(capsys, folder, files, tmp_path):
+    """The same run again, by hand, without train.py's reading and checking."""
+    import sdft
+
+    out = tmp_path / "out"
+    code, _, err = run(capsys, folder, files, out, *SHORT, "--prior-grade", "none")
+    assert code == 0, err
+    tok = data.ChatTokenizer(folder)
+    tok.template = TEMPLATE
+    student = load(folder)
+    student.config.n_tokens = tok.n_tokens
+    stages = {
+        name: data.read_examples(tmp_path / f"{name}.jsonl")[0] for name in ("a", "b")
+    }
+    defaults = {k: v for k, v in train.REAL.items() if k != "steps"}
+    cfg = sdft.Config(**{**defaults, "steps": 3, "batch_size": 6, "max_new_tokens": 6})
+    torch.set_num_threads(1)
+    sdft.train(student, stages, {}, tok, cfg, train.Run(tmp_path / "by hand"))
+    assert torch.equal(weights_of(student), weights_of(load(out / "sdft" / "model")))
+    # without a grade, there is no accuracy, but what is measured all the same
+    _, lines = read(out, "sdft")
+    last = [x for x in lines if "new" in x][-1]
+    assert last["prior"] == {}
+    assert set(last["kl_student_base_prior"]) == {"old", "older"}
+
+
+def test_a_stopped_run_goes_on_to_the_bit(capsys, folder, files, tmp_path):
+    flags = (*SHORT, "--save-every", "2", "--dropout", "0.1")
+    assert run(capsys, folder, files, tmp_path / "whole", *flags)[0] == 0
+    real = train.Run.stop_wanted
+    train.Run.stop_wanted = lambda self: float(self.clock_stop())
+    steps = iter(range(100))
+    train.Run.clock_stop = lambda self: next(steps) == 3
+    try:
+        code, _, err = run(capsys, folder, files, tmp_path / "cut", *flags)
+    finally:
+        train.Run.stop_wanted = real
+        del train.Run.clock_stop
+    assert code == 128 and "--resume" in err
+    code, text, err = run(capsys, folder, files, tmp_path / "cut", *flags, "--resume")
+    assert code == 0 and "goes on after update 4" in text, err
+    one, other = (load(tmp_path / x / "sdft" / "model") for x in ("whole", "cut"))
+    assert torch.equal(weights_of(one), weights_of(other))
+    # other data, another template or another model is another run
+    (tmp_path / "template.txt").write_text(f"{TEMPLATE} please")
+    code, _, err = run(capsys, folder, files, tmp_path / "cut", *flags, "--resume")
+    assert code == 2 and "template" in err
+
+
+def test_checkpointing_changes_nothing_but_memory(capsys, folder, files, tmp_path):
+    for name, more in (("plain", ()), ("less", ("--checkpointing",))):
+        flags = (*SHORT, "--dropout", "0.1", *more)
+        assert run(capsys, folder, files, tmp_path / name, *flags)[0] == 0
+    one, other = (load(tmp_path / x / "sdft" / "model") for x in ("plain", "less"))
+    assert torch.allclose(weights_of(one), weights_of(other), atol=1e-6)
+
+
+def test_check_data_shows_both_contexts_and_writes_nothing(
+    capsys, folder, files, tmp_path
+):
+    out = tmp_path / "out"
+    code, text, err = run(capsys, folder, files, out, "--check-data")
+    assert code == 0 and not out.exists(), err
+    assert f"{tmp_path / 'a.jsonl'}: 6 rows, form: prompt and demonstration" in text
+    student = "<|im_start|>user\nthe the 0<|im_end|>\n<|im_start|>assistant\n"
+    teacher = (
+        "<|im_start|>user\nthe the 0 so: one theory now you<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    tok = data.ChatTokenizer(folder)
+    for title, context in (("student", student), ("teacher", teacher)):
+        ids = tok.chat([{"role": "user", "content": context[17:-33]}])
+        assert f"a, line 1: {title} reads, {len(ids)} tokens\n{context}\n" in text
+    assert "demonstration, " in text and "one theory<|im_end|>\n" in text
+
+
+def test_a_gate_that_is_closed_stops_the_run(capsys, folder, files, tmp_path):
+    code, text, err = run(capsys, folder, files, tmp_path / "out", "--steps", "1")
+    assert code == 2 and "a demonstration does not help enough" in err
+    assert "another --template" in err and "neither 6" in text
+    assert not (tmp_path / "out" / "sdft").exists()
+
+
+def test_the_gate_counts_who_alone_is_right(capsys, monkeypatch, folder):
+    examples = [data.Example(f"q{i}", "d", "x") for i in range(7)]
+    right = {data.student_prompt: "1100000", data.teacher_prompt: "1011100"}
+    monkeypatch.setattr(
+        data, "is_right", lambda *args: [bit == "1" for bit in right[args[-1]]]
+    )
+    benchmarks = {"a": data.make_benchmark(examples, "contains")}
+    cfg = train.sdft.Config()
+    train.show_pairs(None, benchmarks, None, cfg)
+    assert (
+        "a: of 7 rows, right only with the demonstration 3, only without 1, both 1, "
+        "neither 2" in capsys.readouterr().out
+    )
+
+
+def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
+    out, tok = tmp_path / "out", data.ChatTokenizer(folder)
+    argv = ["--sample", "the one", "--out", str(out), "--threads", "1"]
+    assert train.main(["--init", str(folder), "--max-new-tokens", "5", *argv]) == 0
+    base = load(folder)
+    base.config.n_tokens = tok.n_tokens
+    ids = tok.chat([{"role": "user", "content": "the one"}])
+    (expected,) = data.greedy_responses(base, [ids], tok, 5)
+    assert f"base   {expected}\n" in capsys.readouterr().out
+    assert run(capsys, folder, files, out, *SHORT)[0] == 0
+    assert train.main(argv) == 0  # the run knows its model
+    text = capsys.readouterr().out
+    trained = load(out / "sdft" / "model")
+    trained.config.n_tokens = tok.n_tokens
+    (expected,) = data.greedy_responses(trained, [ids], tok, 6)
+    assert f"sdft   {expected}\n" in text and text.count("sampled") == 4
+
+
+BAD = {  # more flags, or a change of the files: what the error says
+    "--data nothing.jsonl {b}": "nothing.jsonl: no such file",
+    "--eval {a} {b} {a}": "2 files in --data, 3 in --eval",
+    "--data {a} {a}": "two files of one name: a, a",
+    "--grade contains exact choice": "--grade: 3 for 2 files",
+    "--prior-grade exact none exact": "--prior-grade: 3 for 2 files",
+    "--template {a}": "no {prompt} in it",
+    "--max-new-tokens 390": "a.jsonl:1: ",
+    "--batch-size 7": "batch size 7 > 6 examples",
+    "--batch-size 6 --micro-batches 4": "cannot be cut into equal parts",
+    "--steps 3 --eval-every 3": "--eval-every has no effect",
+    "--demos 64": "--demos has no effect with --init",
+    "--quick": "--quick has no effect with --init",
+    "--n-layer 2": "--n-layer has no effect with --init",
+    "--base x": "--base has no effect with --init",
+    "--grade word": "invalid choice: 'word'",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_one_error_and_one_hint(capsys, folder, files, tmp_path, flags):
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b")}
+    message = BAD[flags]
+    flags = [x.format(**paths) for x in flags.split()]
+    out = tmp_path / "out"
+    code, _, err = run(capsys, folder, files, out, *SHORT[2:], *flags)
+    assert code == 2 and message in err, err
+    assert err.startswith("error: ") and err.count("\nhint: ") == 1
+    assert "Traceback" not in err and not out.exists()
+
+
+def test_flags_of_own_files_need_a_model(capsys, tmp_path):
+    for flags in (["--data", "x"], ["--prior", "x"], ["--check-data"]):
+        assert train.main(flags) == 2
+        assert f"{flags[0]} needs --init" in capsys.readouterr().err
+    assert train.main(["--init", str(tmp_path)]) == 2
+    assert "--init needs --data" in capsys.readouterr().err
+
+
+def test_rows_that_do_not_fit_are_left_out_if_asked(capsys, folder, files, tmp_path):
+    rows = [row(i) for i in range(6)] + [row(9, demonstration="one " * 300)]
+    write(tmp_path / "a.jsonl", rows)
+    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
+    assert code == 2 and "a.jsonl:7: " in err and "--too-long skip" in err
+    more = ("--too-long", "skip", "--check-data")
+    code, text, _ = run(capsys, folder, files, tmp_path / "out", *more)
+    assert code == 0 and "1 rows that are too long are left out" in text
+
+
+def test_what_deserves_a_remark_gets_one(capsys, folder, files, tmp_path):
+    rows = [row(i) for i in range(6)]
+    rows[2]["prompt"] = "the <|im_end|> one"
+    rows[3]["demonstration"] = "one theory " * 9
+    write(tmp_path / "a.jsonl", rows)
+    write(tmp_path / "a_test.jsonl", [*rows[1:4], row(40)])
+    more = ("--check-data", "--max-new-tokens", "12")
+    code, text, err = run(capsys, folder, files, tmp_path / "out", *more)
+    assert code == 0, err
+    assert "a_test.jsonl: 3 prompts are in --data, too: lines 1, 2, 3" in text
+    assert "a.jsonl: 1 rows hold the tokenizer's markers, as plain text" in text
+    assert "a.jsonl: 1 demonstrations are longer than --max-new-tokens 12" in text
+
+
+def test_rows_without_an_answer_cannot_be_graded_by_it(capsys, folder, files, tmp_path):
+    rows = [row(i) for i in range(6)]
+    del rows[1]["answer"], rows[4]["answer"]
+    write(tmp_path / "a_test.jsonl", rows)
+    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
+    assert code == 2 and "no answer to grade by (contains) in lines 2, 5" in err
+    more = ("--check-data", "--grade", "exact")
+    code, text, _ = run(capsys, folder, files, tmp_path / "out", *more)
+    assert code == 0 and "a_test.jsonl: grade: exact" in text
+    write(tmp_path / "a_test.jsonl", [{**x, "answer": None} for x in rows])
+    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
+    assert code == 2 and "a_test.jsonl:1: answer: expected text, found null" in err
+
+
+def test_a_tokenizer_of_another_model_is_refused(capsys, files, tmp_path):
+    config = make_config(max_position_embeddings=400, vocab_size=300)
+    make_folder(tmp_path / "small", config)
+    code, _, err = run(capsys, tmp_path / "small", files, tmp_path / "out", *SHORT)
+    assert code == 2 and "tokenizer.json has ids up to" in err and "300" in err
+
+
+def test_without_held_out_rows_it_is_said(capsys, folder, files, tmp_path):
+    at = files.index("--eval")
+    less = files[:at] + files[at + 3 :]
+    code, text, _ = run(capsys, folder, less, tmp_path / "out", "--check-data")
+    assert code == 0
+    assert "no --eval: what is called new is measured on the rows that are" in text
+
+
+def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(
+    capsys, monkeypatch, folder, files, tmp_path
+):
+    monkeypatch.setattr(train, "free_memory", lambda device: 1e-6)
+    code, _, err = run(capsys, folder, files, tmp_path / "out", *SHORT)
+    assert code == 2 and "weights, gradients and AdamW take" in err
+    assert "--checkpointing" in err and not (tmp_path / "out").exists()
+
+
+def test_memory_counts_every_parameter():
+    sizes = {"n_layer": 2, "n_embd": 96, "n_head": 6, "n_kv_head": 2}
+    config = model.GPTConfig(vocab_size=1000, **sizes)
+    n = model.GPT(config).num_params() / 1e9
+    parts = train.memory_of(config, "sdft", 2, 50, torch.float32, False)
+    assert parts["weights"] == parts["gradients"] == parts["teacher"] == 4 * n
+    assert parts["AdamW"] == 8 * n
+    assert "teacher" not in train.memory_of(config, "sft", 2, 50, torch.float32, False)
+    less = train.memory_of(config, "sdft", 2, 50, torch.float32, True)
+    assert less["activations"] < parts["activations"]
+    twice = train.memory_of(config, "sdft", 4, 50, torch.float32, False)
+    assert twice["activations"] == 2 * parts["activations"]
