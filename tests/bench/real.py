@@ -89,7 +89,8 @@ def make_rows(task, seed, demos, work):
 def run_cell(folder, task, label, seed, args):
     """Train and measure one cell; returns what is known of it."""
     variant, template, demos, flags = CELLS[task][label]
-    work = args.work / f"{task} {label} {seed}".replace(" ", "_")
+    name = f"{'quick ' * args.quick}{task} {label} {seed}".replace(" ", "_")
+    work = args.work / name
     rows = make_rows(task, seed, demos, work)
     (work / "template.txt").write_text(TEMPLATES[template], encoding="utf-8")
     method = flags.split()[1]
@@ -150,9 +151,8 @@ def load(folder, tokenizer=None):
 
 def examples_of(rows):
     return [
-        data.Example(row["prompt"], row.get("demonstration", ""), answer, i)
+        data.Example(row["prompt"], row.get("demonstration", ""), row["answer"], i)
         for i, row in enumerate(rows)
-        for answer in [row["answer"]]
     ]
 
 
@@ -187,8 +187,8 @@ def measure(folder, saved, rows, args):
     prior = prior_rows(folder, args)
     gpt, tok = load(saved)
     base, _ = load(folder)
-    train, held_out = ([r for r in part] for part in rows)
-    # one trained wording of each fact, or a third of the people
+    train, held_out = rows
+    # one trained wording of each fact, or a third of the parts
     train_texts, train_right = respond(gpt, tok, train[::3])
     texts, right = respond(gpt, tok, held_out)
     prior_texts, prior_right = respond(gpt, tok, prior)
@@ -206,21 +206,27 @@ def measure(folder, saved, rows, args):
     }  # fmt: skip
 
 
+@torch.no_grad()
 def prior_rows(folder, args):
-    """The general questions that the base answers rightly. Made once."""
+    """The general questions that the base answers rightly, among all or the first
+    --questions. Each is asked once; what is known is kept after every 48."""
+    rows = real_data.make_prior()[: 24 if args.quick else args.questions]
     known = read_results()
-    if "prior" not in known:
-        gpt, tok = load(folder)
-        rows = real_data.make_prior()
-        _, right = respond(gpt, tok, rows)
-        known["prior"] = [r["prompt"] for r, ok in zip(rows, right, strict=True) if ok]
-        known["candidates"] = len(rows)
+    right = known.setdefault("prior", {})  # prompt: does the base get it right?
+    unknown = [row for row in rows if row["prompt"] not in right]
+    gpt, tok = load(folder) if unknown else (None, None)
+    for i in range(0, len(unknown), 48):
+        part = unknown[i : i + 48]
+        texts, ok = respond(gpt, tok, part)
+        right.update(zip((row["prompt"] for row in part), ok, strict=True))
         write_results(known)
-    kept = set(known["prior"])
-    rows = [row for row in real_data.make_prior() if row["prompt"] in kept]
-    if len(rows) != len(kept):
-        sys.exit(f"error: {RESULTS} has other questions\nhint: delete its prior")
-    return rows[:16] if args.quick else rows
+        for row, text, good in zip(part, texts, ok, strict=True):
+            if args.what == "prior" and not good:
+                print(f"wrong: {row['prompt']} {row['answer']}  {text!r}", flush=True)
+    kept = [row for row in rows if right[row["prompt"]]]
+    if args.what == "prior":
+        print(f"the base gets {len(kept)} of {len(rows)} questions right")
+    return kept
 
 
 @torch.no_grad()
@@ -333,6 +339,8 @@ def main():
     parser.add_argument("what", choices=choices)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="LABEL", help="some of the cells")
+    parser.add_argument("--questions", type=int, metavar="N",
+                        help="general questions to ask (default: all)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "out-real")
     parser.add_argument("--keep", action="store_true", help="keep the models")
@@ -347,8 +355,7 @@ def main():
     if args.what == "gate":
         gates(args.folder, args)
     elif args.what == "prior":
-        n = len(prior_rows(args.folder, args))
-        print(f"the base gets {n} of {read_results()['candidates']} questions right")
+        prior_rows(args.folder, args)
     elif args.what == "tokens":
         tokens(args.folder, args)
     elif args.what in TASKS:
