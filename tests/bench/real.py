@@ -38,7 +38,7 @@ import model  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results" / "real.json"
 N_TOKENS = 24  # longest response, everywhere
-KL_ROWS = 64  # prior questions on which KL(student || base) is measured
+KL_ROWS = 32  # prior questions on which KL(student || base) is measured
 EVAL_ROWS = 4  # held-out rows that train.py itself looks at: its gate, its log
 
 # ---- Templates and candidates: what the gate is measured on ------------------------
@@ -267,10 +267,11 @@ def tokens(folder, args):
     there, and what the teacher would have written."""
     base, tok = load(folder)
     gpt = load(args.model)[0] if args.model else base
-    for task in TASKS:
-        _, held_out = TASKS[task](args.seeds[0])
+    for task in args.only or TASKS:
+        _, held_out = TASKS[task](args.seeds[0], DEMOS[task])
         for name in args.templates:
             tok.template = TEMPLATES[name]
+            # (greedily, the model would show its likeliest path alone)
             examples = examples_of(held_out[:: len(held_out) // 3][:3])
             bare = data.pad_batch(data.student_prompt, examples, tok, "cpu")
             shown = data.pad_batch(data.teacher_prompt, examples, tok, "cpu")
@@ -338,7 +339,8 @@ def main():
     choices = ("gate", "prior", *TASKS, "tables", "tokens")
     parser.add_argument("what", choices=choices)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="some of the cells")
+    parser.add_argument("--only", nargs="+", metavar="LABEL",
+                        help="some of the cells; of tokens: facts or rule")
     parser.add_argument("--questions", type=int, metavar="N",
                         help="general questions to ask (default: all)")
     parser.add_argument("--threads", type=int, default=1)
