@@ -38,7 +38,6 @@ import model  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results" / "real.json"
 N_TOKENS = 24  # longest response, everywhere
-KL_ROWS = 32  # prior questions on which KL(student || base) is measured
 EVAL_ROWS = 4  # held-out rows that train.py itself looks at: its gate, its log
 
 # ---- Templates and candidates: what the gate is measured on ------------------------
@@ -196,8 +195,8 @@ def measure(folder, saved, rows, args):
     return {
         "train": share(train_right), "held_out": share(right),
         "prior": share(prior_right), "json_on_prior": share(record),
-        "prior_questions": len(prior),
-        "kl_on_prior": kl_on(prior[:KL_ROWS], gpt, base, tok),
+        "prior_questions": len(prior), "kl_rows": min(args.kl_rows, len(prior)),
+        "kl_on_prior": kl_on(prior[: args.kl_rows], gpt, base, tok),
         "responses": [
             (train[0]["prompt"], train_texts[0]), (held_out[0]["prompt"], texts[0]),
             (held_out[-1]["prompt"], texts[-1]),
@@ -329,8 +328,9 @@ def show_tables(task=None):
         capabilities = {c["machine"]["capability"] for c in cells}
         threads = {c["machine"]["threads"] for c in cells}
         print(f"\nCPU capability {', '.join(sorted(capabilities))}, torch "
-              f"{cells[0]['machine']['torch']}, threads {threads}; prior: "
-              f"{cells[0]['prior_questions']} questions")
+              f"{cells[0]['machine']['torch']}, threads {threads}; general questions "
+              + ", ".join(sorted({f"{c['prior_questions']} (KL: {c['kl_rows']})"
+                                  for c in cells})))
 
 
 def main():
@@ -343,6 +343,8 @@ def main():
                         help="some of the cells; of tokens: facts or rule")
     parser.add_argument("--questions", type=int, metavar="N",
                         help="general questions to ask (default: all)")
+    parser.add_argument("--kl-rows", type=int, default=64, metavar="N",
+                        help="of these, for KL(student || base) (default: 64)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "out-real")
     parser.add_argument("--keep", action="store_true", help="keep the models")
