@@ -105,7 +105,10 @@ PAIRS = {  # a question with a place in it: "word answer, word answer, ..."
         "Belgium Brussels, Canada Ottawa, Peru Lima, Chile Santiago, Cuba Havana, "
         "Thailand Bangkok, Iran Tehran, Iraq Baghdad, Turkey Ankara, Ukraine Kyiv, "
         "Romania Bucharest, Bulgaria Sofia, Australia Canberra, Indonesia Jakarta, "
-        "Vietnam Hanoi, Scotland Edinburgh",
+        "Vietnam Hanoi, Scotland Edinburgh, Mongolia Ulaanbaatar, Nepal Kathmandu, "
+        "Morocco Rabat, Ghana Accra, Ecuador Quito, Colombia Bogota|Bogotá, Venezuela "
+        "Caracas, Pakistan Islamabad, Lebanon Beirut, Syria Damascus, Latvia Riga, "
+        "Estonia Tallinn, Serbia Belgrade",
     "On which continent is {}?":
         "France Europe, Germany Europe, Italy Europe, Spain Europe, Norway Europe, "
         "Japan Asia, China Asia, India Asia, Thailand Asia, Vietnam Asia, Kenya "
@@ -128,7 +131,9 @@ PAIRS = {  # a question with a place in it: "word answer, word answer, ..."
         "goose geese, cat cats, dog dogs, house houses, box boxes, city cities, baby "
         "babies, leaf leaves, knife knives, car cars, tree trees, book books, fox "
         "foxes, party parties, table tables, church churches, story stories, wolf "
-        "wolves",
+        "wolves, bird birds, apple apples, river rivers, window windows, glass "
+        "glasses, dish dishes, country countries, lady ladies, hero heroes, potato "
+        "potatoes, life lives, ox oxen, chair chairs, brush brushes, family families",
     'What is the past tense of the verb "{}"?':
         "go went, see saw, eat ate, run ran, write wrote, take took, give gave, come "
         "came, sing sang, drink drank, buy bought, think thought, walk walked, play "
