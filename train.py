@@ -266,12 +266,12 @@ def check_gate(args, base, tasks, tok, cfg):
     if not graded:
         say("teacher gate: not measured, nothing new is graded (--grade)")
         return None
-    gate = data.teacher_gate(base, graded, tok, cfg.max_new_tokens)
+    measure = paired_gate if args.init else data.teacher_gate
+    gate = measure(base, graded, tok, cfg.max_new_tokens)
     say(f"teacher gate: base model on the new skills: accuracy {gate['student']:.2f} "
         f"without a demonstration, {gate['teacher']:.2f} with one")
     hint = "train the base longer (--base-steps), or lower --gate-margin to see why"
     if args.init:
-        show_pairs(base, graded, tok, cfg)
         hint = ("another --template; demonstrations in plain sentences, with their "
                 "reasons; a larger model; or lower --gate-margin to see why")
     if gate["teacher"] - gate["student"] < args.gate_margin:
@@ -1160,17 +1160,21 @@ def plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype):
     say(f"warning: that is more than is free: {hint}")
 
 
-def show_pairs(base, benchmarks, tok, cfg):
-    """The gate, example by example: who alone is right?"""
+def paired_gate(base, benchmarks, tok, max_new_tokens):
+    """data.teacher_gate, and row by row: which does only the teacher get right?"""
+    gate = {"student": 0.0, "teacher": 0.0}
     for name, benchmark in benchmarks.items():
         student, teacher = (
-            data.is_right(base, benchmark, tok, cfg.max_new_tokens, prompt)
+            data.is_right(base, benchmark, tok, max_new_tokens, prompt)
             for prompt in (data.student_prompt, data.teacher_prompt)
         )
         pairs = list(zip(student, teacher, strict=True))
         say(f"  {name}: of {len(pairs)} rows, right only with the demonstration "
             f"{pairs.count((False, True))}, only without {pairs.count((True, False))}, "
             f"both {pairs.count((True, True))}, neither {pairs.count((False, False))}")
+        gate["student"] += sum(student) / len(pairs) / len(benchmarks)
+        gate["teacher"] += sum(teacher) / len(pairs) / len(benchmarks)
+    return gate
 
 
 # ---- Device and processes ----------------------------------------------------------

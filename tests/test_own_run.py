@@ -205,8 +205,8 @@ def test_the_gate_counts_who_alone_is_right(capsys, monkeypatch, folder):
         data, "is_right", lambda *args: [bit == "1" for bit in right[args[-1]]]
     )
     benchmarks = {"a": data.make_benchmark(examples, "contains")}
-    cfg = train.sdft.Config()
-    train.show_pairs(None, benchmarks, None, cfg)
+    gate = train.paired_gate(None, benchmarks, None, 9)
+    assert gate == {"student": 2 / 7, "teacher": 4 / 7}
     assert (
         "a: of 7 rows, right only with the demonstration 3, only without 1, both 1, "
         "neither 2" in capsys.readouterr().out
