@@ -127,11 +127,10 @@ def whole_run(args, stop):
 
     # what there is to learn, and what there is to forget
     if args.init:
-        tok, stages, tasks = read_own(args, world_size)
+        tok, config, stages, tasks = read_own(args, world_size)
         if args.check_data:
             return None
         world, base_cfg = None, None
-        config = own_config(args, tok)
     else:
         tok, world = data.Tokenizer(), data.World(args.seed)
         stages = {
@@ -918,12 +917,11 @@ def free_name(folder):
 
 
 def read_own(args, world_size):
-    """All files of a user: the tokenizer, and stages and tasks as the tiny world has
-    them. What depends on their number goes into args.defaults. Raises ValueError that
-    names every bad line."""
-    tok = data.ChatTokenizer(Path(args.init))
-    tok.template = read_template(args.template)
-    block_size = model.config_from_folder(Path(args.init)).block_size
+    """All files of a user: tokenizer, GPTConfig, and stages and tasks as the tiny world
+    has them. What depends on their number goes into args.defaults. Raises ValueError
+    that names every bad line."""
+    tok, config = read_folder(args.init)
+    tok.template, block_size = read_template(args.template), config.block_size
     files = args.data if args.eval is None else [*args.data, *args.eval]
     names = [Path(path).stem for path in args.data]
     if len(set(names)) < len(names):
@@ -970,7 +968,7 @@ def read_own(args, world_size):
                 f"{passes:.1f} passes over its {len(stage)} rows")
     for name, stage in stages.items():
         show_contexts(name, stage[0], tok)
-    return tok, stages, tasks
+    return tok, config, stages, tasks
 
 
 def read_template(path):
@@ -988,6 +986,8 @@ def read_template(path):
 
 def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
     """The rows of a file that fit. Says what was found."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder", "a file of JSON lines")
     if not Path(path).is_file():
         folder = Path(path).absolute().parent
         names = os.listdir(folder) if folder.is_dir() else []
@@ -996,7 +996,8 @@ def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
             f"{path}: no such file in {folder}",
             f"did you mean {near[0]}?" if near else "is the path right?",
         )
-    examples, remarks = data.read_examples(path, needs_demo)
+    hint = 'the forms of a row stand in the README, "Your own model and data"'
+    examples, remarks = hinted(hint, data.read_examples, path, needs_demo)
     texts = (f"{e.earlier}{e.prompt}{e.demo}" for e in examples)
     marked = sum(bool(tok.markers.search(text)) for text in texts)
     if marked:
@@ -1080,16 +1081,29 @@ def show_contexts(name, example, tok):
     say("---")
 
 
-def own_config(args, tok):
-    """The GPTConfig of a folder, with as many tokens as its tokenizer has."""
-    config = model.config_from_folder(Path(args.init))
+def hinted(hint, action, *args):
+    """action(*args), with a hint for what is wrong in a user's files."""
+    try:
+        return action(*args)
+    except (ValueError, FileNotFoundError) as error:
+        raise UserError(str(error), hint) from None
+
+
+def read_folder(folder):
+    """Tokenizer and GPTConfig of a folder, with as many tokens as the tokenizer has."""
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder", "--init FOLDER, of a real model")
+    hint = ("an instruct model of Llama's shape (SmolLM2, Qwen2.5) with config.json, "
+            "model.safetensors, tokenizer.json and tokenizer_config.json")
+    tok = hinted(hint, data.ChatTokenizer, Path(folder))
+    config = hinted(hint, model.config_from_folder, Path(folder))
     if tok.n_tokens > config.vocab_size:
         raise UserError(
-            f"{args.init}: tokenizer.json has ids up to {tok.n_tokens - 1}, "
+            f"{folder}: tokenizer.json has ids up to {tok.n_tokens - 1}, "
             f"config.json a vocabulary of {config.vocab_size}",
             "they are of different models",
         )
-    return replace(config, n_tokens=tok.n_tokens)
+    return tok, replace(config, n_tokens=tok.n_tokens)
 
 
 def memory_of(config, method, rows, n_tokens, dtype, checkpointing):
@@ -1591,8 +1605,8 @@ def show_sample(args, device, dtype):
     for method in methods:
         paths[method] = Path(args.out) / method / "checkpoint.pt"
     if args.init and not any(path.exists() for path in paths.values()):
-        tok = data.ChatTokenizer(Path(args.init))
-        gpt = GPT(own_config(args, tok)).to(device)
+        tok, config = read_folder(args.init)
+        gpt = GPT(config).to(device)
         gpt.dtype = dtype
         model.load_folder(Path(args.init), gpt)
         n = args.max_new_tokens or REAL["max_new_tokens"]
@@ -1625,7 +1639,7 @@ def show_sample(args, device, dtype):
         real = saved["note"].get("init")
         if args.init and Path(args.init).absolute() != base:
             raise UserError(f"{path.parent} started from {base}", f"--init {base}")
-        tok = data.ChatTokenizer(base) if real else data.Tokenizer()
+        tok = read_folder(base)[0] if real else data.Tokenizer()
         gpt = GPT(GPTConfig(**saved["config"])).to(device)
         gpt.dtype = dtype
         skills = saved["note"].get("skills", data.SKILLS)

@@ -233,6 +233,9 @@ def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
 
 BAD = {  # more flags, or a change of the files: what the error says
     "--data nothing.jsonl {b}": "nothing.jsonl: no such file",
+    "--data {a} {dir}": "is a folder",
+    "--init {dir}/nothing": "nothing: no such folder",
+    "--init {dir}": "tokenizer.json: no such file\nhint: an instruct model of Llama's",
     "--eval {a} {b} {a}": "2 files in --data, 3 in --eval",
     "--data {a} {a}": "two files of one name: a, a",
     "--grade contains exact choice": "--grade: 3 for 2 files",
@@ -253,7 +256,7 @@ BAD = {  # more flags, or a change of the files: what the error says
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_is_one_error_and_one_hint(capsys, folder, files, tmp_path, flags):
     paths = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b")}
-    message = BAD[flags]
+    paths["dir"], message = tmp_path, BAD[flags]
     flags = [x.format(**paths) for x in flags.split()]
     out = tmp_path / "out"
     code, _, err = run(capsys, folder, files, out, *SHORT[2:], *flags)
