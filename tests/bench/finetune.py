@@ -18,7 +18,9 @@ from variants import Modules, changes_of
 
 import train
 
-QUICK = {"steps": 2, "batch_size": 8, "log_every": 1}  # of every run
+# of every cell with --quick: it shows that all runs, and no effect
+QUICK = {"steps": 2, "batch_size": 8, "log_every": 1, "max_new_tokens": 8}
+QUICK_BASE = ["--quick", "--base-steps", "8"]
 WATCHED = {"new": 100, "prior": 40}  # queries of an evaluation on the way
 
 
@@ -52,7 +54,7 @@ def base(seed, folder, quick, flags="", variants=""):
     variants: of its corpus."""
     m, work = Modules(changes_of(variants) if variants else []), folder.parents[1]
     argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
-    args = m.train.parse_args(argv + ["--quick"] * quick)
+    args = m.train.parse_args(argv + QUICK_BASE * quick)
     device, _ = train.choose_device("auto")
     world, tok = m.data.World(seed), m.data.Tokenizer()
     config, cfg = m.train.base_settings(args, 1)
@@ -64,7 +66,8 @@ def base(seed, folder, quick, flags="", variants=""):
     seconds = m.train.get_base(args, path, config, cfg, model, world, tok, stop, bar)
     model.eval()
     tasks = make_tasks(m, world, seed, "ABC", "terms", quick)
-    result = probes.measure(model, model, model, tasks, tok, 16, seed, quick)
+    n = QUICK["max_new_tokens"] if quick else 16
+    result = probes.measure(model, model, model, tasks, tok, n, seed, quick)
     result["seconds"] = {"train": seconds}
     result["machine"] = describe(model)
     result["parameters"] = model.num_params()
@@ -101,7 +104,7 @@ def run(
     m = Modules(changes_of(variants) if variants else [])
     trainer, tok, world = getattr(m, method), m.data.Tokenizer(), m.data.World(seed)
     if quick:
-        settings |= {**QUICK, "eval_every": min(1, settings.get("eval_every", 0))}
+        settings |= {**QUICK, "eval_every": QUICK["steps"]}
     cfg = trainer.Config(seed=seed, **settings)
     stages = {s: m.data.make_demos(world, s, 2048, seed, distance) for s in skills}
     tasks = make_tasks(m, world, seed, skills, distance, quick)
@@ -123,7 +126,7 @@ def run(
     student.eval()
     result = probes.measure(student, model, teacher, tasks, tok, n, seed, quick)
     few = stages[skills[0]]
-    timed = 1 if quick else 4
+    timed = 0 if quick else 4
     work = probes.work_of_update(trainer, student, few, tok, cfg, *extra, timed=timed)
     updates, written = cfg.steps * len(stages), method == "sdft"
     rows = train.read_metrics(way.folder)

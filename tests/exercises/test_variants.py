@@ -292,6 +292,19 @@ def test_answer_only_demonstrations_are_the_others_without_their_term():
             assert answer.answer == whole.answer and answer.prompt == whole.prompt
 
 
+def test_three_in_ten_demonstrations_of_a_readers_corpus_lack_their_thought():
+    m = Modules(changes_of("reads-answers"))
+    tok, world = m.data.Tokenizer(), m.data.World(3)
+    corpus = m.data.make_base_corpus(world, tok, 3000, 3)
+    terms = {word for name, (term, _) in m.data.OPERATIONS.items()
+             for word in (name, term)}  # fmt: skip
+    shown = [e.shown.replace(":", " ").split() for e in corpus if e.shown]
+    bare = sum(terms.isdisjoint(words) for words in shown) / len(shown)
+    assert 0.26 < bare < 0.34, bare
+    responses = [e.demo.replace(":", " ").split() for e in corpus]
+    assert not any(terms.isdisjoint(words) for words in responses), "no thought at all"
+
+
 def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
                                                                      monkeypatch):
     """dft changes sft.py, which makes the base: its key is the project's own."""
