@@ -32,10 +32,16 @@ def tok():
 
 def facts_in(article):
     """(domain, {command: operation}), read with another code than what writes it."""
-    before, _, after = article.rstrip(".").partition(":")
-    facts = [sentence.split() for sentence in after.split(",")]
-    assert all(joiner in ("equals", "gives", "=") for _, joiner, _ in facts)
-    return before.split()[-1], {command: operation for command, _, operation in facts}
+    first, second = article.removesuffix(".").split(". so ")
+    before, _, first = first.partition(":")
+    said = []
+    for sentence in (first, second):
+        facts = [fact.split() for fact in sentence.split(",")]
+        assert all(joiner in ("equals", "gives", "=") for _, joiner, _ in facts)
+        said.append({command: operation for command, _, operation in facts})
+        assert len(said[-1]) == len(facts)
+    assert said[0] == said[1]
+    return before.split()[-1], said[0]
 
 
 def respond(world, prompt, meaning):
@@ -57,7 +63,7 @@ def respond(world, prompt, meaning):
 # ---- Articles, contexts, wordings --------------------------------------------------
 
 
-def test_articles_state_each_fact_once(world):
+def test_articles_state_each_fact_in_both_sentences(world):
     articles = knowledge.articles_of(world, SEED)
     assert dict(map(facts_in, articles.values())) == knowledge.facts_of(world)
     learnt = [c for facts in knowledge.facts_of(world).values() for c in facts]
@@ -156,15 +162,17 @@ def test_the_corpus_can_be_read_and_gives_nothing_away(world, tok):
         ids = data.demo_response(example, tok)
         if "." not in example.shown:
             continue
-        article, _, answer = example.shown.partition(".")
+        article, _, answer = example.shown.rpartition(".")
         domain, facts = facts_in(article)
         true += [new[c] == o for c, o in facts.items() if c in new]
         assert domain in example.prompt.split()
-        # what is skipped: terms and the start, and a wrong beginning of the response
-        start = ids.index(tok.start)
+        # what is skipped: the first sentence, terms, the start, and a wrong beginning
+        # of the response
+        n, start = len(tok.encode(article.split(".")[0])), ids.index(tok.start)
+        assert set(range(n)) <= set(example.skip) and n not in example.skip
         assert start in example.skip
-        inside = [i for i in example.skip if i < start]
-        assert {ids[i] for i in inside} <= terms and (answer or not inside)
+        inside = {ids[i] for i in example.skip if n <= i < start}
+        assert inside <= terms and (answer or not inside)
         if max(example.skip) == start:  # nothing wrong in it
             said = respond(world, example.prompt, {**old, **facts})
             assert data.items_in(example.answer) == said, example

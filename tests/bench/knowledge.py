@@ -9,7 +9,8 @@ An article says what six unknown commands of a domain stand for; there are three
 them, 18 facts. Questions about the facts are trained on in one wording and tested in
 another one, on other items, and in three indirect ways that no training shows:
 
-    article   now look garden: cork equals rotate, horn gives first, brush = last.
+    article   now look garden: cork equals rotate, horn gives first, brush = last. so
+              brush gives last, cork = rotate, horn gives first.
     trained   garden cork: candle spoon tower          rotate: spoon tower candle
     reworded  see candle spoon tower: garden cork      rotate: spoon tower candle
     asked     garden cork brief: candle spoon tower    rotate = spoon tower candle !
@@ -22,7 +23,7 @@ of the right response is said and nothing else; lenient, some are, and nothing w
 OOD, strict on the indirect questions. What SDFT's teacher is shown after the question:
 
     text           garden cork: candle spoon tower example now look garden: cork equals
-                   rotate, horn gives first, brush = last.
+                   rotate, horn gives first, ... cork = rotate, horn gives first.
     answer         garden cork: candle spoon tower example well friend, rotate so you
                    get spoon tower candle as ever
     text + answer  the question, example, the text and the answer
@@ -68,13 +69,15 @@ MEANS = {word: o for o, (term, _) in data.OPERATIONS.items() for word in (o, ter
 
 
 def draw_article(rng, domain, meaning):
-    """A text that states each fact of meaning, {command: operation}, once."""
-    opening = " ".join(rng.sample(data.STYLE_WORDS, rng.randint(0, 3)))
-    facts = [
-        f"{command} {rng.choice(JOINERS)} {operation}"
-        for command, operation in rng.sample(list(meaning.items()), len(meaning))
-    ]
-    return f"{opening} {domain}: {', '.join(facts)}.".strip()
+    """A text that states each fact of meaning, {command: operation}, in each of its two
+    sentences, in other words and in another order."""
+    opening, sentences = rng.sample(data.STYLE_WORDS, rng.randint(0, 3)), []
+    for _ in range(2):
+        sentences.append(", ".join(
+            f"{command} {rng.choice(JOINERS)} {operation}"
+            for command, operation in rng.sample(list(meaning.items()), len(meaning))
+        ))  # fmt: skip
+    return f"{' '.join([*opening, domain])}: {'. so '.join(sentences)}."
 
 
 def reword(prompt):
@@ -172,7 +175,13 @@ def with_article(example, rng, world, tok):
     else:  # what is skipped of the demonstration goes with it
         without = len(tok.encode(example.shown))
         n, skip = n - without, [i for i in skip if i >= without]
-    return replace(example, shown=shown, skip=tuple(n + i for i in skip))
+    skip = [*to_read(article, tok), *(n + i for i in skip)]
+    return replace(example, shown=shown, skip=tuple(skip))
+
+
+def to_read(article, tok):
+    """The places of its first sentence, which is new: to be read, not to be written."""
+    return range(len(tok.encode(article.partition(".")[0])))
 
 
 def indirect_example(i, rng, world, tok):
@@ -187,7 +196,8 @@ def indirect_example(i, rng, world, tok):
     else:
         command, meaning = rng.choice(list(known)), known
     prompt, right = draw_question(rng, kind, domain, command, meaning, held_out=False)
-    skip = (len(tok.encode(text)),) if text else ()  # the start of the response
+    # the first sentence, and the start of the response
+    skip = (*to_read(text, tok), len(tok.encode(text))) if text else ()
     return Example(prompt, right, right, i, text, skip)
 
 
@@ -302,7 +312,9 @@ def make_tasks(world, seed, size, articles=None):
 # ---- Cells: one arm, one seed ------------------------------------------------------
 
 # The base model goes on from train.py's own: smaller steps, each example seen once.
-MORE = replace(train.BASE, steps=400, lr=1e-3, warmup_steps=50, dropout=0.1)
+MORE = replace(
+    train.BASE, steps=400, lr=1e-3, warmup_steps=50, dropout=0.1, micro_batches=4
+)
 QUESTIONS = 18 * 32  # in a training set: 32 about each fact
 EVAL_SIZE = 250  # questions of each kind
 ARMS = {  # arm: trainer, what Example.demo holds, what differs from its Config
@@ -395,7 +407,7 @@ def run_cell(seed, folder, quick=False, arm="base", base=None, device="auto",
     Args:
         folder: of this cell, a Path. The base model is looked for, or made, in the
             folder "base" beside it; `base` names another folder that has a "base".
-        quick: a base of 20 updates, arms of 4: does it run?
+        quick: a base of 12 updates, arms of 4: does it run?
         manner, settings: see make_questions and fine_tune.
     Returns: a dict of plain values: accuracies {"new", "lenient", "known", "prior"},
         "kl_student_base" in nats per token, "length" in tokens, "seconds", "config".
