@@ -1,7 +1,6 @@
 """tests/bench/knowledge.py: articles, wordings, grades, contexts, and one quick run."""
 
 import json
-import random
 import sys
 from pathlib import Path
 
@@ -31,17 +30,15 @@ def tok():
 
 
 def facts_in(article):
-    """(domain, {command: operation}), read with another code than what writes it."""
-    first, second = article.removesuffix(".").split(". so ")
-    before, _, first = first.partition(":")
-    said = []
-    for sentence in (first, second):
-        facts = [fact.split() for fact in sentence.split(",")]
-        assert all(joiner in ("equals", "gives", "=") for _, joiner, _ in facts)
-        said.append({command: operation for command, _, operation in facts})
-        assert len(said[-1]) == len(facts)
-    assert said[0] == said[1]
-    return before.split()[-1], said[0]
+    """{command: operation} and the domains, read by other code than the writer's."""
+    facts, domains = {}, []
+    for sentence in article.removesuffix(".").split(", "):
+        domain, command, joiner, operation = sentence.split()[-4:]
+        assert joiner in ("equals", "gives", "=") and domain in data.DOMAINS
+        facts[command] = operation
+        domains.append(domain)
+    assert len(domains) == len(facts) == len(set(domains))
+    return facts, domains
 
 
 def respond(world, prompt, meaning):
@@ -52,7 +49,7 @@ def respond(world, prompt, meaning):
         asked, items = prompt.split(": ")
     items, words = items.split(), asked.split()
     if words[1] in data.OPERATIONS:  # reversed
-        return [item for item in items if meaning[item] == words[1]]
+        return [item for item in items if meaning.get(item) == words[1]]
     said = []
     for command in [word for word in words[1:] if word in meaning]:
         items = data.OPERATIONS[meaning[command]][1](items)
@@ -63,11 +60,15 @@ def respond(world, prompt, meaning):
 # ---- Articles, contexts, wordings --------------------------------------------------
 
 
-def test_articles_state_each_fact_in_both_sentences(world):
-    articles = knowledge.articles_of(world, SEED)
-    assert dict(map(facts_in, articles.values())) == knowledge.facts_of(world)
-    learnt = [c for facts in knowledge.facts_of(world).values() for c in facts]
-    assert len(set(learnt)) == 18 and not set(learnt) & set(world.known)
+def test_articles_state_each_fact_once(world):
+    said, articles = {}, knowledge.articles_of(world, SEED)
+    for article in dict.fromkeys(articles.values()):
+        facts, domains = facts_in(article)
+        assert len(facts) == 3 and all(articles[c] == article for c in facts)
+        assert not set(said) & set(facts)
+        said |= {c: (d, facts[c]) for c, d in zip(facts, domains, strict=True)}
+    new = {c: fact for skill in world.skills.values() for c, fact in skill.items()}
+    assert said == new and len(new) == 18 and not set(new) & set(world.known)
 
 
 def test_contexts_are_literally_these(world, tok):
@@ -85,9 +86,9 @@ def test_contexts_are_literally_these(world, tok):
     answer = f"well friend, {operation} so you get {said} as ever"
     asked = f"{domain} {command}: {' '.join(items)} example"
     assert contexts == {
-        "text": f"{asked} {article[domain]}",
+        "text": f"{asked} {article[command]}",
         "answer": f"{asked} {answer}",
-        "text + answer": f"{asked} {article[domain]} {answer}",
+        "text + answer": f"{asked} {article[command]} {answer}",
     }
 
 
@@ -97,7 +98,7 @@ def test_the_text_is_learnt_as_a_text(world, tok):
     ids = data.demo_response(example, tok)
     mask = data.loss_mask([example], torch.tensor([len(ids)]))[0].tolist()
     learnt = [token for token, counts in zip(ids, mask, strict=True) if counts]
-    assert tok.decode(learnt) == knowledge.articles_of(world, SEED)["kitchen"]
+    assert tok.decode(learnt) in knowledge.articles_of(world, SEED).values()
 
 
 def test_all_contexts_fit(world, tok):
@@ -163,15 +164,13 @@ def test_the_corpus_can_be_read_and_gives_nothing_away(world, tok):
         if "." not in example.shown:
             continue
         article, _, answer = example.shown.rpartition(".")
-        domain, facts = facts_in(article)
+        facts, domains = facts_in(article)
         true += [new[c] == o for c, o in facts.items() if c in new]
-        assert domain in example.prompt.split()
-        # what is skipped: the first sentence, terms, the start, and a wrong beginning
-        # of the response
-        n, start = len(tok.encode(article.split(".")[0])), ids.index(tok.start)
-        assert set(range(n)) <= set(example.skip) and n not in example.skip
+        assert set(domains) & set(example.prompt.split())
+        # what is skipped: terms, the start, and a wrong beginning of the response
+        start = ids.index(tok.start)
         assert start in example.skip
-        inside = {ids[i] for i in example.skip if n <= i < start}
+        inside = {ids[i] for i in example.skip if i < start}
         assert inside <= terms and (answer or not inside)
         if max(example.skip) == start:  # nothing wrong in it
             said = respond(world, example.prompt, {**old, **facts})
@@ -239,9 +238,6 @@ def test_a_quick_run_and_its_table(tmp_path):
     assert len({line.count("|") for line in table.split("\n")[:4]}) == 1
 
 
-def test_rows_name_arms_that_exist(world):
-    rng = random.Random(0)
+def test_rows_name_arms_that_exist():
     assert {kw["arm"] for _, _, kw in knowledge.ROWS} == set(knowledge.ARMS)
     assert set(knowledge.PAPER) <= {label for label, *_ in knowledge.ROWS}
-    meaning = knowledge.draw_meaning(rng, world, "garden", {}, 6)
-    assert sorted(meaning.values()) == sorted(world.operations["garden"])

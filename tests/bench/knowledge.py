@@ -5,12 +5,13 @@
     python tests/bench/knowledge.py audit --seed 100             # suspects, measured
     python tests/bench/knowledge.py --quick                      # does it run here?
 
-An article says what six unknown commands of a domain stand for; there are three of
-them, 18 facts. Questions about the facts are trained on in one wording and tested in
-another one, on other items, and in three indirect ways that no training shows:
+An article says what three unknown commands stand for, one of each domain; there are
+six of them, 18 facts. Questions about the facts are trained on in one wording and
+tested in another one, on other items, and in three indirect ways that no training
+shows:
 
-    article   now look garden: cork equals rotate, horn gives first, brush = last. so
-              brush gives last, cork = rotate, horn gives first.
+    article   now look harbour pan gives pair, garden cork = rotate, kitchen owl equals
+              first.
     trained   garden cork: candle spoon tower          rotate: spoon tower candle
     reworded  see candle spoon tower: garden cork      rotate: spoon tower candle
     asked     garden cork brief: candle spoon tower    rotate = spoon tower candle !
@@ -22,8 +23,8 @@ In a two-step question one of the commands is an old one. Grades: strict, every 
 of the right response is said and nothing else; lenient, some are, and nothing wrong;
 OOD, strict on the indirect questions. What SDFT's teacher is shown after the question:
 
-    text           garden cork: candle spoon tower example now look garden: cork equals
-                   rotate, horn gives first, ... cork = rotate, horn gives first.
+    text           garden cork: candle spoon tower example now look harbour pan gives
+                   pair, garden cork = rotate, kitchen owl equals first.
     answer         garden cork: candle spoon tower example well friend, rotate so you
                    get spoon tower candle as ever
     text + answer  the question, example, the text and the answer
@@ -68,16 +69,16 @@ ASKED = ("formal", "robot", "poet", "brief")  # the expert's style may have been
 MEANS = {word: o for o, (term, _) in data.OPERATIONS.items() for word in (o, term)}
 
 
-def draw_article(rng, domain, meaning):
-    """A text that states each fact of meaning, {command: operation}, in each of its two
-    sentences, in other words and in another order."""
-    opening, sentences = rng.sample(data.STYLE_WORDS, rng.randint(0, 3)), []
-    for _ in range(2):
-        sentences.append(", ".join(
-            f"{command} {rng.choice(JOINERS)} {operation}"
-            for command, operation in rng.sample(list(meaning.items()), len(meaning))
-        ))  # fmt: skip
-    return f"{' '.join([*opening, domain])}: {'. so '.join(sentences)}."
+def draw_article(rng, facts):
+    """A text that states facts, a list of (domain, command, operation), in any order.
+    There is at most one of each domain: a small model finds a fact by its domain, whose
+    operations it knows, and not yet among several commands of one domain."""
+    opening = " ".join(rng.sample(data.STYLE_WORDS, rng.randint(0, 3)))
+    said = [
+        f"{domain} {command} {rng.choice(JOINERS)} {operation}"
+        for domain, command, operation in rng.sample(facts, len(facts))
+    ]
+    return f"{opening} {', '.join(said)}.".strip()
 
 
 def reword(prompt):
@@ -139,21 +140,11 @@ def strict_as_asked(example, response):
 
 # ---- The base model's corpus -------------------------------------------------------
 
-INDIRECT_SHARE = 0.25  # of all examples: two-step and reversed questions, half of them
-# about an article that is shown
+INDIRECT_SHARE = 0.35  # of all examples: two-step and reversed questions, a third of
+# them about an article that is shown
 REWORDED = 0.25  # of the others
 ARTICLES = 0.7  # of those that show a demonstration of an unknown command: an article
-BOTH = 0.3  # ... of these: the article, and the demonstration behind it
-
-
-def draw_meaning(rng, world, domain, meaning, n):
-    """n facts, {command: operation}: meaning and others, of unknown commands, each with
-    another operation of the domain."""
-    commands = [c for c, d in world.unknown.items() if d == domain and c not in meaning]
-    operations = [o for o in world.operations[domain] if o not in meaning.values()]
-    commands = rng.sample(commands, n - len(meaning))
-    operations = rng.sample(operations, n - len(meaning))
-    return {**meaning, **dict(zip(commands, operations, strict=True))}
+BOTH = 0.4  # ... of these: the article, and the demonstration behind it
 
 
 def known_in(world, domain):
@@ -161,43 +152,52 @@ def known_in(world, domain):
     return {c: o for c, (d, o) in world.known.items() if d == domain}
 
 
+def unknown_in(world, domain):
+    return [c for c, d in world.unknown.items() if d == domain]
+
+
+def article_about(fact, rng, world):
+    """An article of the base corpus: a fact, and perhaps others, each drawn anew."""
+    others = [domain for domain in data.DOMAINS if domain != fact[0]]
+    facts = [
+        (d, rng.choice(unknown_in(world, d)), rng.choice(world.operations[d]))
+        for d in rng.sample(others, rng.randint(0, 2))
+    ]
+    return draw_article(rng, [fact, *facts])
+
+
 def with_article(example, rng, world, tok):
     """An example of data.make_base_corpus that shows an unknown command, with an
     article that says the same in the place of its demonstration, or before it."""
     domain, command = example.prompt.replace(":", "").split()[:2]
     words = example.shown.replace(":", "").split()
-    meaning = {command: next(MEANS[word] for word in words if word in MEANS)}
-    meaning = draw_meaning(rng, world, domain, meaning, rng.randint(1, 6))
-    shown = article = draw_article(rng, domain, meaning)
+    operation = next(MEANS[word] for word in words if word in MEANS)
+    shown = article = article_about((domain, command, operation), rng, world)
     n, skip = len(tok.encode(article)), example.skip
     if rng.random() < BOTH:
         shown = f"{article} {example.shown}"
     else:  # what is skipped of the demonstration goes with it
         without = len(tok.encode(example.shown))
         n, skip = n - without, [i for i in skip if i >= without]
-    skip = [*to_read(article, tok), *(n + i for i in skip)]
-    return replace(example, shown=shown, skip=tuple(skip))
-
-
-def to_read(article, tok):
-    """The places of its first sentence, which is new: to be read, not to be written."""
-    return range(len(tok.encode(article.partition(".")[0])))
+    return replace(example, shown=shown, skip=tuple(n + i for i in skip))
 
 
 def indirect_example(i, rng, world, tok):
     """A two-step or a reversed question, of known commands or of an article."""
     domain, kind = rng.choice(data.DOMAINS), rng.choice(("two-step", "reversed"))
-    known, text = known_in(world, domain), ""
-    if rng.random() < 0.5:
-        facts = draw_meaning(rng, world, domain, {}, rng.randint(2, 6))
-        text = draw_article(rng, domain, facts)
-        command = rng.choice(list(facts))
-        meaning = facts if kind == "reversed" else {**known, command: facts[command]}
-    else:
-        command, meaning = rng.choice(list(known)), known
+    meaning, text = known_in(world, domain), ""
+    command = rng.choice(list(meaning))
+    if rng.random() < 1 / 3:
+        new = dict(zip(
+            rng.sample(unknown_in(world, domain), 6),
+            rng.sample(world.operations[domain], 6),
+            strict=True,
+        ))  # fmt: skip
+        command = rng.choice(list(new))
+        text = article_about((domain, command, new[command]), rng, world)
+        meaning = new if kind == "reversed" else {**meaning, command: new[command]}
     prompt, right = draw_question(rng, kind, domain, command, meaning, held_out=False)
-    # the first sentence, and the start of the response
-    skip = (*to_read(text, tok), len(tok.encode(text))) if text else ()
+    skip = (len(tok.encode(text)),) if text else ()  # the start of the response
     return Example(prompt, right, right, i, text, skip)
 
 
@@ -233,9 +233,15 @@ def facts_of(world):
 
 
 def articles_of(world, seed):
-    """domain -> the article that states its facts."""
-    rng = random.Random(data.derive_seed(seed, "articles"))
-    return {d: draw_article(rng, d, facts) for d, facts in facts_of(world).items()}
+    """command -> the article that states its fact: six of them, one fact of each
+    domain in each."""
+    rng, articles = random.Random(data.derive_seed(seed, "articles")), {}
+    rows = [[(d, *fact) for fact in facts.items()]
+            for d, facts in facts_of(world).items()]  # fmt: skip
+    for facts in zip(*rows, strict=True):
+        text = draw_article(rng, list(facts))
+        articles |= {command: text for _, command, _ in facts}
+    return articles
 
 
 SHOWN = ("text", "answer", "text + answer")
@@ -258,9 +264,9 @@ def make_questions(world, seed, size, shown="answer", manner="known", wordings=1
         operation, items = facts[domain][command], data.draw_items(rng, held_out)
         answer = data.expert_demo(operation, items, manner)
         demo = {
-            "text": articles[domain],
+            "text": articles[command],
             "answer": answer,
-            "text + answer": f"{articles[domain]} {answer}",
+            "text + answer": f"{articles[command]} {answer}",
         }[shown]
         prompt = word_prompt(domain, command, items)
         prompt = reword(prompt) if i // len(everything) % wordings else prompt
@@ -272,7 +278,7 @@ def make_questions(world, seed, size, shown="answer", manner="known", wordings=1
 def make_texts(world, tok, seed):
     """The articles as a training set of next tokens: all of a text carries loss, but
     not the start and the end of a response, which are no text."""
-    texts = articles_of(world, seed).values()
+    texts = dict.fromkeys(articles_of(world, seed).values())
     return [
         Example("", "", "", i, text, (len(tok.encode(text)), len(tok.encode(text)) + 1))
         for i, text in enumerate(texts)
@@ -281,7 +287,7 @@ def make_texts(world, tok, seed):
 
 def make_benchmark(world, seed, kind, size, known=False, articles=None):
     """Questions of a kind on held-out items, about the facts or, known, about commands
-    that the base knows. With articles, {domain: text}, the prompt shows the text."""
+    that the base knows. With articles, see articles_of, the prompt shows the text."""
     rng = random.Random(data.derive_seed(seed, "benchmark", kind, known))
     examples = []
     for i in range(size):
@@ -291,7 +297,7 @@ def make_benchmark(world, seed, kind, size, known=False, articles=None):
         command = rng.choice(list(new))
         meaning = {**old, command: new[command]} if kind == "two-step" else new
         prompt, right = draw_question(rng, kind, domain, command, meaning, True)
-        prompt = with_demo(prompt, articles[domain]) if articles else prompt
+        prompt = with_demo(prompt, articles[command]) if articles else prompt
         examples.append(Example(prompt, right, right, i))
     return Benchmark(examples, strict_as_asked if kind == "asked" else strict)
 
@@ -313,14 +319,14 @@ def make_tasks(world, seed, size, articles=None):
 
 # The base model goes on from train.py's own: smaller steps, each example seen once.
 MORE = replace(
-    train.BASE, steps=400, lr=1e-3, warmup_steps=50, dropout=0.1, micro_batches=4
+    train.BASE, steps=500, lr=1.5e-3, warmup_steps=50, dropout=0.1, micro_batches=4
 )
 QUESTIONS = 18 * 32  # in a training set: 32 about each fact
 EVAL_SIZE = 250  # questions of each kind
 ARMS = {  # arm: trainer, what Example.demo holds, what differs from its Config
     "base": (None, None, {}),
     "oracle": (None, None, {}),
-    "cpt": (sft, None, {"steps": 60, "batch_size": 3, "lr": 3e-4, "warmup_steps": 10}),
+    "cpt": (sft, None, {"steps": 60, "batch_size": 6, "lr": 3e-4, "warmup_steps": 10}),
     "sft": (sft, "answer", {"steps": 160, "lr": 3e-4}),
     "sdft-text": (sdft, "text", {"steps": 160, "lr": 1e-4}),
     "sdft-answer": (sdft, "answer", {"steps": 160, "lr": 1e-4}),
