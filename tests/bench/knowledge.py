@@ -3,6 +3,7 @@
     python tests/bench/knowledge.py --seed 100                   # all rows of the table
     python tests/bench/knowledge.py --seed 100 --row "SDFT text" # one of them, to read
     python tests/bench/knowledge.py audit --seed 100             # suspects, measured
+    python tests/bench/knowledge.py rates --seed 100             # for choosing rates
     python tests/bench/knowledge.py --quick                      # does it run here?
 
 An article says what three unknown commands stand for, one of each domain; there are
@@ -321,6 +322,11 @@ def make_tasks(world, seed, size, articles=None):
 MORE = replace(
     train.BASE, steps=500, lr=1.5e-3, warmup_steps=50, dropout=0.1, micro_batches=4
 )
+RATES = {  # that were tried, on seeds that no result reports
+    "cpt": (1e-4, 3e-4, 1e-3),
+    "sft": (1e-4, 3e-4, 6e-4),
+    "sdft": (5e-5, 1e-4, 2e-4, 4e-4),
+}
 QUESTIONS = 18 * 32  # in a training set: 32 about each fact
 EVAL_SIZE = 250  # questions of each kind
 ARMS = {  # arm: trainer, what Example.demo holds, what differs from its Config
@@ -712,7 +718,8 @@ def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="See the top of this file."
     )
-    parser.add_argument("what", nargs="?", choices=("table", "audit"), default="table")
+    whats = ("table", "rates", "audit")
+    parser.add_argument("what", nargs="?", choices=whats, default="table")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--row", choices=[label for label, *_ in ROWS], nargs="+")
     parser.add_argument("--quick", action="store_true", help="far too short: runs it?")
@@ -724,6 +731,12 @@ def main(argv):
         print(*(audit(seed, out, args.quick) for seed in args.seed), sep="\n\n")
         return
     rows = [row for row in ROWS if not args.row or row[0] in args.row]
+    if args.what == "rates":
+        rows = [
+            (f"{label} {lr:g}", n, {**kwargs, "lr": lr})
+            for label, n, kwargs in rows
+            for lr in RATES.get(kwargs["arm"].split("-")[0], ())
+        ]
     results = run_rows(rows, args.seed, out, args.quick)
     print(f"claim: {claim}\nfails if {fails_if}\n\n{make_table(results)}")
     if args.draw:
