@@ -213,8 +213,8 @@ def base_settings(args, world_size):
 
 def find_base(args, config, cfg, world, tok, dtype):
     """Where the base model is, or will be when it is made."""
-    if args.base or args.init:
-        return Path(args.base or args.init)
+    if fixed := args.base or getattr(args, "init", None):
+        return Path(fixed)
     # the key does not depend on the number of processes, or on what is recorded
     cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
     key = base_key(config, cfg, world, tok, dtype)
@@ -224,7 +224,7 @@ def find_base(args, config, cfg, world, tok, dtype):
 def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took to make, now or earlier."""
-    if args.init:
+    if getattr(args, "init", None):
         model.load_folder(path, student)
         say(f"base model: {student.num_params():,} parameters, from {path}")
         return 0.0

@@ -938,7 +938,7 @@ def test_no_text_becomes_a_marker(tmp_path, content):
     ids = tok.chat(messages)
     markers = [i for i in ids if i >= 336]
     assert markers == [337, 338] * 3 + [337]
-    whole = tok.template.render(messages=messages, add_generation_prompt=True)
+    whole = tok.chat_template.render(messages=messages, add_generation_prompt=True)
     assert tok.decode(ids) == unicodedata.normalize("NFC", whole)
     # the text of a message is encoded together with the template's around it
     assert ids[1 : ids.index(338)] == tok.encode(f"user\n{content}")
