@@ -1,19 +1,25 @@
-"""tests/bench/knowledge.py: articles, wordings, grades, contexts, and one quick run."""
+"""tests/bench/knowledge.py: articles, wordings, grades, contexts, the audit. A quick
+run of its cells is in test_paper.py."""
 
-import json
+import inspect
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "bench"))
+HERE = Path(__file__).parent
+for path in (HERE / "exercises", HERE / "bench"):
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
 
-import knowledge
+import knowledge  # noqa: E402
+from experiments import EXPERIMENTS  # noqa: E402
 
-import data
-from data import Example
-from model import GPTConfig
+import data  # noqa: E402
+from data import Example  # noqa: E402
+from model import GPTConfig  # noqa: E402
 
 SEED = 1
 ANSWER = "rotate: spoon tower candle"
@@ -30,10 +36,13 @@ def tok():
 
 
 def facts_in(article):
-    """{command: operation} and the domains, read by other code than the writer's."""
+    """{command: operation} and the domains, read by other code than the writer's. A
+    demonstration may stand in front; the last sentences are facts."""
     facts, domains = {}, []
     for sentence in article.removesuffix(".").split(", "):
-        domain, command, joiner, operation = sentence.split()[-4:]
+        domain, command, joiner, operation = (["", "", ""] + sentence.split())[-4:]
+        if joiner not in ("equals", "gives", "=") and not facts:
+            continue  # of the demonstration
         assert joiner in ("equals", "gives", "=") and domain in data.DOMAINS
         facts[command] = operation
         domains.append(domain)
@@ -88,7 +97,7 @@ def test_contexts_are_literally_these(world, tok):
     assert contexts == {
         "text": f"{asked} {article[command]}",
         "answer": f"{asked} {answer}",
-        "text + answer": f"{asked} {article[command]} {answer}",
+        "answer + text": f"{asked} {answer} {article[command]}",
     }
 
 
@@ -106,7 +115,7 @@ def test_all_contexts_fit(world, tok):
         len(data.teacher_prompt(example, tok))
         for manner in data.DISTANCES
         for example in knowledge.make_questions(
-            world, SEED, 180, "text + answer", manner
+            world, SEED, 180, "answer + text", manner
         )
     )
     assert longest + 40 <= GPTConfig().block_size  # 40: the longest cap of the audit
@@ -158,13 +167,16 @@ def test_the_corpus_can_be_read_and_gives_nothing_away(world, tok):
     new = {c: o for facts in knowledge.facts_of(world).values()
            for c, o in facts.items()}  # fmt: skip
     terms = {tok.encode(term)[0] for term, _ in data.OPERATIONS.values()}
-    true, read, kinds = [], 0, set()
+    true, read, both, kinds = [], 0, 0, set()
     for example in corpus:
         ids = data.demo_response(example, tok)
         if "." not in example.shown:
             continue
-        article, _, answer = example.shown.rpartition(".")
-        facts, domains = facts_in(article)
+        facts, domains = facts_in(example.shown)
+        named = [word for word in example.shown.replace(":", "").split()
+                 if word.strip(",.") in knowledge.MEANS]  # fmt: skip
+        answer = len(named) > len(facts)
+        both += answer
         true += [new[c] == o for c, o in facts.items() if c in new]
         assert set(domains) & set(example.prompt.split())
         # what is skipped: terms, the start, and a wrong beginning of the response
@@ -177,7 +189,7 @@ def test_the_corpus_can_be_read_and_gives_nothing_away(world, tok):
             assert data.items_in(example.answer) == said, example
             read += 1
             kinds.add((example.prompt[:4] == "see ", " then " in example.prompt))
-    assert read > 500 and len(kinds) == 3
+    assert read > 500 and both > 200 and len(kinds) == 3
     assert 0.1 < sum(true) / len(true) < 0.25  # a sixth, by chance: no fact is taught
     asked = [example for example in corpus if not example.shown]
     for example in asked:  # without a text, only known commands are asked indirectly
@@ -210,34 +222,57 @@ def test_grades(response, strict, lenient):
 
 
 def test_the_judge_is_audited(world):
-    text = knowledge.audit_judge(world, SEED)
-    assert text == "accepted: right 1.00, of another fact 0.00"
+    assert knowledge.judged(world, SEED) == [1.0, 0.0]
 
 
-# ---- A quick run -------------------------------------------------------------------
+# ---- The audit ---------------------------------------------------------------------
 
 
-def test_a_quick_run_and_its_table(tmp_path):
-    results = {}
-    for label, arm in (("base", "base"), ("SDFT text + answer", "sdft-both")):
-        folder = tmp_path / arm
-        cell = knowledge.run_cell(SEED, folder, True, arm)
-        assert json.loads(json.dumps(cell)) == cell  # plain values
-        results[label] = [cell]
-    base, sdft = results["base"][0], results["SDFT text + answer"][0]
-    assert set(base["gate"]) == {"nothing", *knowledge.SHOWN}
-    assert base["kl_student_base"] == pytest.approx(0, abs=1e-6)
-    assert sdft["kl_student_base"] > 0
-    assert set(sdft["new"]) == set(sdft["known"]) == set(knowledge.KINDS)
-    again = knowledge.run_cell(SEED, tmp_path / "sdft-both", True, "sdft-both")
-    for key in ("new", "known", "prior", "kl_student_base", "length"):
-        assert again[key] == sdft[key]  # nothing is trained twice
-    table = knowledge.make_table(results)
-    assert "| SDFT text + answer | 1 | 89 / 100 / 98 |" in table
-    assert "Gate, the base shown: nothing" in table
-    assert len({line.count("|") for line in table.split("\n")[:4]}) == 1
+@pytest.mark.parametrize("off", [0, 1])
+def test_rows_one_place_off_are_seen(off, tok, world, monkeypatch):
+    """A model that is sure of each token at its row, or at the row behind."""
+    rng = torch.Generator().manual_seed(SEED)
+    response = torch.randint(0, tok.n_tokens, (36, 9), generator=rng)  # (B, R)
+    mask = torch.ones_like(response, dtype=torch.bool)
+    rows = torch.nn.functional.one_hot(response.roll(off, 1), tok.n_tokens)  # (B, R, V)
+    model = SimpleNamespace(logits=lambda hidden: hidden)
+    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (response, mask))
+    monkeypatch.setattr(knowledge, "response_hidden", lambda *_: rows[mask])
+    examples = knowledge.make_questions(world, SEED, 36, "answer + text")
+    for before, own, behind in knowledge.hits(model, model, examples, tok).values():
+        assert (own, behind) == ((1.0, pytest.approx(0, abs=0.05)) if off == 0
+                                 else (pytest.approx(0, abs=0.05), 1.0))  # fmt: skip
+        assert before < 0.05
+
+
+def test_duplicates_are_counted_by_items_in_common(world, tok, monkeypatch):
+    """A student who knows nothing but what it was trained on, word for word."""
+    asked = knowledge.make_benchmark(world, SEED, "reworded", 60)
+    trained = {}
+    for e in knowledge.make_questions(world, SEED, knowledge.QUESTIONS):
+        command, items = e.prompt.split(": ")
+        trained.setdefault(command, []).append(set(items.split()))
+    near = []
+    for e in asked.examples:
+        items, command = e.prompt.removeprefix("see ").split(": ")
+        near.append(max(len(set(items.split()) & each) for each in trained[command]))
+    assert len(set(near)) > 1
+    texts = [e.answer if n == max(near) else "hm"
+             for e, n in zip(asked.examples, near, strict=True)]  # fmt: skip
+    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (None, None))
+    monkeypatch.setattr(knowledge.probes, "texts_of", lambda *_: texts)
+    found = knowledge.by_duplicates(None, world, SEED, asked, tok)
+    assert found == {
+        str(n): [float(n == max(near)), near.count(n)] for n in sorted(set(near))
+    }
 
 
 def test_rows_name_arms_that_exist():
-    assert {kw["arm"] for _, _, kw in knowledge.ROWS} == set(knowledge.ARMS)
-    assert set(knowledge.PAPER) <= {label for label, *_ in knowledge.ROWS}
+    specs = [row[2] for name in ("knowledge", "audit")
+             for row in EXPERIMENTS[name]["rows"]]  # fmt: skip
+    arms = {spec["arm"] for spec in specs if "arm" in spec}
+    assert arms == set(knowledge.ARMS)
+    asked = inspect.signature(knowledge.run).parameters
+    for spec in specs:
+        for key in set(spec) - {"run"} - set(asked):
+            assert hasattr(knowledge.sdft.Config(), key), f"{key} is no setting"

@@ -38,7 +38,8 @@ TOK = data.Tokenizer()
 
 def kind(spec):
     """Cells of one kind run the same code."""
-    return json.dumps([spec.get(name) for name in ("run", "method", "variants")])
+    arm = spec.get("arm", "").split(" ")[0]
+    return json.dumps([arm, *(spec.get(key) for key in ("run", "method", "variants"))])
 
 
 @pytest.fixture(scope="module")

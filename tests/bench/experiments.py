@@ -14,6 +14,7 @@ REPORT = TWENTY[:6]
 # ---- Specs -------------------------------------------------------------------------
 
 BASE = {"run": "finetune:base"}
+TEXTS = {"run": "knowledge:base", "base": BASE}
 
 
 def cell(method, lr, variants="", **settings):
@@ -57,6 +58,12 @@ def frozen(variants="", lr="9e-5", **settings):
     return sdft(lr, variants, teacher="frozen", **settings)
 
 
+def facts(arm, lr=None, **settings):
+    """A cell of knowledge.py, on the base that reads texts."""
+    rate = {} if lr is None else {"lr": float(lr)}
+    return {"run": "knowledge:run", "base": TEXTS, "arm": arm, **rate, **settings}
+
+
 def train_py(flags):
     return {"run": "finetune:train_py", "base": BASE, "flags": flags}
 
@@ -70,6 +77,10 @@ def estimate(spec):
     """About how many core-seconds a cell takes."""
     if spec["quick"]:
         return 8
+    if spec["run"] == "knowledge:run":
+        method = spec["arm"].split()[0]
+        each = {"cpt": 0.06, "oracle": 0}.get(method) or SECONDS.get(method, 0)
+        return spec.get("steps", 160) * each + SECONDS["measure"]
     if spec["run"] != "finetune:run":
         return SECONDS["base"]
     stages = len(spec.get("skills", "A"))
@@ -135,6 +146,7 @@ def spent(cell, goal):
     }
 
 
+INDIRECT = ("asked", "two-step", "reversed")
 PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
 READ = {
     "new": new,
@@ -144,6 +156,14 @@ READ = {
         name: lambda c, name=name: accuracy(c, "prior", name)
         for name in PRIOR
     },
+    "strict": lambda c: accuracy(c, "new", "reworded"),
+    "lenient": lambda c: accuracy(c, "lenient", "reworded"),
+    "OOD": lambda c: mean(accuracy(c, "new", kind) for kind in INDIRECT),
+    **{
+        kind: lambda c, kind=kind: accuracy(c, "new", kind)
+        for kind in ("trained", *INDIRECT)
+    },
+    "known, OOD": lambda c: mean(accuracy(c, "known", kind) for kind in INDIRECT),
     "gate": lambda c: c["gate"],
     "length": lambda c: mean(row["length"] for row in c["new"].values()),
     "prior length": lambda c: mean(row["length"] for row in c["prior"].values()),
@@ -245,6 +265,24 @@ POLICIES = {"sdft": "", "offpolicy": "offpolicy", "imitate": "offpolicy,imitate"
 NEAR = ("own", "known")  # demonstrations nearer to the model than "terms"
 TAUS = (0.03, 0.3, 1.0, 3.0)
 
+FACT_RATES = {  # by arm of knowledge.py; the first one is that of the audit
+    "sdft answer + text": ("1e-4", "2e-4", "4e-4"),
+    "sft": ("3e-4", "1e-4", "6e-4"),
+    "sdft answer": ("1e-4",),
+    "sdft text": ("1e-4",),
+    "cpt": ("3e-4", "1e-3"),
+}
+AUDIT = {  # what is changed: settings of knowledge.run, for one method or for both
+    "as it is": {"both": {}},
+    "a quarter of the updates": {"both": {"steps": 40}},
+    "twice the updates": {"both": {"steps": 320}},
+    "both wordings trained": {"both": {"wordings": 2}},
+    "4 questions a fact": {"both": {"questions": 72}},
+    "demonstrations in its own style": {"both": {"manner": "own"}},
+    "EMA .01": {"sdft": {"ema_rate": 0.01}},
+    "frozen teacher": {"sdft": {"teacher": "frozen"}},
+}
+
 EXPERIMENTS = {
     "default": {
         "claim": "SFT forgets skill after skill, SDFT keeps them (Fig. 3); both "
@@ -328,6 +366,36 @@ EXPERIMENTS = {
         "columns": ("after own stage", "new", "worst skill", "prior", "gate",
                     "KL(student || base)", "KL(teacher || base)",
                     "last KL(student || teacher)"),
+    },
+    "knowledge": {
+        "claim": "strict / lenient / OOD: base 0 / 0 / 0, with the text in its prompt "
+        "91 / 100 / 100, CPT 9 / 37 / 7, SFT 80 / 95 / 80, SDFT whose teacher is shown "
+        "text and answer 89 / 100 / 98, the text alone 75 strict (Table 1, Fig. 7)",
+        "fails if": "in the mean over seeds and each at its best rate in strict, SDFT "
+        "shown answer + text is not above SFT in strict or in OOD, or is not above "
+        "SDFT shown the text alone in strict; or CPT is not the lowest that is trained",
+        "seeds": REPORT[:5],
+        "rows": [
+            ("base", 5, TEXTS),
+            ("base + text", 5, facts("oracle")),
+            *((f"{arm} {lr}", 5, facts(arm, lr))
+              for arm, rates in FACT_RATES.items() for lr in rates),
+        ],
+        "columns": ("strict", "lenient", "OOD", "trained", *INDIRECT, "known, OOD",
+                    "prior", "own_style", "KL(student || base)"),
+    },
+    "audit": {
+        "claim": "what else could explain a difference of SDFT and SFT on facts",
+        "fails if": "with one of these changes, SDFT less SFT in strict or in OOD, in "
+        "the mean over seeds, has another sign than in the first two rows",
+        "seeds": REPORT[:3],
+        "rows": [
+            (f"{method}, {what}", 3, facts(arm, FACT_RATES[arm][0], **settings))
+            for what, of in AUDIT.items()
+            for method, arm in (("sdft", "sdft answer + text"), ("sft", "sft"))
+            if (settings := of.get(method, of.get("both"))) is not None
+        ],
+        "columns": ("trained", "strict", "OOD", "prior", "KL(student || base)"),
     },
     "forgetting": {
         "claim": "three skills in sequence, 0 the base and 1 the best of both: SDFT "

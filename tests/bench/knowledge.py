@@ -1,10 +1,6 @@
 """New facts from a text: the paper's knowledge acquisition (Table 1, Fig. 7), small.
 
-    python tests/bench/knowledge.py --seed 100                   # all rows of the table
-    python tests/bench/knowledge.py --seed 100 --row "SDFT text" # one of them, to read
-    python tests/bench/knowledge.py audit --seed 100             # suspects, measured
-    python tests/bench/knowledge.py rates --seed 100             # for choosing rates
-    python tests/bench/knowledge.py --quick                      # does it run here?
+Its cells, for paper.py: base, the model that reads texts, and run, one of ARMS.
 
 An article says what three unknown commands stand for, one of each domain; there are
 six of them, 18 facts. Questions about the facts are trained on in one wording and
@@ -28,7 +24,8 @@ OOD, strict on the indirect questions. What SDFT's teacher is shown after the qu
                    pair, garden cork = rotate, kitchen owl equals first.
     answer         garden cork: candle spoon tower example well friend, rotate so you
                    get spoon tower candle as ever
-    text + answer  the question, example, the text and the answer
+    answer + text  the question, example, the answer and the text. In this order the
+                   answer stands where the base has always read demonstrations.
 
 The base model is train.py's own, which then goes on with a corpus that has articles
 (what a command stands for is drawn anew for each), reworded and indirect questions in
@@ -36,29 +33,25 @@ it. So it can read an article in its context and do with a known command all tha
 asked of a new one; the table says how well.
 """
 
-import argparse
 import copy
-import json
+import os
 import random
-import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import mean
 
+import finetune
+import probes
 import torch
+from variants import Modules
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exercises")]
-from variants import Modules  # noqa: E402
-
-import data  # noqa: E402
-import sdft  # noqa: E402
-import sft  # noqa: E402
-import train  # noqa: E402
-from data import Benchmark, Example, with_demo, word_prompt  # noqa: E402
-from model import GPT, generate, response_hidden  # noqa: E402
+import data
+import sdft
+import sft
+import train
+from data import Benchmark, Example, with_demo, word_prompt
+from model import GPT, GPTConfig, response_hidden
 
 # ---- What is asked, and what is right ----------------------------------------------
 
@@ -145,7 +138,7 @@ INDIRECT_SHARE = 0.35  # of all examples: two-step and reversed questions, a thi
 # them about an article that is shown
 REWORDED = 0.25  # of the others
 ARTICLES = 0.7  # of those that show a demonstration of an unknown command: an article
-BOTH = 0.4  # ... of these: the article, and the demonstration behind it
+BOTH = 0.4  # ... of these: the demonstration, and the article behind it
 
 
 def known_in(world, domain):
@@ -169,18 +162,22 @@ def article_about(fact, rng, world):
 
 def with_article(example, rng, world, tok):
     """An example of data.make_base_corpus that shows an unknown command, with an
-    article that says the same in the place of its demonstration, or before it."""
+    article that says the same in the place of its demonstration, or behind it."""
     domain, command = example.prompt.replace(":", "").split()[:2]
     words = example.shown.replace(":", "").split()
     operation = next(MEANS[word] for word in words if word in MEANS)
-    shown = article = article_about((domain, command, operation), rng, world)
-    n, skip = len(tok.encode(article)), example.skip
+    article = article_about((domain, command, operation), rng, world)
+    # places in the demonstration, and behind it in the response
+    n = len(tok.encode(example.shown))
+    inside = [i for i in example.skip if i < n]
+    behind = [i - n for i in example.skip if i >= n]
+    shown = article
     if rng.random() < BOTH:
-        shown = f"{article} {example.shown}"
+        shown = f"{example.shown} {article}"
     else:  # what is skipped of the demonstration goes with it
-        without = len(tok.encode(example.shown))
-        n, skip = n - without, [i for i in skip if i >= without]
-    return replace(example, shown=shown, skip=tuple(n + i for i in skip))
+        inside = []
+    skip = (*inside, *(len(tok.encode(shown)) + i for i in behind))
+    return replace(example, shown=shown, skip=skip)
 
 
 def indirect_example(i, rng, world, tok):
@@ -245,7 +242,7 @@ def articles_of(world, seed):
     return articles
 
 
-SHOWN = ("text", "answer", "text + answer")
+SHOWN = ("text", "answer", "answer + text")
 
 
 def make_questions(world, seed, size, shown="answer", manner="known", wordings=1,
@@ -267,7 +264,7 @@ def make_questions(world, seed, size, shown="answer", manner="known", wordings=1
         demo = {
             "text": articles[command],
             "answer": answer,
-            "text + answer": f"{articles[command]} {answer}",
+            "answer + text": f"{answer} {articles[command]}",
         }[shown]
         prompt = word_prompt(domain, command, items)
         prompt = reword(prompt) if i // len(everything) % wordings else prompt
@@ -316,82 +313,112 @@ def make_tasks(world, seed, size, articles=None):
     }
 
 
-# ---- Cells: one arm, one seed ------------------------------------------------------
+# ---- Cells: the base, one arm ------------------------------------------------------
 
 # The base model goes on from train.py's own: smaller steps, each example seen once.
 MORE = replace(
     train.BASE, steps=500, lr=1.5e-3, warmup_steps=50, dropout=0.1, micro_batches=4
 )
-RATES = {  # that were tried, on seeds that no result reports
-    "cpt": (1e-4, 3e-4, 1e-3),
-    "sft": (1e-4, 3e-4, 6e-4),
-    "sdft": (5e-5, 1e-4, 2e-4, 4e-4),
-}
 QUESTIONS = 18 * 32  # in a training set: 32 about each fact
-EVAL_SIZE = 250  # questions of each kind
+SIZE = {False: 250, True: 18}  # questions of each kind that are asked; quick: fewer
+CAP = 16  # longest response, in tokens
 ARMS = {  # arm: trainer, what Example.demo holds, what differs from its Config
-    "base": (None, None, {}),
     "oracle": (None, None, {}),
     "cpt": (sft, None, {"steps": 60, "batch_size": 6, "lr": 3e-4, "warmup_steps": 10}),
     "sft": (sft, "answer", {"steps": 160, "lr": 3e-4}),
-    "sdft-text": (sdft, "text", {"steps": 160, "lr": 1e-4}),
-    "sdft-answer": (sdft, "answer", {"steps": 160, "lr": 1e-4}),
-    "sdft-both": (sdft, "text + answer", {"steps": 160, "lr": 1e-4}),
+    "sdft text": (sdft, "text", {"steps": 160, "lr": 1e-4}),
+    "sdft answer": (sdft, "answer", {"steps": 160, "lr": 1e-4}),
+    "sdft answer + text": (sdft, "answer + text", {"steps": 160, "lr": 1e-4}),
 }
 
 
-def get_base(seed, folder, quick=False, device="auto"):
-    """The base model of a seed: train.py's own, in folder/base, and beside it the one
-    that has gone on from there and reads articles. What is missing is made, by
-    train.get_base; who comes while another process makes it waits.
-    Returns: the GPT, and the seconds that both took to make."""
-    out, device = Path(folder), train.choose_device(device)[0]
+def base(seed, folder, quick, base):
+    """Train the base of train.py, a cell, on the corpus with articles; measure it."""
     tok, world = data.Tokenizer(), data.World(seed)
-    flags = ["--base-steps", "8"] if quick else []
-    args = train.parse_args(["--seed", str(seed), *flags])
-    config, first = train.base_settings(args, 1)
-    more = replace(MORE, seed=seed)
-    more = replace(more, steps=4, warmup_steps=2) if quick else more
-    base = GPT(config, data.make_rng(seed, "weights")).to(device)
-    base.dtype = train.choose_dtype("auto", device)
+    model = finetune.load_base(base, GPT, GPTConfig)
+    cfg = replace(MORE, seed=seed)
+    cfg = replace(cfg, steps=4, warmup_steps=2) if quick else cfg
     reader = Modules()  # a copy of the project: no other code meets this corpus
     reader.data.make_base_corpus = make_corpus
-    total = 0.0
-    for own, cfg in ((train, first), (reader.train, more)):
-        args = Namespace(seed=seed, out=str(out), base=None)
-        path = own.find_base(args, config, cfg, world, tok, base.dtype)
-        while True:
-            try:
-                total += own.get_base(
-                    args, path, config, cfg, base, world, tok, None, None
-                )
-                break
-            except own.UserError as error:
-                if "in use" not in str(error):
-                    raise
-                time.sleep(5)
-        out = path.parent  # the second one lies inside the first one's folder
-    return base.eval(), total
+    args = Namespace(seed=seed, out=str(folder), base=None)
+    more = args, model.config, cfg, world, tok
+    path = reader.train.find_base(*more, model.dtype)
+    begin = time.perf_counter()
+    reader.train.get_base(args, path, model.config, cfg, model, world, tok, None, None)
+    seconds = time.perf_counter() - begin
+    model.eval()
+    result = measure(model, model, make_tasks(world, seed, SIZE[quick]), tok, seed)
+    result["gate"] = {
+        manner: gate_of(model, seed, SIZE[quick], manner) for manner in ("known", "own")
+    }
+    result["seconds"] = {"train": seconds}
+    result["machine"] = finetune.describe(model)
+    result["base"] = os.path.relpath(path, folder)
+    return result
 
 
-def fine_tune(arm, base, seed, folder, quick=False, manner="known", wordings=1,
-              questions=QUESTIONS, **settings):
-    """A student made from the base by one arm, and its trainer's Config. What a folder
-    has of the run is not made again. settings: fields of Config."""  # fmt: skip
+def run(
+    seed, folder, quick, base, arm, manner="known", wordings=1, questions=QUESTIONS,
+    **settings,
+):  # fmt: skip
+    """Fine-tune the base by one arm, and measure what it knows.
+
+    Args:
+        base: folder of a base cell of this file. arm: of ARMS.
+        manner, wordings: see make_questions; questions: how many are trained on.
+        settings: of the trainer's Config.
+    Returns: a dict of plain values, see measure; and "suspects", see audit.
+    """
     trainer, shown, own = ARMS[arm]
-    student = copy.deepcopy(base)
-    if trainer is None:
-        return student, sft.Config(seed=seed)
-    cfg = trainer.Config(seed=seed, **{**own, **settings})
-    cfg = replace(cfg, steps=4, batch_size=min(16, cfg.batch_size)) if quick else cfg
     world, tok = data.World(seed), data.Tokenizer()
-    examples = (
-        make_questions(world, seed, questions, shown, manner, wordings)
-        if shown else make_texts(world, tok, seed)
-    )  # fmt: skip
-    run = train.Run(folder, resume=True, note={"arm": arm})
-    trainer.train(student, {"facts": examples}, {}, tok, cfg, run)
-    return student.eval(), cfg
+    model = finetune.load_base(base, GPT, GPTConfig)
+    student, begin = copy.deepcopy(model), time.perf_counter()
+    if trainer is not None:
+        examples = make_texts(world, tok, seed)
+        if shown:
+            examples = make_questions(world, seed, questions, shown, manner, wordings)
+        cfg = trainer.Config(seed=seed, max_new_tokens=CAP, **{**own, **settings})
+        few = {"steps": 4, "batch_size": min(16, cfg.batch_size)} if quick else {}
+        cfg = replace(cfg, **few)
+        way = train.Run(folder / "run", resume=True)
+        trainer.train(student, {"facts": examples}, {}, tok, cfg, way)
+        student.eval()
+    seconds = time.perf_counter() - begin
+    articles = articles_of(world, seed) if arm == "oracle" else None
+    tasks = make_tasks(world, seed, SIZE[quick], articles)
+    result = measure(student, model, tasks, tok, seed)
+    if trainer is not None:
+        result["config"] = asdict(cfg)
+        result["records"] = train.read_metrics(way.folder)
+        result["suspects"] = audit(student, model, world, seed, tasks, tok)
+        for path in way.folder.glob("checkpoint*"):  # 60 MB that none needs
+            path.unlink()
+    result["seconds"] = {"train": seconds}
+    result["machine"] = finetune.describe(student)
+    return result
+
+
+def measure(student, base, tasks, tok, seed):
+    """{"new", "lenient", "known", "prior": {benchmark: numbers of probes.greedy}};
+    "kl_student_base" in nats per token, on the trained wording and on prior prompts."""
+    result = {
+        group: {
+            name: probes.greedy(student, benchmark, tok, CAP)
+            for name, benchmark in benchmarks.items()
+        }
+        for group, benchmarks in tasks.items()
+    }
+    bare = (data.student_prompt, data.student_prompt)
+    old = [benchmark.examples[:40] for benchmark in tasks["prior"].values()]
+    prompts = {"new": [tasks["new"]["trained"].examples[:100]], "prior": old}
+    result["kl_student_base"] = {
+        group: mean(
+            probes.distance(student, base, examples, bare, tok, CAP, seed)
+            for examples in parts
+        )
+        for group, parts in prompts.items()
+    }
+    return result
 
 
 def gate_of(base, seed, size, manner):
@@ -400,348 +427,84 @@ def gate_of(base, seed, size, manner):
     for shown in SHOWN:
         asked = make_questions(world, seed, size, shown, manner, held_out=True)
         benchmark = Benchmark(asked, strict)
-        gate["nothing"] = data.accuracy(base, benchmark, tok, 16)
-        gate[shown] = data.accuracy(base, benchmark, tok, 16, data.teacher_prompt)
+        gate["nothing"] = data.accuracy(base, benchmark, tok, CAP)
+        gate[shown] = data.accuracy(base, benchmark, tok, CAP, data.teacher_prompt)
     return gate
-
-
-def mean_length(student, tasks, tok, cap):
-    """Tokens of a greedy response to a reworded question, its end included."""
-    contexts = [data.student_prompt(e, tok) for e in tasks["new"]["reworded"].examples]
-    texts = data.greedy_responses(student, contexts, tok, cap)
-    return mean(min(cap, len(tok.encode(text)) + 1) for text in texts)
-
-
-def run_cell(seed, folder, quick=False, arm="base", base=None, device="auto",
-             manner="known", max_new_tokens=16, **settings):
-    """Train and evaluate one arm on one seed.
-
-    Args:
-        folder: of this cell, a Path. The base model is looked for, or made, in the
-            folder "base" beside it; `base` names another folder that has a "base".
-        quick: a base of 12 updates, arms of 4: does it run?
-        manner, settings: see make_questions and fine_tune.
-    Returns: a dict of plain values: accuracies {"new", "lenient", "known", "prior"},
-        "kl_student_base" in nats per token, "length" in tokens, "seconds", "config".
-    """  # fmt: skip
-    folder = Path(folder)
-    model, base_seconds = get_base(seed, Path(base or folder.parent), quick, device)
-    tok, world = data.Tokenizer(), data.World(seed)
-    size = 18 if quick else EVAL_SIZE
-    start = time.perf_counter()
-    run = folder / "run"
-    student, cfg = fine_tune(arm, model, seed, run, quick, manner, **settings)
-    seconds = time.perf_counter() - start
-    articles = articles_of(world, seed) if arm == "oracle" else None
-    tasks = make_tasks(world, seed, size, articles)
-    cfg = replace(cfg, max_new_tokens=max_new_tokens)
-    record = data.evaluate({"student": student}, model, "trained", tasks, tok, cfg)
-    return {
-        "arm": arm, "seed": seed, "manner": manner, "quick": quick,
-        "config": asdict(cfg), "settings": settings,
-        "machine": train.machine_of(student),
-        "seconds": {"base": base_seconds, "fine_tune": seconds,
-                    "evaluate": time.perf_counter() - start - seconds},
-        **{key: record[key] for key in tasks},
-        "kl_student_base": record["kl_student_base"],
-        "length": mean_length(student, tasks, tok, max_new_tokens),
-        "gate": gate_of(model, seed, size, manner) if arm == "base" else None,
-    }  # fmt: skip
-
-
-# ---- The table ---------------------------------------------------------------------
-
-ROWS = [  # label, seeds, keywords of run_cell
-    ("base", 5, {"arm": "base"}),
-    ("oracle: base + text", 5, {"arm": "oracle"}),
-    ("CPT", 5, {"arm": "cpt"}),
-    ("SFT", 5, {"arm": "sft"}),
-    ("SDFT text + answer", 5, {"arm": "sdft-both"}),
-    ("SDFT answer", 5, {"arm": "sdft-answer"}),
-    ("SDFT text", 5, {"arm": "sdft-text"}),
-    ("SFT, own manner", 5, {"arm": "sft", "manner": "own"}),
-    ("SDFT text + answer, own manner", 5, {"arm": "sdft-both", "manner": "own"}),
-]
-PAPER = {  # Table 1 and Fig. 7, in per cent: strict, lenient, OOD
-    "base": ("0", "0", "0"),
-    "oracle: base + text": ("91", "100", "100"),
-    "CPT": ("9", "37", "7"),
-    "SFT": ("80", "95", "80"),
-    "SDFT text + answer": ("89", "100", "98"),
-    "SDFT answer": ("75 to 89", "", ""),
-    "SDFT text": ("75", "", ""),
-}
-claim = (
-    "SDFT whose teacher is shown text and answer knows the facts better than SFT on "
-    "the answers, most of all when they are asked for indirectly; both know them "
-    "better than CPT on the text. A teacher shown the text alone teaches less."
-)
-fails_if = (
-    "over the seeds, strict (reworded) or OOD of 'SDFT text + answer' is not above "
-    "SFT's, or CPT is not the lowest of the trained rows, or 'SDFT text' is not below "
-    "'SDFT text + answer' in strict."
-)
-
-
-def summary(cell):
-    """The numbers of a cell that the table shows, as {column: value}."""
-    new, prior = cell["new"], mean(cell["prior"].values())
-    return {
-        "strict": new["reworded"],
-        "lenient": cell["lenient"]["reworded"],
-        "OOD": mean(new[kind] for kind in INDIRECT),
-        **{kind: new[kind] for kind in ("trained", *INDIRECT)},
-        "known, OOD": mean(cell["known"][kind] for kind in INDIRECT),
-        "prior": prior,
-        "length": cell["length"],
-        "KL(student ‖ base)": cell["kl_student_base"],
-    }
-
-
-def spread(values):
-    """mean (lowest to highest), or the value alone"""
-    text = f"{mean(values):.2f}"
-    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
-    return text if len(values) == 1 else f"{text} ({low} to {high})"
-
-
-def make_table(results):
-    """{label: [cell of each seed]} -> the table and the gate, as markdown."""
-    lines, titles = [], None
-    for label, cells in results.items():
-        rows = [summary(cell) for cell in cells]
-        if titles is None:
-            titles = list(rows[0])
-            lines += ["| run | seeds | paper: strict, lenient, OOD | "
-                      + " | ".join(titles) + " |"]  # fmt: skip
-            lines += ["|---|" * 1 + "---|" * (2 + len(titles))]
-        paper = " / ".join(filter(None, PAPER.get(label, ())))
-        values = " | ".join(spread([row[title] for row in rows]) for title in titles)
-        lines.append(f"| {label} | {len(rows)} | {paper} | {values} |")
-    if gates := [cell["gate"] for cell in results.get("base", [])]:
-        values = (f"{shown} {spread([g[shown] for g in gates])}" for shown in gates[0])
-        lines += ["", f"Gate, the base shown: {'; '.join(values)}."]
-        rows = [cell["known"] for cell in results["base"]]
-        values = (f"{kind} {spread([row[kind] for row in rows])}" for kind in KINDS)
-        lines.append(f"Premise, the base on known commands: {'; '.join(values)}.")
-    return "\n".join(lines)
-
-
-def draw(results, path):
-    """What each run knows, ours (filled, a dot for each seed, the mean as a bar) and
-    the paper's (a ring), as a picture without a background. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    grey, colors = "#808080", {"SFT": "#e07b1a", "SDFT": "#3f8fd6", "CPT": "#2aa198"}
-    keys = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color")
-    with plt.rc_context({key: grey for key in keys} | {"font.size": 9}):
-        size = (9.5, 0.6 + 0.3 * len(results))
-        figure, axes = plt.subplots(1, 3, figsize=size, sharey=True)
-        for j, (axis, title) in enumerate(zip(axes, ("strict", "lenient", "OOD"),
-                                              strict=True)):  # fmt: skip
-            for i, (label, cells) in enumerate(results.items()):
-                color = colors.get(label.split()[0].strip(","), grey)
-                ours = [summary(cell)[title] for cell in cells]
-                axis.plot(ours, [-i] * len(ours), "o", color=color, ms=4, alpha=0.55)
-                axis.plot([mean(ours)] * 2, [-i - 0.3, -i + 0.3], color=color, lw=2)
-                paper = PAPER.get(label, ("", "", ""))[j]
-                if paper.isdigit():
-                    axis.plot(int(paper) / 100, -i, "o", ms=9, mfc="none", mec=grey)
-                    if title == "strict" and label.startswith("oracle"):
-                        axis.annotate("paper", (int(paper) / 100, -i), (-36, -3),
-                                      textcoords="offset points")  # fmt: skip
-            axis.set_title(title, loc="left", color=grey)
-            axis.set(xlim=(-0.05, 1.05), ylim=(-len(results) + 0.4, 0.6))
-            axis.spines[["top", "right", "left"]].set_visible(False)
-            axis.tick_params(axis="y", length=0)
-        axes[0].set_yticks([-i for i in range(len(results))], list(results))
-        for text, label in zip(axes[0].get_yticklabels(), results, strict=True):
-            text.set_color(colors.get(label.split()[0].strip(","), grey))
-        figure.savefig(path, dpi=150, bbox_inches="tight", transparent=True)
-        plt.close(figure)
 
 
 # ---- The audit: what else could explain the table ----------------------------------
 
 
+def audit(student, base, world, seed, tasks, tok):
+    """What a wrong measurement would show, in numbers:
+
+    alignment   {who: three shares}, see hits
+    judge       shares that the two grades accept: right answers, answers of other facts
+    cap         {longest response: its share of strict right answers, and of ended ones}
+    duplicates  {items in common with the nearest trained question about the same
+                command: the share of right answers, and of how many}
+    """
+    asked = tasks["new"]["reworded"]
+    examples = make_questions(world, seed, 72, "answer + text", held_out=True)
+    caps = {n: probes.greedy(student, asked, tok, n) for n in (CAP, 40)}
+    return {
+        "alignment": hits(student, base, examples, tok),
+        "judge": judged(world, seed),
+        "cap": {str(n): [row["accuracy"], row["ended"]] for n, row in caps.items()},
+        "duplicates": by_duplicates(student, world, seed, asked, tok),
+    }
+
+
 @torch.no_grad()
-def audit_alignment(student, base, examples, tok):
+def hits(student, base, examples, tok):
     """Do the rows of logits in a loss predict the token that they are paired with? What
-    the teacher writes greedily, scored in both contexts; or its neighbours."""
-    device = next(base.parameters()).device
-    shown = data.pad_batch(data.teacher_prompt, examples, tok, device)
-    bare = data.pad_batch(data.student_prompt, examples, tok, device)
-    response, mask = generate(base, *shown, 16, tok.end, temperature=0)  # (B, R)
-    found = []
-    for name, model, prompt in (("teacher", base, shown), ("student", student, bare)):
+    the teacher writes greedily, scored in both contexts: how often the most likely
+    token of the row before, of the row itself and of the row behind is the token."""
+    response, mask = probes.respond(base, examples, data.teacher_prompt, tok, CAP)
+    found, both = {}, {"teacher": (base, data.teacher_prompt)}
+    both["student"] = (student, data.student_prompt)
+    for name, (model, prompt) in both.items():
+        batch = data.pad_batch(prompt, examples, tok, response.device)
         best = torch.full_like(response, -1)  # (B, R): the most likely token of a row
-        hidden = response_hidden(model, *prompt, response, mask)  # (N, C)
+        hidden = response_hidden(model, *batch, response, mask)  # (N, C)
         best[mask] = model.logits(hidden).argmax(-1)
-        hits = []
-        for k in (-1, 0, 1):  # the row of token t, and token t + k
+        found[name] = []
+        for k in (1, 0, -1):  # the row before, the row itself, the row behind
             rows, tokens = best.roll(k, 1)[:, 1:-1], response[:, 1:-1]
-            hits.append((rows == tokens)[mask[:, 1:-1]].float().mean().item())
-        found.append(f"{name} " + " / ".join(f"{hit:.2f}" for hit in hits))
-    return "; ".join(found)
+            right = (rows == tokens)[mask[:, 1:-1]]
+            found[name].append(right.float().mean().item())
+    return found
 
 
-def audit_judge(world, seed):
-    """Right answers in all styles and anyone's words; answers about another fact."""
-    examples = make_questions(world, seed, 36)
+def judged(world, seed):
+    """What the grades accept: of right answers, in all styles and in anyone's words; of
+    answers about another fact."""
     right, wrong = [], []
-    for example in examples:
-        operation, items = MEANS[example.answer.split(":")[0]], data.items_in(
-            example.prompt.split(": ")[1])  # fmt: skip
-        for style in data.STYLES.values():
-            for word in (operation, data.OPERATIONS[operation][0]):
-                said = data.OPERATIONS[operation][1](items)
-                right.append(data.word_response(word, said, style))
-                yes = strict(example, right[-1]), lenient(example, right[-1])
-                right[-1] = all(yes)
-            for other in data.OPERATIONS:
-                if other != operation:
-                    said = data.OPERATIONS[other][1](items)
-                    text = data.word_response(other, said, style)
-                    wrong.append(strict(example, text) or lenient(example, text))
-    return f"accepted: right {mean(right):.2f}, of another fact {mean(wrong):.2f}"
+    for example in make_questions(world, seed, 36):
+        operation = MEANS[example.answer.split(":")[0]]
+        items = data.items_in(example.prompt.split(": ")[1])
+        for other, (term, function) in data.OPERATIONS.items():
+            for style in data.STYLES.values():
+                for word in (other, term):
+                    text = data.word_response(word, function(items), style)
+                    both = strict(example, text), lenient(example, text)
+                    if other == operation:
+                        right.append(all(both))
+                    else:
+                        wrong.append(any(both))
+    return [mean(right), mean(wrong)]
 
 
-def audit_cap(student, tasks, tok):
-    """Do responses reach the cap, and does a longer one change a grade?"""
-    benchmark, shares = tasks["new"]["reworded"], []
-    contexts = [data.student_prompt(e, tok) for e in benchmark.examples]
-    for cap in (16, 40):
-        texts = data.greedy_responses(student, contexts, tok, cap)
-        shares.append(mean(len(tok.encode(text)) >= cap for text in texts))
-    caps = (data.accuracy(student, benchmark, tok, cap) for cap in (16, 40))
-    return ("strict at a cap of 16 and 40: {:.2f}, {:.2f}; not ended: {:.2f}, {:.2f}"
-            .format(*caps, *shares))  # fmt: skip
-
-
-def audit_duplicates(student, world, seed, tasks, tok):
-    """Is a test question right because its like was trained on? Items in common with
-    the nearest training question about the same command."""
-    trained = {}
+def by_duplicates(student, world, seed, asked, tok):
+    """Is a test question right because its like was trained on?"""
+    trained, groups = {}, {}
     for example in make_questions(world, seed, QUESTIONS):
-        asked, items = example.prompt.split(": ")
-        trained.setdefault(asked, []).append(set(items.split()))
-    benchmark, groups = tasks["new"]["reworded"], {}
-    contexts = [data.student_prompt(e, tok) for e in benchmark.examples]
-    texts = data.greedy_responses(student, contexts, tok, 16)
-    for example, text in zip(benchmark.examples, texts, strict=True):
-        items, asked = example.prompt.removeprefix("see ").split(": ")
-        common = max(len(set(items.split()) & each) for each in trained[asked])
+        command, items = example.prompt.split(": ")
+        trained.setdefault(command, []).append(set(items.split()))
+    both = probes.respond(student, asked.examples, data.student_prompt, tok, CAP)
+    texts = probes.texts_of(*both, tok)
+    for example, text in zip(asked.examples, texts, strict=True):
+        items, command = example.prompt.removeprefix("see ").split(": ")
+        common = max(len(set(items.split()) & each) for each in trained[command])
         groups.setdefault(common, []).append(strict(example, text))
-    return ", ".join(
-        f"{n} in common: {mean(groups[n]):.2f} (of {len(groups[n])})"
-        for n in sorted(groups)
-    )
-
-
-AUDIT = [  # label, keywords of run_cell; each is compared with the rows SFT and SDFT
-    ("frozen teacher", {"arm": "sdft-both", "teacher": "frozen"}),
-    ("EMA .01", {"arm": "sdft-both", "ema_rate": 0.01}),
-    ("SDFT, a quarter of the updates", {"arm": "sdft-both", "steps": 40}),
-    ("SDFT, half of the updates", {"arm": "sdft-both", "steps": 80}),
-    ("SDFT, twice the updates", {"arm": "sdft-both", "steps": 320}),
-    ("SFT, a quarter of the updates", {"arm": "sft", "steps": 40}),
-    ("SFT, half of the updates", {"arm": "sft", "steps": 80}),
-    ("SFT, twice the updates", {"arm": "sft", "steps": 320}),
-    ("SDFT, both wordings trained", {"arm": "sdft-both", "wordings": 2}),
-    ("SFT, both wordings trained", {"arm": "sft", "wordings": 2}),
-    ("SDFT, 4 questions a fact", {"arm": "sdft-both", "questions": 72}),
-    ("SFT, 4 questions a fact", {"arm": "sft", "questions": 72}),
-]
-
-
-def audit(seed, out, quick=False):
-    """A table, markdown: what rules a suspect out, or does not, by measurement."""
-    world, tok = data.World(seed), data.Tokenizer()
-    base, _ = get_base(seed, out / f"seed{seed}", quick)
-    examples = make_questions(world, seed, 72, "text + answer", held_out=True)
-    tasks = make_tasks(world, seed, 36 if quick else EVAL_SIZE)
-    students = {}
-    results = run_rows([*ROWS[3:5], *((n, 1, k) for n, k in AUDIT)], [seed], out, quick)
-    for label, arm in (("SFT", "sft"), ("SDFT text + answer", "sdft-both")):
-        run = folder_of(out / f"seed{seed}", label) / "run"
-        students[label] = fine_tune(arm, base, seed, run, quick)[0]
-    lines = ["| suspect | measured |", "|---|---|"]
-
-    def add(suspect, text):
-        lines.append(f"| {suspect} | {text} |")
-
-    student = students["SDFT text + answer"]
-    add("offset of the alignment: the row of token t predicts t - 1 / t / t + 1",
-        audit_alignment(student, base, examples, tok))  # fmt: skip
-    add("judge", audit_judge(world, seed))
-    for label, student in students.items():
-        add(f"response cap, {label}", audit_cap(student, tasks, tok))
-    for label, student in students.items():
-        add(f"near-duplicate questions, {label}",
-            audit_duplicates(student, world, seed, tasks, tok))  # fmt: skip
-    for label, cells in results.items():
-        row = summary(cells[0])
-        titles = ("trained", "strict", "OOD", "prior", "KL(student ‖ base)")
-        add(label, ", ".join(f"{title} {row[title]:.2f}" for title in titles))
-    return "\n".join(lines)
-
-
-# ---- The command line --------------------------------------------------------------
-
-
-def folder_of(out, label):
-    """A folder for a row of a table."""
-    return out / label.lower().replace(" ", "-").replace(",", "").replace("+-", "")
-
-
-def run_rows(rows, seeds, out, quick=False):
-    """{label: [cell of each seed]}; cells that are done are read from out."""
-    results = {}
-    for seed in seeds:
-        for label, _, kwargs in rows:
-            folder = folder_of(out / f"seed{seed}", label)
-            path = folder / "result.json"
-            if path.exists():
-                cell = json.loads(path.read_text())
-            else:
-                base = out / f"seed{seed}"
-                cell = run_cell(seed, folder, quick, base=base, **kwargs)
-                train.write_atomically(path, json.dumps(cell).encode())
-            results.setdefault(label, []).append(cell)
-    return results
-
-
-def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="See the top of this file."
-    )
-    whats = ("table", "rates", "audit")
-    parser.add_argument("what", nargs="?", choices=whats, default="table")
-    parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--row", choices=[label for label, *_ in ROWS], nargs="+")
-    parser.add_argument("--quick", action="store_true", help="far too short: runs it?")
-    parser.add_argument("--out", type=Path, help="(out-knowledge)")
-    parser.add_argument("--draw", type=Path, metavar="PNG", help="a picture, too")
-    args = parser.parse_args(argv)
-    out = args.out or ROOT / f"out-knowledge{'-quick' * args.quick}"
-    if args.what == "audit":
-        print(*(audit(seed, out, args.quick) for seed in args.seed), sep="\n\n")
-        return
-    rows = [row for row in ROWS if not args.row or row[0] in args.row]
-    if args.what == "rates":
-        rows = [
-            (f"{label} {lr:g}", n, {**kwargs, "lr": lr})
-            for label, n, kwargs in rows
-            for lr in RATES.get(kwargs["arm"].split("-")[0], ())
-        ]
-    results = run_rows(rows, args.seed, out, args.quick)
-    print(f"claim: {claim}\nfails if {fails_if}\n\n{make_table(results)}")
-    if args.draw:
-        draw(results, args.draw)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
+    return {str(n): [mean(groups[n]), len(groups[n])] for n in sorted(groups)}

@@ -56,6 +56,45 @@ def gains(rows):
     return lines
 
 
+# ---- New facts from a text ---------------------------------------------------------
+
+
+def spread(values):
+    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
+def gates(rows):
+    """What the base knows by what it is shown, and what it can do with old commands."""
+    lines, runs = [], rows.get("base", [])
+    for manner in runs and runs[0]["gate"]:
+        gate = [run["gate"][manner] for run in runs]
+        words = [f"{shown} {spread([g[shown] for g in gate])}" for shown in gate[0]]
+        lines.append(f"gate, answers in {manner} style: {', '.join(words)}")
+    for kind in runs and runs[0]["known"]:
+        right = [run["known"][kind]["accuracy"] for run in runs]
+        lines.append(f"premise, the base on old commands, {kind}: {spread(right)}")
+    return lines
+
+
+def suspects(rows):
+    """What a wrong measurement would show, of the first run of both methods."""
+    lines = []
+    for label in ("sdft, as it is", "sft, as it is"):
+        for run in rows.get(label, ()):
+            found, words = run["suspects"], []
+            for who, (before, at, behind) in found["alignment"].items():
+                words.append(f"rows of the {who} predict the token before {before:.2f},"
+                             f" their own {at:.2f}, the one behind {behind:.2f}")
+            words.append("judge: accepts {:.2f} of right answers, {:.2f} of answers of "
+                         "other facts".format(*found["judge"]))
+            for cap, (right, ended) in found["cap"].items():
+                words.append(f"cap {cap}: strict {right:.2f}, ended {ended:.2f}")
+            words += [f"{n} items in common with a trained question: {right:.2f} of {m}"
+                      for n, (right, m) in found["duplicates"].items()]
+            lines.append(f"{label}, seed {run['seed']}: {'; '.join(words)}")
+    return lines
+
+
 # ---- When a teacher goes astray ----------------------------------------------------
 
 RECORDS = ("loss", "kl_student_teacher", "student_entropy", "teacher_entropy",

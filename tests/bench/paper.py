@@ -271,7 +271,8 @@ def print_benchmarks(rows):
 
 NOTES = {
     "skills": [notes.gaps], "forgetting": [notes.gaps], "size": [notes.gains],
-    "teacher": [notes.first_signs],
+    "teacher": [notes.first_signs], "knowledge": [notes.gates],
+    "audit": [notes.suspects],
 }  # fmt: skip
 
 

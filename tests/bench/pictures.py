@@ -227,7 +227,7 @@ def columns(rows, *titles, names=None, width=2.9):
     for axis, title in zip(axes, titles, strict=True):
         parts = {label: values(runs, title) for label, runs in rows.items()}
         style.dots(axis, parts, colors)
-    return figure
+    return figure, axes
 
 
 def color_of(label):
@@ -236,7 +236,34 @@ def color_of(label):
 
 
 def answers_only(rows):
-    return columns(rows, "new", "prior", "thinks", "length")
+    return columns(rows, "new", "prior", "thinks", "length")[0]
+
+
+PAPER = {  # Table 1 and Fig. 7: strict, lenient, OOD
+    "base": (0, 0, 0), "base + text": (0.91, 1, 1), "cpt": (0.09, 0.37, 0.07),
+    "sft": (0.80, 0.95, 0.80), "sdft answer + text": (0.89, 1, 0.98),
+    "sdft text": (0.75,),
+}  # fmt: skip
+
+
+def knowledge(rows):
+    """A dot for each seed, a bar at the mean, a ring where the paper stands."""
+    titles = "strict", "lenient", "OOD", "prior"
+    figure, axes = columns(rows, *titles, width=2.3)
+    for i, label in enumerate(rows):
+        paper = PAPER.get(re.sub(r" \d\S*$", "", label), ())
+        for axis, value in zip(axes, paper, strict=False):
+            axis.plot(value, -i, "o", ms=9, mfc="none", mec=style.GREY, mew=0.8)
+            if (axis, i) == (axes[0], 0):
+                axis.annotate("ring: the paper", (value, -i), (9, -3), color=style.GREY,
+                              textcoords="offset points", fontsize=7)  # fmt: skip
+    for axis in axes:
+        axis.set_xlim(-0.06, 1.06)
+    return figure
+
+
+def audit(rows):
+    return columns(rows, "strict", "OOD", "prior")[0]
 
 
 def size(rows):
@@ -345,6 +372,7 @@ PICTURES = {
     "skills": skills, "onpolicy": onpolicy, "teacher": teacher,
     "default": curves, "earlier": forgetting, "forgetting": forgetting,
     "answers-only": answers_only, "size": size,
+    "knowledge": knowledge, "audit": audit,
     "passk": passk, "distance-kl": distance_kl, "estimators": estimators, "cost": cost,
 }  # fmt: skip
 
