@@ -162,3 +162,18 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
         summaries = [paper.summary(run) for run in runs_of]
         said = [paper.spread([s[key] for s in summaries]) for key in summaries[0]]
         assert rows[label] == [str(len(runs_of)), *said], label
+
+
+def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
+    """As `paper.py NAME --draw` prints them: all rows of which all seeds were run."""
+    names = set(paper.EXPERIMENTS) - {"default", "earlier"}
+    found = [name for name in names if (BENCH / "results" / f"{name}.json").exists()]
+    for name in found:
+        experiment = paper.EXPERIMENTS[name]
+        cells = paper.finished(
+            name, paper.specs_of(name, experiment["seeds"], False),
+            BENCH / "results", ROOT / "no such folder",
+        )  # fmt: skip
+        rows = paper.complete_rows(name, cells, experiment["seeds"])
+        for line in paper.table(rows, experiment["columns"]).split("\n"):
+            assert line in NOTEBOOK, f"{name}: the notebook has no line {line}"
