@@ -316,7 +316,8 @@ def distance_kl(rows):
         color = style.COLORS["teacher"]
         at = style.cross(axes[0], *both, color, "*")
         words.append((*at, "the base, shown the demonstration", color, 7))
-    axes[0].margins(0.1)
+    axes[0].margins(0.12, 0.2)
+    axes[1].margins(0.05, 0.1)
     style.write(axes[0], words[::-1])
     titles = "KL(base || student), prior", "mass on old answers"
     style.write(axes[1], by_rate(axes[1], rows, ALL, titles, near=0.06))

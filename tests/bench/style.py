@@ -72,6 +72,7 @@ def write(axis, words):
         sides = [(5, "left"), (-5, "right")][:: 1 if left else -1]
         places = [(dx, dy, side) for dy in (4, -9, 13, -18, 22, -27, 31, -36)
                   for dx, side in sides]  # fmt: skip
+        best = None
         for dx, dy, side in places:
             word = axis.annotate(text, (x, y), (dx, dy), textcoords="offset points",
                                  color=color, fontsize=size, ha=side)  # fmt: skip
@@ -79,12 +80,15 @@ def write(axis, words):
             others = [point for point in points if abs(point - own).max() > 1]
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
             inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            if inside and not any(box.overlaps(each) for each in taken) and not any(
-                box.padded(7).contains(*point) for point in others
-            ):  # fmt: skip
-                break
-            if (dx, dy, side) != places[-1]:  # no place is free: the last one will do
-                word.remove()
+            covered = sum(box.overlaps(each) for each in taken)
+            covered += sum(box.padded(7).contains(*point) for point in others)
+            word.remove()
+            if inside and (best is None or covered < best[0]):
+                best = covered, (dx, dy), side
+        _, offset, side = best or (0, places[0][:2], places[0][2])
+        word = axis.annotate(text, (x, y), offset, textcoords="offset points",
+                             color=color, fontsize=size, ha=side)  # fmt: skip
+        box = word.get_window_extent()
         taken.append(box)
 
 
