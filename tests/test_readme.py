@@ -164,10 +164,41 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
         assert rows[label] == [str(len(runs_of)), *said], label
 
 
+def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
+    """The README's table of experiments; of knowledge only seed 0 was run."""
+    known = {}
+    for name in ("skills", "passk", "distance-kl", "cost"):
+        specs = paper.specs_of(name, range(200, 205), False)
+        cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
+        known[name] = paper.complete_rows(name, cells, range(200, 205))
+    main = ("sdft 9e-5", "sft 6e-4")
+
+    def find(name, label, *titles):
+        reads = [paper.READ[title] for title in titles]
+        found = [mean(map(read, known[name][label])) for read in reads]
+        return "/".join(f"{x:.2f}".removeprefix("0") for x in found)
+
+    def both(name, labels, *titles):
+        return "; ".join(find(name, label, *titles) for label in labels)
+
+    flops = [mean(run["work"]["flops"] / run["config"]["steps"]
+                  for run in known["cost"][label]) for label in main]  # fmt: skip
+    table = README[README.index("## The paper in miniature"):]
+    rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
+    assert rows[:-1] == [
+        both("skills", main, "new", "prior"),
+        both("skills", ("reinvoke 6e-4", "dft 6e-4"), "new", "prior"),
+        both("passk", (*main, "base"), "pass@1"),
+        both("distance-kl", main, "KL(student || base)"),
+        f"{flops[0] / flops[1]:.2f}",
+    ]
+
+
 def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
     """As `paper.py NAME --draw` prints them: all rows of which all seeds were run."""
     names = set(paper.EXPERIMENTS) - {"default", "earlier"}
     found = [name for name in names if (BENCH / "results" / f"{name}.json").exists()]
+    assert found
     for name in found:
         experiment = paper.EXPERIMENTS[name]
         cells = paper.finished(

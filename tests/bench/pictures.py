@@ -310,15 +310,16 @@ def distance_kl(rows):
         width=4.4, height=3.6,
     )  # fmt: skip
     titles = [f"KL(student || base){end}" for end in ENDS]
-    words = by_rate(axes[0], rows, ALL, titles, near=0.08)
+    families = ALL
+    if "base" in rows:  # where SDFT goes: to its teacher
+        families = {**ALL, ("sdft", ""): "SDFT (star: the base, shown the demo)"}
+    words = by_rate(axes[0], rows, families, titles, near=0.08)
     if "base" in rows:
         both = [values(rows["base"], f"KL(teacher || base){end}") for end in ENDS]
-        color = style.COLORS["teacher"]
-        at = style.cross(axes[0], *both, color, "*")
-        words.append((*at, "the base, shown the demonstration", color, 7))
-    axes[0].margins(0.12, 0.2)
-    axes[1].margins(0.05, 0.1)
-    style.write(axes[0], words[::-1])
+        style.cross(axes[0], *both, style.COLORS["teacher"], "*")
+    axes[0].margins(0.12, 0.25)
+    axes[1].margins(0.05, 0.2)
+    style.write(axes[0], words)
     titles = "KL(base || student), prior", "mass on old answers"
     style.write(axes[1], by_rate(axes[1], rows, ALL, titles, near=0.06))
     axes[0].set(xlabel="new prompts", ylabel="prior prompts")

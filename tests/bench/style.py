@@ -70,7 +70,7 @@ def write(axis, words):
         own = axis.transData.transform((x, y))
         left = own[0] < (frame.x0 + frame.x1) / 2
         sides = [(5, "left"), (-5, "right")][:: 1 if left else -1]
-        places = [(dx, dy, side) for dy in (4, -9, 13, -18, 22, -27, 31, -36)
+        places = [(dx, dy, side) for dy in (4, -9, 13, -18, 22, -27, 31, -36, 45)
                   for dx, side in sides]  # fmt: skip
         best = None
         for dx, dy, side in places:
@@ -80,7 +80,7 @@ def write(axis, words):
             others = [point for point in points if abs(point - own).max() > 1]
             inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
             inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            covered = sum(box.overlaps(each) for each in taken)
+            covered = 9 * sum(box.overlaps(each) for each in taken)
             covered += sum(box.padded(7).contains(*point) for point in others)
             word.remove()
             if inside and (best is None or covered < best[0]):
