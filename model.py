@@ -22,6 +22,7 @@ on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
 The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -324,7 +325,7 @@ class GPT(nn.Module):
     def head(self):
         """The matrix of the head, float32 (V, C): only the rows that are tokens. A
         padded embedding (Qwen2.5 has 271 rows too many) never gets a probability."""
-        return self.lm_head.weight[: self.config.n_tokens or None]
+        return whole(self.lm_head.weight)[: self.config.n_tokens or None]
 
     def logits(self, hidden):
         """float32 (..., V), whatever the dtype of hidden (..., C)."""
@@ -444,7 +445,7 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     # autograd later. The response has to, so it is allocated outside.
     response = torch.full((B, R), end, device=prompts.device)
     row = torch.arange(B, device=prompts.device)  # the rows that have not ended yet
-    with torch.inference_mode():
+    with gathered(model), torch.inference_mode():
         cache = KVCache(model.config, prompts, lengths, R, model.dtype)
         hidden = model.hidden(prompts, cache=cache)  # (B, P, C)
         last = hidden[row, lengths - 1]  # (B, C): pads behind it were not seen
@@ -913,6 +914,93 @@ def kl_rows_triton(s, t, weight, kl, grad):
         with torch.cuda.device_of(s):  # Triton would take the current one
             kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
     return value
+
+
+# ---- A model in shards ---------------------------------------------------------------
+#
+# What outgrows one GPU (--shard): each process holds a part of every tensor, float32,
+# with its gradient, AdamW's state and the teacher's average. torch's FSDP2 gathers the
+# tensors of a block when it computes, and sums their gradients.
+
+
+def is_shard(x):
+    return hasattr(x, "full_tensor")
+
+
+def whole(x):
+    """A tensor, of a shard all of it, by all processes together. Its gradient is summed
+    over them, as the loss of each is a share of the batch's mean."""
+    if not is_shard(x):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial()])
+
+
+def cut(x, like):
+    """What is this process's of a whole tensor, cut as the shard `like` is."""
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(x, mesh, placements, src_data_rank=None)  # nothing is sent
+
+
+def shard(gpt, device):
+    """Cut a GPT into shards over all processes, in place and block by block: a CPU
+    holds it whole before, no GPU does. gpt.dtype is to be set already.
+
+    bfloat16 activations have their matrices gathered in bfloat16; norms and embedding
+    are float32, as ever.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import register_fsdp_forward_method as run_by
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    policy = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
+    for block in gpt.h:
+        for part in (block.attn, block.mlp):
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(gpt, mesh=mesh, reshard_after_forward=True)
+    run_by(gpt, "hidden")
+    for part in parts_of(gpt):
+        part.set_gradient_divide_factor(1.0)  # a sum, not a mean: see whole
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    gpt.__deepcopy__ = lambda memo: copy_shards(gpt)
+    return gpt
+
+
+def parts_of(gpt):
+    """What FSDP2 gathers at a time: none, if the GPT is not in shards."""
+    return [part for part in gpt.modules() if hasattr(part, "unshard")]
+
+
+def copy_shards(gpt):
+    """copy.deepcopy of a GPT in shards, which torch leaves to us."""
+    with torch.device("meta"):  # takes no memory
+        twin = GPT(gpt.config)
+    for name in ("dtype", "dropout", "dropout_seed", "checkpointing"):
+        setattr(twin, name, getattr(gpt, name))
+    twin = shard(twin, gpt.cos.device).to_empty(device=gpt.cos.device)
+    twin.cos, twin.sin = gpt.cos, gpt.sin
+    twin.load_state_dict(gpt.state_dict())
+    return twin.train(gpt.training)
+
+
+@contextlib.contextmanager
+def gathered(gpt):
+    """For the sampler: all weights are gathered once, and not for every token, and each
+    process may end when its own responses have ended."""
+    parts = parts_of(gpt)
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(True, recurse=False)
+            part.reshard()
 
 
 # ---- Real models: folders of Hugging Face --------------------------------------------

@@ -124,7 +124,8 @@ def all_reduce(student, sums):
     """Sum gradients and records over all processes, in place; no change if one."""
     if dist.is_initialized():
         for p in student.parameters():
-            dist.all_reduce(p.grad)
+            if not hasattr(p, "full_tensor"):  # a shard's (--shard) is summed by now
+                dist.all_reduce(p.grad)
         values = torch.stack([sums[key] for key in sorted(sums)])
         dist.all_reduce(values)
         sums.update(zip(sorted(sums), values, strict=True))

@@ -124,6 +124,7 @@ def whole_run(args, stop):
         f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}")
     if args.sample is not None:
         return show_sample(args, device, dtype)
+    check_shard(args, device, world_size)
 
     # what there is to learn, and what there is to forget
     if args.init:
@@ -168,11 +169,15 @@ def whole_run(args, stop):
     bar = make_bar(work)
 
     # the base model, and what a demonstration adds to it
-    base = GPT(config, data.make_rng(args.seed, "weights")).to(device)
+    base = GPT(config, data.make_rng(args.seed, "weights"))
     base.dtype, base.checkpointing = dtype, bool(args.checkpointing)
+    if not args.shard:
+        base = base.to(device)
     if device.type != "cpu":
-        check_device(base)
+        check_device(one_block(base, device) if args.shard else base)
     seconds = get_base(args, path, config, base_cfg, base, world, tok, stop, bar)
+    if args.shard:
+        model.shard(base, device)
     gate = check_gate(args, base, tasks, tok, next(iter(configs.values())))
 
     final = {}
@@ -308,7 +313,7 @@ def fine_tune(method, run, cfg, base, stages, tasks, tok):
     evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
     if run.note["init"]:
         path = run.folder / "model"
-        first_does(model.save_folder, student, path, run.note["base"])
+        first_does(model.save_folder, whole_gpt(student), path, run.note["base"])
         say(f"model: {path}, a folder that transformers loads")
     seconds = first_does(write_results, run, method, cfg, evaluations, student)
     rows = stage_ends(evaluations)
@@ -406,8 +411,8 @@ class Run:
             if other:
                 say(f"resumed, but not to the bit (saved -> now): {other}")
             for name, weights in saved["models"].items():
-                models[name].load_state_dict(weights)
-            optimizer.load_state_dict(saved["optimizer"])
+                models[name].load_state_dict(cut_as(weights, models[name].state_dict()))
+            optimizer.load_state_dict(cut_optimizer(saved["optimizer"], optimizer))
             start, evaluations = saved["step"], saved["evaluations"]
             self.earlier, unrecorded = saved["seconds"], saved.get("unrecorded", 0.0)
         first_does(self.cut_metrics, start)
@@ -463,7 +468,7 @@ class Run:
             "seconds": self.seconds(),
             "unrecorded": time.perf_counter() - self.clock,  # since the last record
         }
-        first_does(write_checkpoint, self.checkpoint, content)
+        first_does(write_checkpoint, self.checkpoint, whole_state(content))
 
     def seconds(self):
         """What the run has taken so far, the parts before a resume included."""
@@ -509,7 +514,7 @@ def settings_of(cfg, config, examples):
 def digest_of(student):
     weights = hashlib.sha256()
     for p in student.parameters():
-        weights.update(p.cpu().numpy().tobytes())
+        weights.update(model.whole(p).cpu().numpy().tobytes())
     return weights.hexdigest()[:12]
 
 
@@ -535,10 +540,12 @@ def check_settings(folder, saved, now):
 
 def machine_of(student):
     """What rounding depends on: with the same values a resume is exact to the bit."""
-    device = next(student.parameters()).device.type
+    first = next(student.parameters())
+    device = first.device.type
     return {
         "device": device,
         "dtype": str(student.dtype),
+        **({"shards": True} if model.is_shard(first) else {}),
         "processes": dist.get_world_size() if dist.is_initialized() else 1,
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),  # a str subclass, which a load would refuse
@@ -661,6 +668,9 @@ def make_parser():
         help="on a CPU; more hardly help so small a model (0: all cores; default: 2)")
     add("--checkpointing", action="store_true",
         help="less memory: activations are computed again in the backward pass")
+    add("--shard", action="store_true",
+        help="with torchrun and --init: each process holds a part of every tensor, for "
+        "what outgrows one GPU (torch's FSDP2)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("a real model and your own data").add_argument
     add("--init", metavar="FOLDER", help="a Hugging Face folder of Llama's shape "
@@ -767,6 +777,7 @@ def check_flags(args):
         raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
 
     of_own = {"data", "eval", "prior", "grade", "prior_grade", "template", "too_long"}
+    of_own |= {"shard"}
     if args.init:
         world = {"quick", "demos", "eval_size", "base_steps", "base", "distance"}
         for name in sorted(args.given & {*world, *MODEL_FLAGS}):
@@ -1106,10 +1117,16 @@ def read_folder(folder):
     return tok, replace(config, n_tokens=tok.n_tokens)
 
 
-def memory_of(config, method, rows, n_tokens, dtype, checkpointing):
+def memory_of(config, method, rows, n_tokens, dtype, checkpointing, shards=1):
     """What training needs at its peak, name -> GB (10^9 bytes), for micro-batches of
     `rows` sequences of n_tokens: the fixed parts by count, the others by what a block
-    keeps for its backward pass. Measured against it: tests/bench/memory.py."""
+    keeps for its backward pass. Measured against it: tests/bench/memory.py.
+
+    With --shard, what one of `shards` processes needs. Its float32 shards are the
+    master of the bfloat16 weights that it gathers. (On one GPU such a pair would save
+    nothing: 2 bytes a weight, 2 its gradient, 4 the master and 8 AdamW are 16, as are
+    float32's 4 + 4 + 8.)
+    """
     with torch.device("meta"):  # counts, and takes no memory
         n = GPT(config).num_params()
     c, wide = config, 4 if dtype == torch.float32 else 2  # bytes of an activation
@@ -1131,8 +1148,19 @@ def memory_of(config, method, rows, n_tokens, dtype, checkpointing):
         "logits": 4 * V * (3 * chunk + c.n_embd),  # and the head's own gradient
         "rollout cache": rows * n_tokens * 2 * c.n_layer * c.n_kv_head * D * wide,
     }
-    if wide == 2:
-        moving["weights in bfloat16"] = 2 * n
+    if shards == 1:
+        if wide == 2:
+            moving["weights in bfloat16"] = 2 * n
+        return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
+    fixed = {name: size / shards for name, size in fixed.items()}
+    ends = c.vocab_size * c.n_embd * (1 if c.tie_weights else 2)  # embedding and head
+    # to sample, all is gathered; to train, the ends, their gradient, a head for the
+    # loss, and two blocks: the next one is fetched early
+    sample = {"gathered to sample": 4 * ends + wide * (n - ends)}
+    sample["rollout cache"] = moving.pop("rollout cache")
+    blocks = wide * 2 * (n - ends) / c.n_layer
+    moving["gathered to train"] = 4 * (2 * ends + V * c.n_embd) + blocks
+    moving = max(sample, moving, key=lambda parts: sum(parts.values()))
     return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
 
 
@@ -1156,16 +1184,22 @@ def plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype):
     prompt = max(len(tokens_of(example, tok)) for example in examples)
     response = max(len(data.demo_response(example, tok)) for example in examples)
     n_tokens = prompt + (cfg.max_new_tokens if method == "sdft" else response)
-    parts = memory_of(config, method, rows, n_tokens, dtype, args.checkpointing)
+    shards = dist.get_world_size() if args.shard else 1
+    parts = memory_of(
+        config, method, rows, n_tokens, dtype, args.checkpointing, shards
+    )
     total, free = sum(parts.values()), free_memory(device)
     here = "" if free is None else f"; {free:.1f} are free here"
-    say(f"plan: {method}: memory in GB, micro-batches of {rows} x {n_tokens} tokens: "
+    each = f" of each of {shards} processes" if shards > 1 else ""
+    say(f"plan: {method}: memory in GB{each}, micro-batches of {rows} x {n_tokens} "
+        "tokens: "
         + ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
         + f": {total:.1f} in all{here}")
     if free is None or total <= free:
         return
     must = sum(parts[name] for name in ("weights", "gradients", "AdamW"))
-    hint = "--checkpointing, more --micro-batches, a smaller model or another device"
+    hint = ("--checkpointing, more --micro-batches, --shard on several GPUs, a smaller "
+            "model or another device")
     if must > free:
         raise UserError(
             f"{method}: weights, gradients and AdamW take {must:.1f} GB, "
@@ -1291,6 +1325,74 @@ def check_device(student):
             f"log-probabilities, greedy tokens {'equal' if same else 'differ'}: do not "
             "trust its results; --device cpu is safe")
     return difference
+
+
+# ---- Shards ------------------------------------------------------------------------
+
+
+def check_shard(args, device, world_size):
+    """Raise UserError where --shard cannot be."""
+    if not args.shard:
+        return
+    if world_size == 1:
+        raise UserError(
+            "--shard needs several processes, and this is one",
+            "torchrun --standalone --nproc_per_node=2 train.py ... --shard",
+        )
+    if {"cpu": "gloo", "cuda": "nccl"}.get(device.type) != dist.get_backend():
+        raise UserError(
+            f"--shard: not on {device} over {dist.get_backend()}",
+            "--device cuda, a GPU for each process, or --device cpu",
+        )
+
+
+def one_block(gpt, device):
+    """For check_device: what is sharded fits on no device whole."""
+    small = GPT(replace(gpt.config, n_layer=1)).to(device)
+    small.dtype = gpt.dtype
+    return small
+
+
+def whole_state(state):
+    """A state_dict, or any dict of plain values, with its shards gathered: on the CPU
+    of the first process, None elsewhere. All processes call it."""
+    if isinstance(state, dict):
+        return {key: whole_state(value) for key, value in state.items()}
+    if model.is_shard(state):
+        tensor = model.whole(state)
+        return tensor.cpu() if is_first() else None
+    return state
+
+
+@torch.no_grad()
+def whole_gpt(gpt):
+    """A GPT in shards as a whole one, on the CPU of the first process."""
+    if not model.is_shard(next(gpt.parameters())):
+        return gpt
+    weights = whole_state(gpt.state_dict())
+    with torch.device("meta"):  # its tensors are replaced, and take no memory
+        twin = GPT(gpt.config)
+    if is_first():
+        twin.load_state_dict(weights, assign=True)
+    return twin
+
+
+def cut_as(state, like):
+    """The tensors of a whole state, cut where those of `like` are in shards."""
+    return {
+        key: model.cut(x, like[key]) if model.is_shard(like.get(key)) else x
+        for key, x in state.items()
+    }
+
+
+def cut_optimizer(state, optimizer):
+    """cut_as, for a state_dict of AdamW: its averages are cut as its parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {
+        i: cut_as(entry, {"exp_avg": params[i], "exp_avg_sq": params[i]})
+        for i, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 # ---- Files -------------------------------------------------------------------------
