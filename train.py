@@ -1855,6 +1855,9 @@ def main(argv):
             LOCKS.pop().close()
         if dist.is_initialized():
             dist.destroy_process_group()
+            # gloo's threads drop their last tensors, under Python's lock: give it to
+            # them, or they may abort in an interpreter that is ending
+            time.sleep(0.1)
     return 0
 
 

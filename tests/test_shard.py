@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[1]
 
 # A GPT in shards beside a whole one, then train.py with one command line after the other
 GROUP = """
-import copy, json, shutil, sys
+import copy, json, shutil, sys, time
 import torch
 import torch.distributed as dist
 import model, train
@@ -105,7 +105,7 @@ for argv in lines[1:]:
     assert code == (128 if argv[0] == "stop" else 0), code
     if argv[0] == "stop" and rank == 0:
         shutil.copytree(argv[-1], argv[-1] + " copy")
-    dist.barrier()
+time.sleep(0.1)  # see the end of train.main
 """
 
 
