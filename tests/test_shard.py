@@ -26,7 +26,7 @@ __all__ = ["files", "folder"]  # fixtures
 pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 ROOT = Path(__file__).parents[1]
 
-# A GPT in shards beside a whole one, then train.py with one command line after the other
+# A GPT in shards beside a whole one, then train.py with one command line after another
 GROUP = """
 import copy, json, shutil, sys, time
 import torch
@@ -167,7 +167,7 @@ def test_gradients_are_summed_over_processes(pair):
 
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_a_run_in_shards_is_the_run_of_one_process(method, pair):
-    """Losses, evaluations, checkpoints of student, teacher and AdamW, and the folder."""
+    """Losses, evaluations, checkpoints of student, teacher, AdamW, and the folder."""
     place = pair[0]
     (results, lines), (wanted, wanted_lines) = (
         read(place / name, method) for name in ("two", "one")
@@ -233,7 +233,7 @@ def test_one_process_goes_on_with_a_run_in_shards(capsys, pair, tmp_path):
 
 def test_the_plan_is_that_of_one_process_of_several(pair):
     text = (pair[0] / "text").read_text()
-    assert "plan: sdft: memory in GB of each of 2 processes, micro-batches of 3 x" in text
+    assert "memory in GB of each of 2 processes, micro-batches of 3 x" in text
     sizes = {"n_layer": 8, "n_embd": 96, "n_head": 6, "n_kv_head": 2}
     config = model.GPTConfig(vocab_size=1000, n_inner=3000, **sizes)
     n = model.GPT(config).num_params() / 1e9
