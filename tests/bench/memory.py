@@ -2,6 +2,7 @@
 
     python tests/bench/memory.py                  # the plan, from 135M to 7B
     python tests/bench/memory.py --measure        # two updates of each method, on a CPU
+    torchrun --standalone --nproc_per_node=2 tests/bench/memory.py --measure  # --shard
 
 The plan (train.memory_of) counts weights, gradients, optimizer, teacher and base, and
 estimates activations. The measurement makes two updates with random weights in a
@@ -10,6 +11,7 @@ process that has only loaded torch.
 """
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -17,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -25,7 +28,7 @@ import sdft  # noqa: E402
 import sft  # noqa: E402
 import train  # noqa: E402
 from data import Example  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+from model import GPT, GPTConfig, shard  # noqa: E402
 
 BASE = GPTConfig(block_size=4096, vocab_size=151936, norm_eps=1e-6, rope_theta=1e6)
 SHAPES = {  # as in their config.json
@@ -70,11 +73,14 @@ class Numbers:
 
 def two_updates(shape, method, rows, prompt, response, checkpointing):
     """Two updates (AdamW makes its own memory in the first); the peak of this process's
-    memory in GB."""
+    memory in GB. In a process group, each has `rows` rows of its own, and a shard."""
     config, tok = SHAPES[shape], Numbers(prompt, response)
     torch.manual_seed(0)
     student = GPT(config)
     student.checkpointing = checkpointing
+    if dist.is_initialized():
+        shard(student, torch.device("cpu"))
+        rows *= dist.get_world_size()
     batch = [Example("p", "d", "", id=i) for i in range(rows)]
     trainer = {"sft": sft, "sdft": sdft}[method]
     cfg = trainer.Config(steps=2, batch_size=rows, dropout=0.0, max_new_tokens=response)
@@ -116,6 +122,22 @@ def measure(*args):
     return float(done.stdout)
 
 
+def measure_shard(shape):
+    """The peak of one process of several, less what it had before."""
+    dist.init_process_group("gloo")
+    torch.set_num_threads(1)
+    empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    n, rows, prompt, response = dist.get_world_size(), 4, 300, 100
+    plan = train.memory_of(
+        SHAPES[shape], "sdft", rows, prompt + response, torch.float32, False, n
+    )
+    peak = two_updates(shape, "sdft", rows, prompt, response, False)
+    if dist.get_rank() == 0:
+        print(f"| {shape}, sdft, {rows} x {prompt + response} tokens, --shard, each of "
+              f"{n} | {sum(plan.values()):.2f} | {peak - empty:.2f} |")  # fmt: skip
+    dist.destroy_process_group()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true")
@@ -134,7 +156,17 @@ def main():
                 )
             ]
             print(f"| {name} | " + " | ".join(f"{x:.0f}" for x in cells) + " |")
+        print("\n| SDFT, --checkpointing, --shard: each of n processes | 2 | 4 | 8 |\n"
+              "|---|---|---|---|")  # fmt: skip
+        for name, config in SHAPES.items():
+            rest = "sdft", 4, 1024, torch.bfloat16, True
+            cells = [
+                sum(train.memory_of(config, *rest, n).values()) for n in (2, 4, 8)
+            ]
+            print(f"| {name} | " + " | ".join(f"{x:.0f}" for x in cells) + " |")
         return
+    if "RANK" in os.environ:  # torchrun
+        return measure_shard(args.shape)
     empty = measure()
     print("| two updates, float32 | planned, GB | measured, GB |\n|---|---|---|")
     for method, checkpointing in (("sft", False), ("sdft", False), ("sdft", True)):
