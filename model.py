@@ -972,6 +972,8 @@ def shard(gpt, device):
 
 def parts_of(gpt):
     """What FSDP2 gathers at a time: none, if the GPT is not in shards."""
+    if not hasattr(gpt, "unshard"):
+        return []
     return [part for part in gpt.modules() if hasattr(part, "unshard")]
 
 
