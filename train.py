@@ -189,7 +189,9 @@ def whole_run(args, stop):
         folder = first_does(open_folder, args, method, resumed[method])
         note["base_seconds"] = seconds
         run = Run(folder, resumed[method], stop, note, bar, WORK[method], about)
-        rows = fine_tune(method, run, cfg, base, stages, tasks, tok)
+        # (the last one may change the base itself: a copy of a real one is large)
+        student = base if method == list(configs)[-1] else copy.deepcopy(base)
+        rows = fine_tune(method, run, cfg, student, stages, tasks, tok)
         final[method] = rows[-1]
     bar.close()
     if len(final) > 1:
@@ -301,15 +303,15 @@ def open_folder(args, method, resume):
     return folder
 
 
-def fine_tune(method, run, cfg, base, stages, tasks, tok):
-    """Run one method on the three skills, from a copy of the base. Returns its
-    evaluations: of the base, and at the end of each stage."""
+def fine_tune(method, run, cfg, student, stages, tasks, tok):
+    """Run one method on the three skills; the student, which has the base's weights, is
+    trained in place. Returns its evaluations: of the base, and at the end of each
+    stage."""
     trainer = METHODS[method]
     say(f"\n{method}: " + ", ".join(
         f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
         for key, value in asdict(cfg).items()
     ))
-    student = copy.deepcopy(base)
     evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
     if run.note["init"]:
         path = run.folder / "model"

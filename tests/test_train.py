@@ -1,6 +1,7 @@
 """The command line as a user runs it: real files, small models, and real processes
 where it matters."""
 
+import gc
 import json
 import math
 import os
@@ -363,6 +364,29 @@ def test_sample_without_a_base_shows_the_model_and_says_so(finished, call, tmp_p
     code, text, _ = call("--sample", PROMPT, "--out", tmp_path / "out")
     assert code == 0 and "not shown" in text and "is gone" in text
     assert any(line.startswith("sdft  ") for line in text.splitlines())
+
+
+def test_the_last_method_trains_the_base_itself_and_not_a_copy(
+    with_base, call, monkeypatch
+):
+    """A copy that nobody reads again is 28 GB of a model of 7B."""
+
+    def alive():
+        gc.collect()
+        return {id(x) for x in gc.get_objects() if type(x) is GPT}
+
+    before, models = alive(), {}
+    for method in METHODS:
+        real = train.METHODS[method].train
+
+        def counted(*args, method=method, real=real):
+            models[method] = len(alive() - before)
+            return real(*args)
+
+        monkeypatch.setattr(train.METHODS[method], "train", counted)
+    code, _, err = call(*SMALL, "--method", "both", "--out", with_base)
+    assert code == 0, err
+    assert models == {"sft": 2, "sdft": 1}
 
 
 def test_show_prints_the_tables_of_the_finished_runs_again(finished, call):

@@ -8,6 +8,8 @@ seed 0, which no result reports.
 
 from statistics import mean
 
+from knowledge import INDIRECT
+
 TWENTY = tuple(range(200, 220))  # no setting was chosen on these
 REPORT = TWENTY[:6]
 
@@ -146,7 +148,6 @@ def spent(cell, goal):
     }
 
 
-INDIRECT = ("asked", "two-step", "reversed")
 PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
 READ = {
     "new": new,

@@ -8,6 +8,21 @@ from statistics import mean
 
 from experiments import READ
 
+# ---- Numbers -----------------------------------------------------------------------
+
+
+def number(x):
+    if math.isinf(x):
+        return "never"
+    return f"{x:.2f}" if abs(x) < 10 else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
+
+
+def spread(values):
+    """mean (lowest to highest)"""
+    low, high = number(min(values)), number(max(values))
+    return f"{number(mean(values))} ({low} to {high})"
+
+
 # ---- Differences, seed by seed -----------------------------------------------------
 
 
@@ -59,10 +74,6 @@ def gains(rows):
 # ---- New facts from a text ---------------------------------------------------------
 
 
-def spread(values):
-    return f"{mean(values):.2f} ({min(values):.2f} to {max(values):.2f})"
-
-
 def gates(rows):
     """What the base knows by what it is shown, and what it can do with old commands."""
     lines, runs = [], rows.get("base", [])
@@ -77,7 +88,7 @@ def gates(rows):
 
 
 def suspects(rows):
-    """What a wrong measurement would show, of the first run of both methods."""
+    """What a wrong measurement would show, of the runs as they are, of both methods."""
     lines = []
     for label in ("sdft, as it is", "sft, as it is"):
         for run in rows.get(label, ()):

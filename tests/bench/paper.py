@@ -17,7 +17,6 @@ other in tests/bench/results/, all others in --work. Needs matplotlib for pictur
 import argparse
 import importlib.util
 import json
-import math
 import os
 import platform
 import queue
@@ -30,7 +29,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[2]
 HERE = ROOT / "tests" / "bench"
 RESULTS = HERE / "results"
-for path in (ROOT / "tests" / "exercises", HERE):
+for path in (ROOT, ROOT / "tests" / "exercises", HERE):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
@@ -38,6 +37,7 @@ import notes  # noqa: E402
 import torch  # noqa: E402
 from cell import code_key, folder_of, is_spec, needs  # noqa: E402
 from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
+from notes import spread  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 # ---- Cells -------------------------------------------------------------------------
@@ -205,18 +205,6 @@ def save(where, name, cells):
 
 
 # ---- Tables ------------------------------------------------------------------------
-
-
-def number(x):
-    if math.isinf(x):
-        return "never"
-    return f"{x:.2f}" if abs(x) < 10 else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
-
-
-def spread(values):
-    """mean (lowest to highest)"""
-    low, high = number(min(values)), number(max(values))
-    return f"{number(mean(values))} ({low} to {high})"
 
 
 def complete_rows(name, cells, seeds):

@@ -70,7 +70,10 @@ CELLS = {
 }
 # three passes left SDFT half-way through the rule (real.md)
 CELLS["rule"] |= {
-    "sdft 3e-05 long": ("", "short", "json", f"{SDFT} 3e-5 --steps 81"),
+    f"sdft {lr:g} long": ("", "short", "json", f"{SDFT} {lr:g} --steps 81")
+    for lr in RATES[SDFT]
+}
+CELLS["rule"] |= {
     "sdft 3e-05 T=.5": ("", "short", "json", f"{SDFT} 3e-5 --temperature .5"),
     "speculative 3e-05": ("speculative", "short", "json", f"{SDFT} 3e-5 --tau .5"),
 }
