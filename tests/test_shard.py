@@ -117,11 +117,17 @@ def pair(folder, tmp_path_factory):
     argv = ["--init", str(folder), *own, *SHORT, "--log-every", "1"]
     argv += ["--threads", "1"]
     stopped = [*argv, "--shard", "--checkpointing"]
+    plain = [*argv, "--out", str(place / "plain")]
+    steps = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.Run, "stop_wanted", lambda self: float(next(steps) == 3))
+        assert train.main(plain) == 128
     lines = [
         [str(place / "found")],
         ["", *argv, "--shard", "--method", "both", "--out", str(place / "two")],
         ["stop", *stopped, "--out", str(place / "cut")],
         ["", *stopped, "--resume", "--out", str(place / "cut")],
+        ["", *plain, "--shard", "--resume"],
     ]
     script = place / "group.py"
     script.write_text(GROUP)
@@ -228,6 +234,14 @@ def test_one_process_goes_on_with_a_run_in_shards(capsys, pair, tmp_path):
     text = capsys.readouterr().out
     assert "not to the bit (saved -> now): " in text and "shards: True -> None" in text
     one, other = (load(x / "sdft" / "model") for x in (place / "one", tmp_path / "out"))
+    assert torch.allclose(weights_of(one), weights_of(other), atol=1e-5)
+
+
+def test_shards_go_on_with_a_run_of_one_process(pair):
+    """It did not fit any more, or there are more GPUs now: cut what was saved."""
+    place = pair[0]
+    assert "shards: None -> True" in (place / "text").read_text()
+    one, other = (load(place / x / "sdft" / "model") for x in ("one", "plain"))
     assert torch.allclose(weights_of(one), weights_of(other), atol=1e-5)
 
 
