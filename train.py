@@ -179,6 +179,8 @@ def whole_run(args, stop):
     if args.shard:
         model.shard(base, device)
     gate = check_gate(args, base, tasks, tok, next(iter(configs.values())))
+    if args.init and gate and "sdft" in configs:
+        check_sampled(base, tasks, tok, configs["sdft"], gate)
 
     final = {}
     for method, cfg in configs.items():
@@ -1225,6 +1227,31 @@ def paired_gate(base, benchmarks, tok, max_new_tokens):
         gate["student"] += sum(student) / len(pairs) / len(benchmarks)
         gate["teacher"] += sum(teacher) / len(pairs) / len(benchmarks)
     return gate
+
+
+def check_sampled(base, tasks, tok, cfg, gate):
+    """The gate is greedy, and training samples: a small model whose best guess is right
+    may hardly ever say it at temperature 1, and what it says is what SDFT teaches."""
+    right = []
+    for task in tasks["new"].values():
+        few, n = task.examples[:64] if task.grade else [], cfg.max_new_tokens
+        device = next(base.parameters()).device
+        if few:
+            shown = data.pad_batch(data.teacher_prompt, few, tok, device)
+            u = data.get_uniform(few, n, cfg.seed, "gate", device)
+            response, mask = model.generate(
+                base, *shown, n, tok.end, u, cfg.temperature
+            )
+            rows = zip(few, response.tolist(), mask.sum(1).tolist(), strict=True)
+            each = [task.grade(e, tok.decode(row[:size])) for e, row, size in rows]
+            right.append(sum(each) / len(each))
+    sampled = sum(right) / len(right)
+    say(f"teacher gate: {sampled:.2f} with a demonstration if sampled at temperature "
+        f"{cfg.temperature:g}, as in training")
+    if sampled < gate["teacher"] / 2:
+        say("warning: the teacher seldom says what it knows; a lower --temperature "
+            "(.5, .3) makes it surer")
+    return sampled
 
 
 # ---- Device and processes ----------------------------------------------------------

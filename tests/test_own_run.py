@@ -11,6 +11,7 @@ import torch
 
 import data
 import model
+import sdft
 import train
 
 pytest.importorskip("safetensors", reason="pip install safetensors")
@@ -117,8 +118,6 @@ def test_both_methods_from_a_folder_to_a_folder(capsys, folder, files, tmp_path)
 
 def test_a_run_is_what_its_parts_say(capsys, folder, files, tmp_path):
     """The same run again, by hand, without train.py's reading and checking."""
-    import sdft
-
     out = tmp_path / "out"
     code, _, err = run(capsys, folder, files, out, *SHORT, "--prior-grade", "none")
     assert code == 0, err
@@ -211,6 +210,28 @@ def test_the_gate_counts_who_alone_is_right(capsys, monkeypatch, folder):
         "a: of 7 rows, right only with the demonstration 3, only without 1, both 1, "
         "neither 2" in capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize("temperature", [50.0, 1e-3])
+def test_a_teacher_that_is_right_only_greedily_gets_a_warning(
+    temperature, capsys, folder
+):
+    """Right is what the teacher says greedily; hence at a temperature of almost 0."""
+    gpt, tok = load(folder).eval(), data.ChatTokenizer(folder)
+    gpt.config.n_tokens = tok.n_tokens
+    examples = [data.Example(f"the {i}", "one", "", id=i) for i in range(20)]
+    contexts = [data.teacher_prompt(example, tok) for example in examples]
+    best = data.greedy_responses(gpt, contexts, tok, 6)
+    tasks = {"new": {
+        "a": data.Benchmark(examples, lambda example, text: text == best[example.id]),
+        "not graded": data.Benchmark(examples, None),
+    }}  # fmt: skip
+    cfg = sdft.Config(max_new_tokens=6, temperature=temperature)
+    sampled = train.check_sampled(gpt, tasks, tok, cfg, {"teacher": 1.0})
+    text = capsys.readouterr().out
+    assert f"{sampled:.2f} with a demonstration if sampled at temp" in text
+    assert (sampled < 0.5) == ("a lower --temperature" in text) == (temperature == 50)
+    assert sampled == (1 if temperature < 1 else pytest.approx(0, abs=0.4))
 
 
 def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
