@@ -923,9 +923,14 @@ def read_examples(path, needs_demo=True):
     content = Path(path).read_bytes()
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    ends = content.strip()[:1] + content.strip()[-1:]
+    if ends == b"[]" and b"\n[" not in content.strip():
+        raise ValueError(f"{path}: one list; each row needs a line of its own, "
+                         "as jq -c '.[]' writes them")  # fmt: skip
     examples, errors, forms, unused = [], [], Counter(), Counter()
     # not splitlines(), which takes U+2028 inside a text for the end of a line
-    for i, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for i, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:

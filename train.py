@@ -986,10 +986,25 @@ def read_own(args, world_size):
     return tok, config, stages, tasks
 
 
+def check_file(path, kind):
+    """Raises UserError, with the nearest name, if there is no such file."""
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder", f"a file of {kind}")
+    if not Path(path).is_file():
+        folder = Path(path).absolute().parent
+        names = os.listdir(folder) if folder.is_dir() else []
+        near = difflib.get_close_matches(Path(path).name, names, 1, 0.5)
+        raise UserError(
+            f"{path}: no such file in {folder}",
+            f"did you mean {near[0]}?" if near else "is the path right?",
+        )
+
+
 def read_template(path):
     """The teacher's template: the paper's, or a file with both places in it."""
     if path is None:
         return data.TEMPLATE
+    check_file(path, "text")
     text = Path(path).read_text(encoding="utf-8-sig")
     for place in ("{prompt}", "{demonstration}"):
         if place not in text:
@@ -1001,16 +1016,7 @@ def read_template(path):
 
 def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
     """The rows of a file that fit. Says what was found."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder", "a file of JSON lines")
-    if not Path(path).is_file():
-        folder = Path(path).absolute().parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, names, 1, 0.5)
-        raise UserError(
-            f"{path}: no such file in {folder}",
-            f"did you mean {near[0]}?" if near else "is the path right?",
-        )
+    check_file(path, "JSON lines")
     hint = 'the forms of a row stand in the README, "Your own model and data"'
     examples, remarks = hinted(hint, data.read_examples, path, needs_demo)
     texts = (f"{e.earlier}{e.prompt}{e.demo}" for e in examples)

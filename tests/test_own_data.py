@@ -172,6 +172,19 @@ def test_bytes_that_are_no_utf8_are_named(tmp_path):
         data.read_examples(path)
 
 
+def test_a_line_number_counts_empty_lines(tmp_path):
+    (tmp_path / "a.jsonl").write_text(f"\n\n{GOOD}\n[1]\n")
+    with pytest.raises(ValueError, match="jsonl:4: expected an object"):
+        data.read_examples(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("content", (f"[{GOOD}]", f"\ufeff[\n {GOOD},\n {GOOD}\n]\n"))
+def test_a_list_of_rows_gets_one_message_and_not_one_a_line(content, tmp_path):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="one list; each row needs a line of its own"):
+        data.read_examples(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("content", ("", "\n \n\n"))
 def test_a_file_without_rows_is_refused(content, tmp_path):
     path = tmp_path / "a.jsonl"

@@ -262,6 +262,8 @@ BAD = {  # more flags, or a change of the files: what the error says
     "--grade contains exact choice": "--grade: 3 for 2 files",
     "--prior-grade exact none exact": "--prior-grade: 3 for 2 files",
     "--template {a}": "no {prompt} in it",
+    "--template {dir}/templat.txt": "\nhint: did you mean template.txt?",
+    "--template {dir}": "is a folder",
     "--max-new-tokens 390": "a.jsonl:1: ",
     "--batch-size 7": "batch size 7 > 6 examples",
     "--batch-size 6 --micro-batches 4": "cannot be cut into equal parts",
