@@ -558,12 +558,18 @@ def rows_at_once(model, n_tokens):
 
 def greedy_responses(model, contexts, tok, max_new_tokens):
     """The most likely tokens after each context (a list of tokens), as texts."""
+    return get_texts(model, contexts, tok, max_new_tokens, None, 0)
+
+
+def get_texts(model, contexts, tok, max_new_tokens, u, temperature):
+    """Responses to contexts (lists of tokens), as texts. u: see model.generate."""
     n = rows_at_once(model, max(map(len, contexts)) + max_new_tokens)
     device, texts = next(model.parameters()).device, []
     for i in range(0, len(contexts), n):
         prompts, lengths = pad_right(contexts[i : i + n], tok.end, device)
+        numbers = None if u is None else u[i : i + n]  # (n, R)
         response, mask = generate(
-            model, prompts, lengths, max_new_tokens, tok.end, temperature=0
+            model, prompts, lengths, max_new_tokens, tok.end, numbers, temperature
         )
         rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
         texts += [tok.decode(row[:count]) for row, count in rows]
@@ -924,8 +930,8 @@ def read_examples(path, needs_demo=True):
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
     content = content.removeprefix(b"\xef\xbb\xbf")
-    ends = content.strip()[:1] + content.strip()[-1:]
-    if ends == b"[]" and b"\n[" not in content.strip():
+    text = content.strip()
+    if text[:1] + text[-1:] == b"[]" and b"\n[" not in text:
         raise ValueError(f"{path}: one list; each row needs a line of its own, "
                          "as jq -c '.[]' writes them")  # fmt: skip
     examples, errors, forms, unused = [], [], Counter(), Counter()

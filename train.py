@@ -1238,19 +1238,15 @@ def paired_gate(base, benchmarks, tok, max_new_tokens):
 def check_sampled(base, tasks, tok, cfg, gate):
     """The gate is greedy, and training samples: a small model whose best guess is right
     may hardly ever say it at temperature 1, and what it says is what SDFT teaches."""
-    right = []
+    right, device = [], next(base.parameters()).device
     for task in tasks["new"].values():
-        few, n = task.examples[:64] if task.grade else [], cfg.max_new_tokens
-        device = next(base.parameters()).device
-        if few:
-            shown = data.pad_batch(data.teacher_prompt, few, tok, device)
-            u = data.get_uniform(few, n, cfg.seed, "gate", device)
-            response, mask = model.generate(
-                base, *shown, n, tok.end, u, cfg.temperature
-            )
-            rows = zip(few, response.tolist(), mask.sum(1).tolist(), strict=True)
-            each = [task.grade(e, tok.decode(row[:size])) for e, row, size in rows]
-            right.append(sum(each) / len(each))
+        if not task.grade:
+            continue
+        few, n = task.examples[:64], cfg.max_new_tokens
+        contexts = [data.teacher_prompt(example, tok) for example in few]
+        u = data.get_uniform(few, n, cfg.seed, "gate", device)
+        texts = data.get_texts(base, contexts, tok, n, u, cfg.temperature)
+        right.append(sum(map(task.grade, few, texts)) / len(few))
     sampled = sum(right) / len(right)
     say(f"teacher gate: {sampled:.2f} with a demonstration if sampled at temperature "
         f"{cfg.temperature:g}, as in training")

@@ -71,21 +71,21 @@ CELLS = {
 }
 # three passes left SDFT half-way through the rule (real.md)
 CELLS["rule"] |= {
-    f"sdft {lr:g} long": ("", "short", "json", f"{SDFT} {lr:g} --steps 81")
-    for lr in RATES[SDFT]
-}
-CELLS["rule"] |= {
+    **{
+        f"sdft {lr:g} long": ("", "short", "json", f"{SDFT} {lr:g} --steps 81")
+        for lr in RATES[SDFT]
+    },
     "sdft 3e-05 T=.5": ("", "short", "json", f"{SDFT} 3e-5 --temperature .5"),
     "speculative 3e-05": ("speculative", "short", "json", f"{SDFT} 3e-5 --tau .5"),
 }
 # at temperature 1 the teacher seldom says what it knows (real.md)
 CELLS["facts"] |= {
-    f"sdft {lr:g} T=.3": (
-        "", "short", "record", f"{SDFT} {lr:g} --temperature .3 --steps 162"
-    )
-    for lr in RATES[SDFT]
-}
-CELLS["facts"] |= {
+    **{
+        f"sdft {lr:g} T=.3": (
+            "", "short", "record", f"{SDFT} {lr:g} --temperature .3 --steps 162"
+        )
+        for lr in RATES[SDFT]
+    },
     "speculative 3e-05": ("speculative", "short", "record", f"{SDFT} 3e-5 --tau .5"),
     "sdft plain 3e-05": ("", "short", "plain", f"{SDFT} 3e-5"),
 }
@@ -324,27 +324,19 @@ def tokens(folder, args):
 @torch.no_grad()
 def sampled(folder, args):
     """How often student and teacher say what is right when they are sampled, by
-    temperature, and how long their responses are: one trained row of each fact, or a
-    third of the parts."""
+    temperature: one trained row of each fact, or a third of the parts."""
     gpt, tok = load(folder)
     tok.template = TEMPLATES["short"]
     for task in args.only or TASKS:
-        rows = TASKS[task](args.seeds[0], DEMOS[task])[0][::3]
-        examples = examples_of(rows)
+        examples = examples_of(TASKS[task](args.seeds[0], DEMOS[task])[0][::3])
         u = data.get_uniform(examples, N_TOKENS, args.seeds[0], "sampled", "cpu")
         for temperature in (1.0, 0.5, 0.3):
-            for who in ("student", "teacher"):
-                prompt = getattr(data, f"{who}_prompt")
-                both = data.pad_batch(prompt, examples, tok, "cpu")
-                response, mask = model.generate(
-                    gpt, *both, N_TOKENS, tok.end, u, temperature
-                )
-                sizes = mask.sum(1).tolist()
-                pairs = zip(examples, response.tolist(), sizes, strict=True)
-                right = [data.grade_contains(e, tok.decode(x[:n])) for e, x, n in pairs]
-                print(f"{task}, temperature {temperature:g}, {who}: right "
-                      f"{share(right):.2f} of {len(right)}, "
-                      f"{sum(sizes) / len(sizes):.1f} tokens", flush=True)
+            for prompt in (data.student_prompt, data.teacher_prompt):
+                contexts = [prompt(example, tok) for example in examples]
+                texts = data.get_texts(gpt, contexts, tok, N_TOKENS, u, temperature)
+                right = list(map(data.grade_contains, examples, texts))
+                print(f"{task}, temperature {temperature:g}, {prompt.__name__}: right "
+                      f"{share(right):.2f} of {len(right)}", flush=True)
 
 
 # ---- Results -----------------------------------------------------------------------
