@@ -8,6 +8,7 @@
     python tests/bench/real.py smollm2 tables    # no training: what was measured
     python tests/bench/real.py smollm2 tokens    # one rollout of each kind, by token
     python tests/bench/real.py smollm2 sampled   # the gate, sampled as in training
+    python tests/bench/real.py smollm2 wordings  # the base's prior, asked otherwise
 
 A cell is one run of train.py, as a user would type it, from rows of real_data.py; the
 command is printed. A finished cell is not run again; one that was cut off goes on. Then
@@ -48,6 +49,12 @@ TEMPLATES = {
     "short": "Question: {prompt}\nAnswer: {demonstration}\n\n"
              "Answer the question in one short sentence.",
 }  # fmt: skip
+# the questions of the prior as they are, after one more space, as the template "short"
+# begins and ends, and with another request
+WORDINGS = (
+    "{}", "{} ", "Question: {}", "{}\n\nAnswer the question in one short sentence.",
+    "Please help me with this: {}",
+)  # fmt: skip
 TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
 
 # ---- Cells ---------------------------------------------------------------------------
@@ -86,6 +93,8 @@ CELLS["facts"] |= {
         )
         for lr in RATES[SDFT]
     },
+    # the temperature alone, with as many updates as at temperature 1
+    "sdft 0.0001 T=.3 short": ("", "short", "record", f"{SDFT} 1e-4 --temperature .3"),
     "speculative 3e-05": ("speculative", "short", "record", f"{SDFT} 3e-5 --tau .5"),
     "sdft plain 3e-05": ("", "short", "plain", f"{SDFT} 3e-5"),
 }
@@ -213,6 +222,7 @@ def measure(folder, saved, rows, args):
     prior_texts, prior_right = respond(gpt, tok, prior)
     record = [text.lstrip().startswith("{") for text in prior_texts]
     return {
+        "firm": firm_share(prior, prior_right),
         "train": share(train_right), "held_out": share(right),
         "prior": share(prior_right), "json_on_prior": share(record),
         "asked": len(asked(args)), "prior_questions": len(prior),
@@ -339,6 +349,42 @@ def sampled(folder, args):
                       f"{share(right):.2f} of {len(right)}", flush=True)
 
 
+@torch.no_grad()
+def wordings(folder, args):
+    """How much of its prior the base keeps, without any training, when the questions
+    are worded otherwise; a loss of that size need not be forgetting. The questions that
+    it gets right in every wording are the firm ones: --model is asked these, too."""
+    rows, known = prior_rows(folder, args), read_results()
+    if "firm" not in known:
+        gpt, tok = load(folder)
+        firm, table = {row["prompt"] for row in rows}, {}
+        for wording in WORDINGS:
+            worded = [{**row, "prompt": wording.format(row["prompt"])} for row in rows]
+            texts, right = respond(gpt, tok, worded)
+            # the opening that on-policy training takes over from the template
+            opening = [text.startswith("The answer") for text in texts]
+            table[wording] = {"right": share(right), "The answer ...": share(opening)}
+            firm -= {r["prompt"] for r, ok in zip(rows, right, strict=True) if not ok}
+        known |= {"wordings": table, "firm": sorted(firm)}
+        if not args.quick:
+            write_results(known)
+    for wording, found in known["wordings"].items():
+        print(f"{wording!r}: {found}")
+    print(f"{len(known['firm'])} of {len(rows)} are right in every wording")
+    if args.model:
+        texts, right = respond(*load(args.model), rows)
+        print(f"{args.model}: prior {share(right)}, firm {firm_share(rows, right)}")
+
+
+def firm_share(rows, right):
+    """Of the general questions that the base gets right in every wording, the share
+    that is right here; None if it was not asked yet."""
+    firm = read_results().get("firm", [])
+    pairs = zip(rows, right, strict=True)
+    of_firm = [ok for row, ok in pairs if row["prompt"] in firm]
+    return share(of_firm) if of_firm else None
+
+
 # ---- Results -----------------------------------------------------------------------
 
 
@@ -378,7 +424,7 @@ def show_tables(task=None):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path)
-    choices = ("gate", "prior", *TASKS, "tables", "tokens", "sampled")
+    choices = ("gate", "prior", *TASKS, "tables", "tokens", "sampled", "wordings")
     parser.add_argument("what", choices=choices)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="LABEL",
@@ -392,7 +438,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument("--train-only", action="store_true", help="measure later")
     parser.add_argument("--quick", action="store_true", help="2 updates, no results")
-    parser.add_argument("--model", type=Path, help="of tokens: a student's folder")
+    parser.add_argument("--model", type=Path, help="of tokens, wordings: a student")
     parser.add_argument("--templates", nargs="+", default=["short"], choices=TEMPLATES)
     args = parser.parse_args()
     args.folder, args.work = args.folder.absolute(), args.work.absolute()
@@ -406,6 +452,8 @@ def main():
         tokens(args.folder, args)
     elif args.what == "sampled":
         sampled(args.folder, args)
+    elif args.what == "wordings":
+        wordings(args.folder, args)
     elif args.what in TASKS:
         for label in args.only or CELLS[args.what]:
             if label not in CELLS[args.what]:
