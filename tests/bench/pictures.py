@@ -254,9 +254,9 @@ def knowledge(rows):
         paper = PAPER.get(re.sub(r" \d\S*$", "", label), ())
         for axis, value in zip(axes, paper, strict=False):
             axis.plot(value, -i, "o", ms=9, mfc="none", mec=style.GREY, mew=0.8)
-            if (axis, i) == (axes[0], 0):
-                axis.annotate("ring: the paper", (value, -i), (9, -3), color=style.GREY,
-                              textcoords="offset points", fontsize=7)  # fmt: skip
+            if axis is axes[0] and label.startswith("sft 3e-4"):  # (free on its left)
+                axis.annotate("ring: the paper", (value, -i), (-9, -3), ha="right",
+                              color=style.GREY, textcoords="offset points", fontsize=7)
     for axis in axes:
         axis.set_xlim(-0.06, 1.06)
     return figure
