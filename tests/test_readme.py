@@ -166,11 +166,12 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
 
 def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     """The README's table of experiments."""
-    known = {}
-    for name in ("skills", "passk", "distance-kl", "cost", "knowledge"):
-        specs = paper.specs_of(name, range(200, 205), False)
+    known, names = {}, ("skills", "passk", "distance-kl", "cost", "knowledge")
+    for name, n in [*((name, 5) for name in names), ("answers-only", 3)]:
+        seeds = range(200, 200 + n)
+        specs = paper.specs_of(name, seeds, False)
         cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
-        known[name] = paper.complete_rows(name, cells, range(200, 205))
+        known[name] = paper.complete_rows(name, cells, seeds)
     main = ("sdft 9e-5", "sft 6e-4")
 
     def find(name, label, *titles):
@@ -191,8 +192,10 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         both("passk", (*main, "base"), "pass@1"),
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
+        both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
+             "new", "thinks"),
         both("knowledge", ("sdft answer + text 1e-4", "sft 3e-4"), "strict", "OOD"),
-    ]
+    ]  # fmt: skip
 
 
 def test_the_tables_of_the_experiments_are_those_of_the_results(paper):

@@ -236,7 +236,11 @@ def color_of(label):
 
 
 def answers_only(rows):
-    return columns(rows, "new", "prior", "thinks", "length")[0]
+    figure, axes = columns(rows, "new", "prior", "thinks", "length")
+    for axis in axes[:3]:  # shares
+        axis.set_xlim(-0.06, 1.06)
+    axes[3].set_xlabel("tokens")
+    return figure
 
 
 PAPER = {  # Table 1 and Fig. 7: strict, lenient, OOD
