@@ -167,7 +167,8 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
 def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     """The README's table of experiments."""
     known, names = {}, ("skills", "passk", "distance-kl", "cost", "knowledge")
-    for name, n in [*((name, 5) for name in names), ("answers-only", 3)]:
+    sizes = dict.fromkeys(names, 5) | {"answers-only": 3, "estimators": 3}
+    for name, n in sizes.items():
         seeds = range(200, 200 + n)
         specs = paper.specs_of(name, seeds, False)
         cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
@@ -184,6 +185,8 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
 
     flops = [mean(run["work"]["flops"] / run["config"]["steps"]
                   for run in known["cost"][label]) for label in main]  # fmt: skip
+    slow = [mean(map(paper.READ["updates to .9"], known["estimators"][label]))
+            for label in ("reverse", "sampled")]  # fmt: skip
     table = README[README.index("## The paper in miniature"):]
     rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
     assert rows == [
@@ -194,6 +197,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         f"{flops[0] / flops[1]:.2f}",
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
+        "; ".join(f"{updates:.0f}" for updates in slow) + " updates to .9",
         both("knowledge", ("sdft answer + text 1e-4", "sft 3e-4"), "strict", "OOD"),
     ]  # fmt: skip
 

@@ -193,6 +193,9 @@ READ = {
         for what in ("updates", "TFLOP", "tokens written", "core-seconds")
     },
     "last loss": lambda c: last_record(c).get("loss"),
+    # in 1e-4 nats: the floor, where two digits would show zeros
+    "last loss, 1e-4": lambda c: 1e4 * last_record(c).get("loss", float("nan")),
+    "held-out loss, 1e-4": lambda c: 1e4 * (held_out_loss(c) or float("nan")),
     "last KL(student || teacher)": lambda c: last_record(c).get("kl_student_teacher"),
 }
 
@@ -513,7 +516,7 @@ EXPERIMENTS = {
             ("360 updates", 3, sdft("9e-5", steps=360, eval_every=30)),
         ],
         "columns": ("new", "prior", "updates to .9", "KL(student || base)",
-                    "first loss", "last loss", "held-out loss"),
+                    "first loss", "last loss, 1e-4", "held-out loss, 1e-4"),
     },
     "cost": {
         "claim": "SDFT takes about 2.5 times the FLOPs and 4 times the seconds of SFT "
