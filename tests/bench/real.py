@@ -370,7 +370,8 @@ def wordings(folder, args):
             write_results(known)
     for wording, found in known["wordings"].items():
         print(f"{wording!r}: {found}")
-    print(f"{len(known['firm'])} of {len(rows)} are right in every wording")
+    n = sum(known["prior"].values())
+    print(f"{len(known['firm'])} of {n} are right in every wording")
     if args.model:
         texts, right = respond(*load(args.model), rows)
         print(f"{args.model}: prior {share(right)}, firm {firm_share(rows, right)}")
