@@ -186,7 +186,6 @@ READ = {
     "gate at the start": lambda c: c["evaluations"][0]["teacher_gate"]
     if "evaluations" in c else c["gate"],
     "first loss": lambda c: c["records"][0]["loss"] if "records" in c else None,
-    "held-out loss": lambda c: held_out_loss(c),
     **{
         f"{what} to .95": lambda c, what=what: spent(c, 0.95)[what]
         if "work" in c else None
@@ -194,8 +193,8 @@ READ = {
     },
     "last loss": lambda c: last_record(c).get("loss"),
     # in 1e-4 nats: the floor, where two digits would show zeros
-    "last loss, 1e-4": lambda c: 1e4 * last_record(c).get("loss", float("nan")),
-    "held-out loss, 1e-4": lambda c: 1e4 * (held_out_loss(c) or float("nan")),
+    "last loss, 1e-4": lambda c: 1e4 * last_record(c)["loss"],
+    "held-out loss, 1e-4": lambda c: 1e4 * held_out_loss(c),
     "last KL(student || teacher)": lambda c: last_record(c).get("kl_student_teacher"),
 }
 
@@ -209,10 +208,8 @@ def own_stages(cell):
 
 def held_out_loss(cell):
     """KL(teacher || student) of the last evaluation, on held-out queries: no dropout,
-    the mean over places. None without a teacher."""
-    row = cell["evaluations"][-1] if "evaluations" in cell else {}
-    values = row.get("kl_teacher_student_by_position")
-    return values and mean(values)
+    the mean over places."""
+    return mean(cell["evaluations"][-1]["kl_teacher_student_by_position"])
 
 
 def last_record(cell):

@@ -44,16 +44,15 @@ EVAL_ROWS = 4  # held-out rows that train.py itself looks at: its gate, its log
 
 # ---- Templates and candidates: what the gate is measured on ------------------------
 
+REQUEST = "\n\nAnswer the question in one short sentence."
 TEMPLATES = {
     "paper": data.TEMPLATE,
-    "short": "Question: {prompt}\nAnswer: {demonstration}\n\n"
-             "Answer the question in one short sentence.",
-}  # fmt: skip
+    "short": "Question: {prompt}\nAnswer: {demonstration}" + REQUEST,
+}
 # the questions of the prior as they are, after one more space, as the template "short"
 # begins and ends, and with another request
 WORDINGS = (
-    "{}", "{} ", "Question: {}", "{}\n\nAnswer the question in one short sentence.",
-    "Please help me with this: {}",
+    "{}", "{} ", "Question: {}", "{}" + REQUEST, "Please help me with this: {}",
 )  # fmt: skip
 TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
 
@@ -222,7 +221,7 @@ def measure(folder, saved, rows, args):
     prior_texts, prior_right = respond(gpt, tok, prior)
     record = [text.lstrip().startswith("{") for text in prior_texts]
     return {
-        "firm": firm_share(prior, prior_right),
+        "firm": firm_share(prior, prior_right, read_results()),
         "train": share(train_right), "held_out": share(right),
         "prior": share(prior_right), "json_on_prior": share(record),
         "asked": len(asked(args)), "prior_questions": len(prior),
@@ -366,22 +365,21 @@ def wordings(folder, args):
             table[wording] = {"right": share(right), "The answer ...": share(opening)}
             firm -= {r["prompt"] for r, ok in zip(rows, right, strict=True) if not ok}
         known |= {"wordings": table, "firm": sorted(firm)}
-        if not args.quick:
+        if not (args.quick or args.questions):  # (of all questions, or not kept)
             write_results(known)
     for wording, found in known["wordings"].items():
         print(f"{wording!r}: {found}")
-    n = sum(known["prior"].values())
-    print(f"{len(known['firm'])} of {n} are right in every wording")
+    print(f"{len(known['firm'])} are right in every wording")
     if args.model:
-        texts, right = respond(*load(args.model), rows)
-        print(f"{args.model}: prior {share(right)}, firm {firm_share(rows, right)}")
+        _, right = respond(*load(args.model), rows)
+        firm = firm_share(rows, right, known)
+        print(f"{args.model}: prior {share(right)}, firm {firm}")
 
 
-def firm_share(rows, right):
+def firm_share(rows, right, known):
     """Of the general questions that the base gets right in every wording, the share
     that is right here; None if it was not asked yet."""
-    firm = read_results().get("firm", [])
-    pairs = zip(rows, right, strict=True)
+    firm, pairs = known.get("firm", []), zip(rows, right, strict=True)
     of_firm = [ok for row, ok in pairs if row["prompt"] in firm]
     return share(of_firm) if of_firm else None
 
