@@ -309,6 +309,18 @@ def test_updates_to_a_goal_are_read_between_two_evaluations():
 # ---- Notes -------------------------------------------------------------------------
 
 
+def test_what_there_is_to_learn_is_told_token_by_token():
+    early = {"kl_teacher_student_by_position": [1.5, 0.25, 0, 0, 0, 0, 0.125, 3.0]}
+    late = {"kl_teacher_student_by_position": [9.0]}
+    run = {"seed": 7, "evaluations": [early, late]}
+    (line,) = notes.by_place({"sdft 9e-5": [run], "imitate 9e-5": [run]})
+    assert line.startswith("seed 7: KL(teacher || student)")
+    assert ": 1.50 0.25 0.00 0.00 0.00 0.00; the highest behind: 3.00" in line
+    short = {"seed": 8, "evaluations": [late]}
+    assert notes.by_place({"sdft 9e-5": [short]})[0].endswith("behind: 0.00")
+    assert notes.by_place({"imitate 9e-5": [run]}) == []
+
+
 def test_a_first_sign_lies_outside_of_the_usual_twice_in_a_row():
     usual = {step: (1.0, 2.0) for step in range(0, 60, 10)}
     calm = {0: 1.5, 10: 2.9, 20: 0.1, 30: 1.0, 40: 2.0, 50: 1.5}  # a width beside it

@@ -106,6 +106,21 @@ def suspects(rows):
     return lines
 
 
+# ---- Where student and teacher differ ----------------------------------------------
+
+
+def by_place(rows, label="sdft 9e-5"):
+    """What there is to learn, token by token, before the first update."""
+    lines = []
+    for run in rows.get(label, ()):
+        at = run["evaluations"][0]["kl_teacher_student_by_position"]
+        words = " ".join(number(x) for x in at[:6])
+        rest = number(max(at[6:], default=0.0))
+        lines.append(f"seed {run['seed']}: KL(teacher || student) at the first tokens "
+                     f"that the base writes: {words}; the highest behind: {rest}")
+    return lines
+
+
 # ---- When a teacher goes astray ----------------------------------------------------
 
 RECORDS = ("loss", "kl_student_teacher", "student_entropy", "teacher_entropy",

@@ -260,7 +260,7 @@ def print_benchmarks(rows):
 NOTES = {
     "skills": [notes.gaps], "forgetting": [notes.gaps], "size": [notes.gains],
     "teacher": [notes.first_signs], "knowledge": [notes.gates],
-    "audit": [notes.suspects],
+    "audit": [notes.suspects], "onpolicy": [notes.by_place],
 }  # fmt: skip
 
 
