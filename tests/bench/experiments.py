@@ -191,10 +191,10 @@ READ = {
         if "work" in c else None
         for what in ("updates", "TFLOP", "tokens written", "core-seconds")
     },
-    "last loss": lambda c: last_record(c).get("loss"),
     # in 1e-4 nats: the floor, where two digits would show zeros
     "last loss, 1e-4": lambda c: 1e4 * last_record(c)["loss"],
-    "held-out loss, 1e-4": lambda c: 1e4 * held_out_loss(c),
+    "held-out loss, 1e-4": lambda c: 1e4 * held_out_loss(c)
+    if "evaluations" in c else None,
     "last KL(student || teacher)": lambda c: last_record(c).get("kl_student_teacher"),
 }
 
@@ -343,7 +343,7 @@ EXPERIMENTS = {
             *((f"tau {tau}", 5, frozen("speculative", tau=tau)) for tau in TAUS),
         ],
         "columns": ("new", "prior", "updates to .9", "pass@1", "KL(student || base)",
-                    "KL(student || base), prior", "last loss"),
+                    "KL(student || base), prior", "held-out loss, 1e-4"),
     },
     "teacher": {
         "claim": "EMA 69 to 71, frozen 66; live peaks at 52 and is below 32 after 20 "
