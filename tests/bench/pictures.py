@@ -93,7 +93,7 @@ def skills(rows):
 
 def onpolicy(rows):
     figure, axes = style.panels(
-        "new skill", "prior skills", "updates to .9 of the new skill", width=3.5
+        "new skill", "prior skills", "updates to .9, by who writes", width=3.5
     )
     names = {"sdft": "on-policy", "offpolicy": "teacher writes, KL",
              "imitate": "teacher writes, imitate"}  # fmt: skip
@@ -118,6 +118,7 @@ def onpolicy(rows):
     }  # fmt: skip
     ends = {"teacher": colors["offpolicy"], "student": colors["sdft"]}
     style.dots(axes[2], {k: v for k, v in reached.items() if v}, ends)
+    axes[2].set_xlim(left=0)
     return figure
 
 
