@@ -268,7 +268,10 @@ def knowledge(rows):
 
 
 def audit(rows):
-    return columns(rows, "strict", "OOD", "prior")[0]
+    figure, axes = columns(rows, "strict", "OOD", "prior")
+    for axis in axes:
+        axis.set_xlim(-0.06, 1.06)
+    return figure
 
 
 def size(rows):
