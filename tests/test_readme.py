@@ -167,7 +167,7 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
 def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     """The README's table of experiments."""
     known, five = {}, "skills passk distance-kl cost onpolicy knowledge".split()
-    sizes = dict.fromkeys(five, 5) | {"answers-only": 3, "estimators": 3}
+    sizes = dict.fromkeys(five, 5) | {"answers-only": 3, "estimators": 3, "size": 3}
     for name, n in sizes.items():
         seeds = range(200, 200 + n)
         specs = paper.specs_of(name, seeds, False)
@@ -187,6 +187,11 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
                   for run in known["cost"][label]) for label in main]  # fmt: skip
     slow = [mean(map(paper.READ["updates to .9"], known["estimators"][label]))
             for label in ("reverse", "sampled")]  # fmt: skip
+    means = {label: mean(map(paper.READ["new"], runs))
+             for label, runs in known["size"].items()}  # fmt: skip
+    gains = [means[f"sdft {base}"] - means[f"sft {base}"]
+             for base in ("large, 300", "large, 400", "large")]  # fmt: skip
+    gains = [f"{x:.2f}".replace("-", "−").replace("0.", ".") for x in gains]
     table = README[README.index("## The paper in miniature"):]
     rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
     assert rows == [
@@ -196,6 +201,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
+        "; ".join(gains),
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
         "; ".join(f"{updates:.0f}" for updates in slow) + " updates to .9",

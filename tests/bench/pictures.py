@@ -277,7 +277,7 @@ def audit(rows):
 def size(rows):
     figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
-        words = []
+        names = {}  # where a base stands: its name; equal ones share a word
         for label, runs in rows.items():
             method, _, name = label.partition(" ")
             pair = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
@@ -285,9 +285,11 @@ def size(rows):
                 gates = [run["gate"] for run in runs]
                 both = [values(each, title) for each in pair]
                 gains = [x - y for x, y in zip(*both, strict=True)]
-                at = style.cross(axis, gates, gains, style.COLORS["sdft"])
-                words.append((*at, name, style.GREY, 7))
-        style.write(axis, words)
+                x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])
+                names.setdefault((round(x, 2), round(y, 2)), []).append(name)
+        axis.margins(0.12, 0.15)
+        style.write(axis, [(*at, " and ".join(each), style.GREY, 7)
+                           for at, each in names.items()])  # fmt: skip
         axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
