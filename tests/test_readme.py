@@ -49,6 +49,20 @@ def test_the_readme_is_short_and_its_lines_are_wrapped():
         assert long == []
 
 
+def test_a_row_of_a_table_has_as_many_cells_as_its_rule():
+    """Otherwise GitHub shows raw text: "||" in a cell, say, makes two cells of it."""
+    found = 0
+    for path in (ROOT / "README.md", *(ROOT / "tests").glob("*/*.md")):
+        text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
+        for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
+            head, rule, *rows = table.splitlines()
+            assert re.fullmatch(r"\|(-+\|)+", rule), (path.name, rule)
+            for row in (head, *rows):
+                assert row.count("|") == rule.count("|"), (path.name, row)
+            found += 1
+    assert found > 30
+
+
 def test_what_the_readme_calls_by_name_exists():
     sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
     everything = "\n".join(sources.values())
@@ -192,6 +206,8 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     gains = [means[f"sdft {base}"] - means[f"sft {base}"]
              for base in ("large, 300", "large, 400", "large")]  # fmt: skip
     gains = [f"{x:.2f}".replace("-", "−").replace("0.", ".") for x in gains]
+    at = [find("size", f"base {base}", "gate")
+          for base in ("large, 300", "large, 400", "large")]  # fmt: skip
     table = README[README.index("## The paper in miniature"):]
     rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
     assert rows == [
@@ -201,7 +217,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
-        "; ".join(gains),
+        "; ".join(gains) + f" (gate {'; '.join(at)})",
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
         "; ".join(f"{updates:.0f}" for updates in slow) + " updates to .9",

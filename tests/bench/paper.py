@@ -234,7 +234,8 @@ def table(rows, columns):
         numbers = [read(run, columns) for run in runs]
         if titles is None:
             titles = list(numbers[0])
-            lines += [f"| run | seeds | {' | '.join(titles)} |"]
+            heads = [title.replace("||", "‖") for title in titles]  # || ends a cell
+            lines += [f"| run | seeds | {' | '.join(heads)} |"]
             lines += ["|---|" + "---|" * (len(titles) + 1)]
         parts = [
             "" if any(row[title] is None for row in numbers)
