@@ -180,7 +180,7 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
 
 def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     """The README's table of experiments."""
-    known, five = {}, "skills passk distance-kl cost onpolicy knowledge".split()
+    known, five = {}, "skills passk distance-kl cost onpolicy teacher knowledge".split()
     sizes = dict.fromkeys(five, 5) | {"answers-only": 3, "estimators": 3, "size": 3}
     for name, n in sizes.items():
         seeds = range(200, 200 + n)
@@ -218,6 +218,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
         "; ".join(gains) + f" (gate {'; '.join(at)})",
+        both("teacher", ("ema .001", "frozen", "live"), "new"),
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
         "; ".join(f"{updates:.0f}" for updates in slow) + " updates to .9",

@@ -125,15 +125,18 @@ def onpolicy(rows):
 def teacher(rows):
     """What happens over updates: each run a thin line."""
     kinds = [label for label in rows if label != "base"]
-    figure, axes = style.panels("KL(student || teacher), nats a token",
-                                "prior skills", "its gate", width=3.5)  # fmt: skip
+    figure, axes = style.panels(
+        "KL(student || teacher), nats a token", "entropy of the student, nats a token",
+        "prior skills", "the teacher's gate", width=3.3,
+    )  # fmt: skip
     colors = dict(zip(kinds, style.OTHERS, strict=False))
-    ends = [[], [], []]
+    ends = [[], [], [], []]
     for label in kinds:
         runs = rows[label]
-        x = [row["step"] for row in runs[0]["records"]]
-        ys = [[row["kl_student_teacher"] for row in run["records"]] for run in runs]
-        series = [(x, ys), curve(runs, prior_of)]
+        x, series = [row["step"] for row in runs[0]["records"]], []
+        for key in ("kl_student_teacher", "student_entropy"):
+            series.append((x, [[row[key] for row in run["records"]] for run in runs]))
+        series.append(curve(runs, prior_of))
         series.append(curve(runs, lambda row: row["teacher_gate"]))
         for i, (x, ys) in enumerate(series):
             for y in ys:
@@ -141,9 +144,10 @@ def teacher(rows):
             line = [mean(at) for at in zip(*ys, strict=True)]
             axes[i].plot(x, line, color=colors[label], lw=1.8)
             ends[i].append((line[-1], label, colors[label]))
-    axes[0].set_yscale("log")
-    axes[1].set_ylim(-0.03, 1.05)
-    axes[2].set_ylim(-0.03, 1.05)
+    for axis in axes[:2]:
+        axis.set_yscale("log")
+    for axis in axes[2:]:
+        axis.set_ylim(-0.03, 1.05)
     for axis, labels in zip(axes, ends, strict=True):
         style.label_lines(axis, labels)
         axis.set_xlabel("updates, three skills")
