@@ -201,13 +201,11 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
                   for run in known["cost"][label]) for label in main]  # fmt: skip
     slow = [mean(map(paper.READ["updates to .9"], known["estimators"][label]))
             for label in ("reverse", "sampled")]  # fmt: skip
-    means = {label: mean(map(paper.READ["new"], runs))
-             for label, runs in known["size"].items()}  # fmt: skip
-    gains = [means[f"sdft {base}"] - means[f"sft {base}"]
-             for base in ("large, 300", "large, 400", "large")]  # fmt: skip
-    gains = [f"{x:.2f}".replace("-", "−").replace("0.", ".") for x in gains]
-    at = [find("size", f"base {base}", "gate")
-          for base in ("large, 300", "large, 400", "large")]  # fmt: skip
+    bases = "large, 300", "large, 400", "large"
+    new = [[mean(map(paper.READ["new"], known["size"][f"{method} {base}"]))
+            for base in bases] for method in ("sdft", "sft")]  # fmt: skip
+    gains = [f"{x - y:.2f}".replace("-", "−").replace("0.", ".")
+             for x, y in zip(*new, strict=True)]  # fmt: skip
     table = README[README.index("## The paper in miniature"):]
     rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
     assert rows == [
@@ -217,7 +215,8 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
-        "; ".join(gains) + f" (gate {'; '.join(at)})",
+        "; ".join(gains)
+        + f" (gate {both('size', [f'base {base}' for base in bases], 'gate')})",
         both("teacher", ("ema .001", "frozen", "live"), "new"),
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),

@@ -240,10 +240,15 @@ def color_of(label):
     return style.COLORS.get(word.strip(","), style.GREY)
 
 
+def from_0_to_1(axes):
+    """Axes of shares: all of what there is, so that small differences look small."""
+    for axis in axes:
+        axis.set_xlim(-0.06, 1.06)
+
+
 def answers_only(rows):
     figure, axes = columns(rows, "new", "prior", "thinks", "length")
-    for axis in axes[:3]:  # shares
-        axis.set_xlim(-0.06, 1.06)
+    from_0_to_1(axes[:3])
     axes[3].set_xlabel("tokens")
     return figure
 
@@ -266,15 +271,13 @@ def knowledge(rows):
             if axis is axes[0] and label.startswith("sft 3e-4"):  # (free on its left)
                 axis.annotate("ring: the paper", (value, -i), (-9, -3), ha="right",
                               color=style.GREY, textcoords="offset points", fontsize=7)
-    for axis in axes:
-        axis.set_xlim(-0.06, 1.06)
+    from_0_to_1(axes)
     return figure
 
 
 def audit(rows):
     figure, axes = columns(rows, "strict", "OOD", "prior")
-    for axis in axes:
-        axis.set_xlim(-0.06, 1.06)
+    from_0_to_1(axes)
     return figure
 
 
