@@ -87,7 +87,8 @@ def writer(folder, seed, quick, name, other=None):
     """A cell function that leaves a file, and reads that of the cell it needs."""
     (folder / "left.txt").write_text(name)
     read = (other / "left.txt").read_text() if other else ""
-    return {"name": name, "read": read, "length": math.pi}
+    machine = {"capability": paper.processor()}
+    return {"name": name, "read": read, "length": math.pi, "machine": machine}
 
 
 @pytest.fixture
@@ -148,6 +149,32 @@ def test_a_cell_of_two_experiments_stands_in_one_file(small, tmp_path, monkeypat
         assert [cell["name"] for cell in cells.values()] == ["b", "b"] and not small
         stored = json.loads((tmp_path / "results" / "smaller.json").read_text())
         assert {cell["stands in"] for cell in stored["cells"].values()} == {"small"}
+
+
+def test_a_cell_of_another_processor_counts_only_in_its_own_experiment(
+    small, tmp_path, monkeypatch
+):
+    """The same seed has another base there."""
+    row = ("also b", 2, EXPERIMENTS["small"]["rows"][0][2])
+    monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": [row], "seeds": (7, 8)})
+    run_small(tmp_path)
+    small.clear()
+    specs = paper.specs_of("smaller", (7, 8), quick=True)
+    results, other_work = tmp_path / "results", tmp_path / "other work"
+
+    def kinds(cells):
+        return [cell["machine"]["capability"] for cell in cells.values()]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(paper, "processor", lambda: "another")
+        for _ in range(2):  # those of "small" do not count, its own ones do
+            cells = paper.run_missing("smaller", specs, results, other_work, jobs=1)
+            assert kinds(cells) == ["another"] * 2 and len(small) == 4, small
+    small.clear()
+    cells = paper.run_missing("smaller", specs, results, tmp_path, jobs=1)
+    assert kinds(cells) == ["another"] * 2 and not small, "its own ones do not count"
+    stored = json.loads((results / "smaller.json").read_text())["cells"]
+    assert not any("stands in" in cell for cell in stored.values())
 
 
 def test_a_cell_that_fails_stops_only_those_that_need_it(

@@ -67,17 +67,30 @@ def load(path):
     return json.loads(path.read_text())["cells"] if path.exists() else {}
 
 
+def processor():
+    """What a cell that is run here has as its machine's capability."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def finished(name, specs, where, work):
     """{"label seed": result} of the cells that need not be run: their results stand in
-    one of the JSON files, or in their own folders."""
+    the JSON file of the experiment or in their own folders; or in the file of another
+    one that ran on a processor like this one. Another processor makes another base of
+    the same seed, and what is compared seed by seed must have the same base."""
+    files = {other: load(where / f"{other}.json") for other in EXPERIMENTS}
+    named = {as_key(cell["spec"]): cell["stands in"]
+             for cell in files[name].values() if "stands in" in cell}  # fmt: skip
     known = {}
-    for other in EXPERIMENTS:
-        for key, cell in load(where / f"{other}.json").items():
-            if "stands in" in cell:
-                continue
-            if "spec" in cell:
-                known[as_key(cell["spec"])] = cell
-            else:  # an earlier run of train.py
+    for other in (*EXPERIMENTS, name):  # its own last: they count
+        for key, cell in files[other].items():
+            if "spec" in cell and "stands in" not in cell:
+                spec = as_key(cell["spec"])
+                like = cell["machine"]["capability"] == processor()
+                if other == named.get(spec, name) or (like and spec not in named):
+                    known[spec] = cell
+            elif "flags" in cell:  # an earlier run of train.py
                 known[other, key, cell["flags"]] = cell
     found = {}
     for key, spec in specs.items():
@@ -183,14 +196,18 @@ def run_missing(name, specs, where, work, jobs):
 def save(where, name, cells):
     """<where>/<name>.json. A cell that stands in the file of an experiment above this
     one is only named. Cells that are not of this table any more are kept, too."""
+
+    def result(cell):
+        return {k: v for k, v in cell.items() if k not in ("label", "seed")}
+
     path, places = where / f"{name}.json", {}
     for other in list(EXPERIMENTS)[: list(EXPERIMENTS).index(name)]:
         for cell in load(where / f"{other}.json").values():
             if "spec" in cell and "stands in" not in cell:
-                places.setdefault(as_key(cell["spec"]), other)
+                places.setdefault(as_key(result(cell)), other)
     short = {
         key: {**{k: cell[k] for k in ("label", "seed", "spec")}, "stands in": place}
-        for key, cell in cells.items() if (place := places.get(as_key(cell["spec"])))
+        for key, cell in cells.items() if (place := places.get(as_key(result(cell))))
     }  # fmt: skip
     where.mkdir(parents=True, exist_ok=True)
     content = {
@@ -320,6 +337,8 @@ def main(argv):
     )
     print(f"{len(cells)} of {len(specs)} cells, {other} of them made by other code "
           "than the present")  # fmt: skip
+    kinds = [str(cell.get("machine", {}).get("capability")) for cell in cells.values()]
+    print("processors:", ", ".join(f"{k} {kinds.count(k)}" for k in sorted({*kinds})))
     if importlib.util.find_spec("matplotlib"):
         import pictures
 
