@@ -54,17 +54,23 @@ def correlation(xs, ys):
     return product / scale if scale else math.nan
 
 
+def by_base(rows):
+    """(name of a base, its runs, those of SDFT, those of SFT), where all are there."""
+    names = [label.removeprefix("base ") for label in rows if label.startswith("base ")]
+    for name in names:
+        runs = [rows.get(f"{method} {name}") for method in ("base", "sdft", "sft")]
+        if all(runs):
+            yield (name, *runs)
+
+
 def gains(rows):
     """The gain of SDFT over SFT by the gate of the base, means over seeds."""
     lines, pairs = [], []
-    for label, runs in rows.items():
-        method, _, name = label.partition(" ")
-        both = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
-        if method == "base" and all(both):
-            sdft, sft = (mean(READ["new"](run) for run in each) for each in both)
-            pairs.append((mean(run["gate"] for run in runs), sdft - sft))
-            lines.append(f"{name}: gate {pairs[-1][0]:.2f}, SDFT less SFT in new "
-                         f"{pairs[-1][1]:+.2f}")  # fmt: skip
+    for name, base, *both in by_base(rows):
+        gate = mean(run["gate"] for run in base)
+        sdft, sft = (mean(READ["new"](run) for run in each) for each in both)
+        pairs.append((gate, sdft - sft))
+        lines.append(f"{name}: gate {gate:.2f}, SDFT less SFT in new {sdft - sft:+.2f}")
     if len(pairs) > 2:
         rho = correlation(*(ranks(list(v)) for v in zip(*pairs, strict=True)))
         lines.append(f"rank correlation of gate and gain: {rho:.2f}")

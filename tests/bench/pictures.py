@@ -6,6 +6,7 @@ from statistics import mean
 
 import style
 from experiments import READ, summary
+from notes import by_base
 
 
 def values(runs, title):
@@ -285,15 +286,12 @@ def size(rows):
     figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         names = {}  # where a base stands: its name; equal ones share a word
-        for label, runs in rows.items():
-            method, _, name = label.partition(" ")
-            pair = [rows.get(f"{each} {name}") for each in ("sdft", "sft")]
-            if method == "base" and all(pair):
-                gates = [run["gate"] for run in runs]
-                both = [values(each, title) for each in pair]
-                gains = [x - y for x, y in zip(*both, strict=True)]
-                x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])
-                names.setdefault((round(x, 2), round(y, 2)), []).append(name)
+        for name, base, *both in by_base(rows):
+            gates = [run["gate"] for run in base]
+            pairs = zip(*(values(runs, title) for runs in both), strict=True)
+            gains = [sdft - sft for sdft, sft in pairs]
+            x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])
+            names.setdefault((round(x, 2), round(y, 2)), []).append(name)
         axis.margins(0.12, 0.15)
         style.write(axis, [(*at, " and ".join(each), style.GREY, 7)
                            for at, each in names.items()])  # fmt: skip
