@@ -87,8 +87,7 @@ def writer(folder, seed, quick, name, other=None):
     """A cell function that leaves a file, and reads that of the cell it needs."""
     (folder / "left.txt").write_text(name)
     read = (other / "left.txt").read_text() if other else ""
-    machine = {"capability": paper.processor()}
-    return {"name": name, "read": read, "length": math.pi, "machine": machine}
+    return {"name": name, "read": read, "length": math.pi}
 
 
 @pytest.fixture
@@ -137,44 +136,68 @@ def test_a_finished_cell_is_not_run_again_wherever_its_result_stands(small, tmp_
     assert sorted(small) == ["a 8", "b 8"], small
 
 
-def test_a_cell_of_two_experiments_stands_in_one_file(small, tmp_path, monkeypatch):
-    row = ("also b", 2, EXPERIMENTS["small"]["rows"][0][2])
-    monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": [row], "seeds": (7, 8)})
-    run_small(tmp_path)
-    small.clear()
-    specs = paper.specs_of("smaller", (7, 8), quick=True)
-    for _ in range(2):
-        args = "smaller", specs, tmp_path / "results", tmp_path, 1
-        cells = paper.run_missing(*args)
-        assert [cell["name"] for cell in cells.values()] == ["b", "b"] and not small
-        stored = json.loads((tmp_path / "results" / "smaller.json").read_text())
-        assert {cell["stands in"] for cell in stored["cells"].values()} == {"small"}
+@pytest.fixture
+def smaller(small, monkeypatch):
+    """An experiment with a row that small has, too; it returns how to run it."""
+    rows = [("also b", 2, EXPERIMENTS["small"]["rows"][0][2])]
+    monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": rows, "seeds": (7, 8)})
+
+    def run(where, work):
+        specs = paper.specs_of("smaller", (7, 8), quick=True)
+        cells = paper.run_missing("smaller", specs, where, work, 1)
+        assert [cell["name"] for cell in cells.values()] == ["b", "b"]
+        return paper.load(where / "smaller.json").values()
+
+    return run
 
 
-def test_a_cell_of_another_processor_counts_only_in_its_own_experiment(
-    small, tmp_path, monkeypatch
+def test_a_cell_of_two_experiments_runs_once_and_stands_in_one_file(
+    small, smaller, tmp_path
 ):
-    """The same seed has another base there."""
-    row = ("also b", 2, EXPERIMENTS["small"]["rows"][0][2])
-    monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": [row], "seeds": (7, 8)})
     run_small(tmp_path)
     small.clear()
-    specs = paper.specs_of("smaller", (7, 8), quick=True)
-    results, other_work = tmp_path / "results", tmp_path / "other work"
+    for work in (tmp_path, tmp_path / "gone"):  # at last: from the files alone
+        cells = smaller(tmp_path / "results", work)
+        assert {cell["stands in"] for cell in cells} == {"small"} and not small
 
-    def kinds(cells):
-        return [cell["machine"]["capability"] for cell in cells.values()]
 
-    with monkeypatch.context() as patch:
-        patch.setattr(paper, "processor", lambda: "another")
-        for _ in range(2):  # those of "small" do not count, its own ones do
-            cells = paper.run_missing("smaller", specs, results, other_work, jobs=1)
-            assert kinds(cells) == ["another"] * 2 and len(small) == 4, small
+def test_a_cell_of_another_experiment_whose_base_is_gone_runs_again(
+    small, smaller, tmp_path
+):
+    """On another machine the same seed has another base; both files keep their own."""
+    run_small(tmp_path)
+    before = paper.load(tmp_path / "results" / "small.json")
     small.clear()
-    cells = paper.run_missing("smaller", specs, results, tmp_path, jobs=1)
-    assert kinds(cells) == ["another"] * 2 and not small, "its own ones do not count"
-    stored = json.loads((results / "smaller.json").read_text())["cells"]
-    assert not any("stands in" in cell for cell in stored.values())
+    cells = smaller(tmp_path / "results", tmp_path / "new")
+    assert sorted(small) == ["a 7", "a 8", "b 7", "b 8"], small
+    assert paper.load(tmp_path / "results" / "small.json") == before
+    # a run has its own seconds; here they stand for all that another base changes
+    assert not any("stands in" in each for each in cells)
+
+
+def test_an_experiment_that_reads_another_one_runs_nothing_of_it(
+    small, smaller, tmp_path
+):
+    run_small(tmp_path)
+    small.clear()
+    EXPERIMENTS["smaller"]["reads"] = "small"
+    smaller(tmp_path / "results", tmp_path / "new")
+    assert not small, small
+
+
+def test_rows_of_several_bases_are_named():
+    base = {"run": "finetune:base", "seed": 7}
+    tuned = {"run": "finetune:run", "base": base, "lr": 1.0}
+    cells = {
+        f"{name} {seed}": {"label": name, "seed": seed, "spec": spec, "base digest": it}
+        for name, seed, spec, it in (
+            ("base", 7, base, "ab"), ("one", 7, tuned, "ab"),
+            ("two", 7, tuned, "cd"), ("one", 8, tuned, "ef"),
+        )
+    }  # fmt: skip
+    assert paper.bases_of(cells) == [
+        "seed 7, rows of several bases: ab: base, one; cd: two"
+    ]
 
 
 def test_a_cell_that_fails_stops_only_those_that_need_it(

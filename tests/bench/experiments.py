@@ -50,6 +50,13 @@ def long_sft(lr, variants="", **settings):
     return sft(lr, variants, skills="ABC", eval_every=100, **settings)
 
 
+def by_distance(name):
+    """Each method on three skills, with demonstrations at this distance."""
+    at = {} if name == "terms" else {"distance": name}  # the default
+    return {"sdft": three(**at), "sft": long_sft("1e-4", **at),
+            "dft": long_sft("1e-4", "dft", **at)}  # fmt: skip
+
+
 def reinvoke(lr, prompts="reinvoke,general"):
     """After SFT at this rate; the updates are SDFT's default ones."""
     return sdft("9e-5", prompts, start=sft(lr))
@@ -263,7 +270,11 @@ SIZES = {  # name: flags of the base; a length is a number of updates
 SFT_RATES = ("6e-4", "2.5e-4", "1e-4", "1.5e-3")
 SDFT_RATES = ("9e-5", "2.4e-4", "3e-5", "6e-4")
 POLICIES = {"sdft": "", "offpolicy": "offpolicy", "imitate": "offpolicy,imitate"}
-NEAR = ("own", "known")  # demonstrations nearer to the model than "terms"
+NEAR = ("own", "known", "terms")  # demonstrations, from the model's own to the expert's
+SKILLS_KEPT = (
+    "after own stage", "new", "worst skill", "prior", "knowledge", "own_style",
+    "asked_style", "KL(student || base)",
+)  # fmt: skip
 TAUS = (0.03, 0.3, 1.0, 3.0)
 
 FACT_RATES = {  # by arm of knowledge.py; the first one is that of the audit
@@ -412,15 +423,24 @@ EXPERIMENTS = {
             ("sdft 9e-5", 5, three()),
             *((f"sft {lr}", 5, long_sft(lr)) for lr in SFT_RATES[:3]),
             *((f"dft {lr}", 5, long_sft(lr, "dft")) for lr in ("6e-4", "1e-4")),
-            ("sft 1.5e-3", 3, long_sft("1.5e-3")),
             *((f"sdft {lr}", 3, three(lr)) for lr in SDFT_RATES[1:]),
-            *((f"sft {name}", 3, long_sft("1e-4", distance=name)) for name in NEAR),
-            *((f"sdft {name}", 3, three(distance=name)) for name in NEAR),
-            *((f"dft {name}", 3, long_sft("1e-4", "dft", distance=name))
-              for name in NEAR),
+            ("sft 1.5e-3", 3, long_sft("1.5e-3")),
         ],
-        "columns": ("after own stage", "new", "worst skill", "prior", "knowledge",
-                    "own_style", "asked_style", "KL(student || base)"),
+        "columns": SKILLS_KEPT,
+    },
+    "distance": {
+        "claim": "none; the earlier base says: what SFT forgets is a matter of how far "
+        "its demonstrations are from what the model writes",
+        "fails if": "in the mean over seeds, SFT does not end higher in prior by .2 on "
+        "demonstrations in the model's own style than on the expert's own terms; or "
+        "SDFT ends below .95 in new or in prior at one of the distances",
+        "seeds": REPORT[:3],
+        "rows": [
+            ("base", 3, BASE),
+            *((f"{method} {name}", 3, spec)
+              for name in NEAR for method, spec in by_distance(name).items()),
+        ],
+        "columns": SKILLS_KEPT,
     },
     "answers-only": {
         "claim": "demonstrations without reasoning, on a model that reasons, accuracy "
@@ -461,6 +481,7 @@ EXPERIMENTS = {
         "columns": ("gate at the start", "new", "prior", "in_context", "updates to .9"),
     },
     "passk": {
+        "reads": "skills",
         "claim": "pass@k, base / SFT / SDFT: k = 1 .395 / .527 / .587, k = 128 .715 / "
         ".86 / .887; SDFT is highest at every k (Fig. 5 right)",
         "fails if": "SFT is above SDFT by more than .005 at some k, in the mean over "
@@ -476,6 +497,7 @@ EXPERIMENTS = {
         "columns": tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64)),
     },
     "distance-kl": {
+        "reads": "skills",
         "claim": "KL to the base, in nats: the SFT model 1.26, the teacher .68, SDFT "
         "about .4 (Fig. 2)",
         "fails if": "SFT's KL(student || base) on new prompts is not above the "
@@ -516,6 +538,7 @@ EXPERIMENTS = {
                     "first loss", "last loss, 1e-4", "held-out loss, 1e-4"),
     },
     "cost": {
+        "reads": "skills",
         "claim": "SDFT takes about 2.5 times the FLOPs and 4 times the seconds of SFT "
         "(section 5), for equal numbers of examples",
         "fails if": "SDFT needs less than 1.5 or more than 4 times the FLOPs of SFT to "

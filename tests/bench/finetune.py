@@ -7,6 +7,7 @@
 
 import argparse
 import copy
+import hashlib
 import json
 import os
 import time
@@ -48,6 +49,13 @@ def describe(model):
     return {key: machine[key] for key in ("device", "dtype", "torch", "capability")}
 
 
+def digest(gpt):
+    """Which base a result started from: the same seed has another one on a processor
+    that rounds otherwise, and PyTorch's name for what it can do does not tell."""
+    state = [p.detach().cpu().numpy().tobytes() for p in gpt.parameters()]
+    return hashlib.sha256(b"".join(state)).hexdigest()[:8]
+
+
 def base(seed, folder, quick, flags="", variants=""):
     """Find or make the base model of a seed, in <work>/seed<N>/base, where train.py's
     own runs find it, too. flags: of train.py, for another size or another length;
@@ -72,6 +80,7 @@ def base(seed, folder, quick, flags="", variants=""):
     result["machine"] = describe(model)
     result["parameters"] = model.num_params()
     result["base"] = os.path.relpath(path, folder)
+    result["base digest"] = digest(model)
     return result
 
 
@@ -137,6 +146,7 @@ def run(
         "measure": time.perf_counter() - begin,
     }
     result["machine"], result["config"] = describe(student), asdict(cfg)
+    result["base digest"] = digest(model)
     keep = ("step", "skill", "new", "prior", "kl_student_base", "kl_teacher_base",
             "teacher_gate", "kl_teacher_student_by_position", "seconds")  # fmt: skip
     result["evaluations"] = [

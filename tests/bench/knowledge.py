@@ -354,6 +354,7 @@ def base(seed, folder, quick, base):
     result["seconds"] = {"train": seconds}
     result["machine"] = finetune.describe(model)
     result["base"] = os.path.relpath(path, folder)
+    result["base digest"] = finetune.digest(model)
     return result
 
 
@@ -395,6 +396,7 @@ def run(
             path.unlink()
     result["seconds"] = {"train": seconds}
     result["machine"] = finetune.describe(student)
+    result["base digest"] = finetune.digest(model)
     return result
 
 

@@ -67,35 +67,31 @@ def load(path):
     return json.loads(path.read_text())["cells"] if path.exists() else {}
 
 
-def processor():
-    """What a cell that is run here has as its machine's capability."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return torch.backends.cpu.get_cpu_capability()
+def stored(name, where):
+    """{spec: cell} of an experiment's JSON file, with those that it only names; and
+    {(label and seed, flags): cell} of the runs of train.py that have no spec."""
+    cells = load(where / f"{name}.json")
+    places = {cell["stands in"] for cell in cells.values() if "stands in" in cell}
+    others = {place: stored(place, where) for place in places}
+    known = {}
+    for key, cell in cells.items():
+        spec = as_key(cell["spec"]) if "spec" in cell else (key, cell["flags"])
+        place = others.get(cell.get("stands in"))
+        known[spec] = cell if place is None else place.get(spec)
+    return known
 
 
 def finished(name, specs, where, work):
     """{"label seed": result} of the cells that need not be run: their results stand in
-    the JSON file of the experiment or in their own folders; or in the file of another
-    one that ran on a processor like this one. Another processor makes another base of
-    the same seed, and what is compared seed by seed must have the same base."""
-    files = {other: load(where / f"{other}.json") for other in EXPERIMENTS}
-    named = {as_key(cell["spec"]): cell["stands in"]
-             for cell in files[name].values() if "stands in" in cell}  # fmt: skip
-    known = {}
-    for other in (*EXPERIMENTS, name):  # its own last: they count
-        for key, cell in files[other].items():
-            if "spec" in cell and "stands in" not in cell:
-                spec = as_key(cell["spec"])
-                like = cell["machine"]["capability"] == processor()
-                if other == named.get(spec, name) or (like and spec not in named):
-                    known[spec] = cell
-            elif "flags" in cell:  # an earlier run of train.py
-                known[other, key, cell["flags"]] = cell
+    the JSON file of the experiment, or of that which it reads, or in their own folders.
+    Those in the files of others do not count: they may be of another base of the same
+    seed, and rows are compared seed by seed."""
+    reads = EXPERIMENTS[name].get("reads")
+    known = {**(stored(reads, where) if reads else {}), **stored(name, where)}
     found = {}
     for key, spec in specs.items():
         path = folder_of(work, spec) / "result.json"
-        cell = known.get(as_key(spec)) or known.get((name, key, spec.get("flags")))
+        cell = known.get(as_key(spec)) or known.get((key, spec.get("flags")))
         if cell is None and path.exists():
             cell = json.loads(path.read_text())
         if cell is not None:
@@ -282,6 +278,21 @@ NOTES = {
 }  # fmt: skip
 
 
+def bases_of(cells):
+    """Seeds whose rows started from several base models of the same settings, and which
+    by their digests (None: made before digests were kept)."""
+    found = {}
+    for cell in cells.values():
+        spec = cell["spec"].get("base", cell["spec"])
+        rows = found.setdefault((cell["seed"], as_key(spec)), {})
+        rows.setdefault(cell.get("base digest"), []).append(cell["label"])
+    return [
+        f"seed {seed}, rows of several bases: "
+        + "; ".join(f"{digest}: {', '.join(rows)}" for digest, rows in of.items())
+        for (seed, _), of in found.items() if len(of) > 1
+    ]  # fmt: skip
+
+
 # ---- The program -------------------------------------------------------------------
 
 
@@ -337,8 +348,8 @@ def main(argv):
     )
     print(f"{len(cells)} of {len(specs)} cells, {other} of them made by other code "
           "than the present")  # fmt: skip
-    kinds = [str(cell.get("machine", {}).get("capability")) for cell in cells.values()]
-    print("processors:", ", ".join(f"{k} {kinds.count(k)}" for k in sorted({*kinds})))
+    for line in bases_of(cells):
+        print(line)
     if importlib.util.find_spec("matplotlib"):
         import pictures
 

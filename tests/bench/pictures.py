@@ -206,7 +206,8 @@ def distance(rows):
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         labels = []
         for method, far in {"sdft": "9e-5", "sft": "1e-4", "dft": "1e-4"}.items():
-            runs = [rows.get(f"{method} {name}") for name in ("own", "known", far)]
+            names = ("own", "known", "terms" if f"{method} terms" in rows else far)
+            runs = [rows.get(f"{method} {name}") for name in names]
             if all(runs):
                 ys = [values(each, title) for each in runs]
                 color, lows = style.COLORS[method], [min(y) for y in ys]
@@ -216,11 +217,15 @@ def distance(rows):
                 labels.append((means[-1], method.upper(), color))
         axis.set_xticks(range(3), ["own style", "known style", "own terms"])
         style.label_lines(axis, labels)
-    return {"_distance": figure}
+    return figure
 
 
 def forgetting(rows):
-    return {**curves(rows), **tradeoff(rows), **distance(rows)}
+    return {**curves(rows), **tradeoff(rows)}
+
+
+def earlier(rows):
+    return {**forgetting(rows), "_distance": distance(rows)}
 
 
 def columns(rows, *titles, names=None, width=2.9):
@@ -387,7 +392,8 @@ def cost(rows):
 
 PICTURES = {
     "skills": skills, "onpolicy": onpolicy, "teacher": teacher,
-    "default": curves, "earlier": forgetting, "forgetting": forgetting,
+    "default": curves, "earlier": earlier, "forgetting": forgetting,
+    "distance": distance,
     "answers-only": answers_only, "size": size,
     "knowledge": knowledge, "audit": audit,
     "passk": passk, "distance-kl": distance_kl, "estimators": estimators, "cost": cost,
