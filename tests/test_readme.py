@@ -226,7 +226,8 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
 
 
 def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
-    """As `paper.py NAME --draw` prints them: all rows of which all seeds were run."""
+    """As `paper.py NAME --draw` prints them: all rows of which all seeds were run; and
+    what would count as not reproducing, as it was written before."""
     names = set(paper.EXPERIMENTS) - {"default", "earlier"}
     found = [name for name in names if (BENCH / "results" / f"{name}.json").exists()]
     assert found
@@ -236,6 +237,8 @@ def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
             name, paper.specs_of(name, experiment["seeds"], False),
             BENCH / "results", ROOT / "no such folder",
         )  # fmt: skip
+        said = " ".join(f"*Fails if* {experiment['fails if']}".split())
+        assert said in " ".join(NOTEBOOK.split()), f"{name}: not there: {said}"
         rows = paper.complete_rows(name, cells, experiment["seeds"])
         for line in paper.table(rows, experiment["columns"]).split("\n"):
             assert line in NOTEBOOK, f"{name}: the notebook has no line {line}"

@@ -525,6 +525,7 @@ EXPERIMENTS = {
         "seeds": REPORT[:3],
         "rows": [
             ("forward", 3, sdft("9e-5")),
+            ("forward, frozen teacher", 3, frozen()),
             ("reverse", 3, sdft("9e-5", kl="reverse")),
             ("jsd", 3, sdft("9e-5", kl="jsd")),
             ("sampled", 3, sdft("9e-5", "sampled")),

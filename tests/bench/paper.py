@@ -8,10 +8,11 @@
 
 What an experiment says, and what would refute it, stands in experiments.py. A cell is
 one run in a process of its own (cell.py), on one core (or one GPU), as many at a time
-as there are. Equal cells of several experiments are run once; finished ones never again
-(those that other code made are counted below the table); a stopped one goes on. Base
-models are shared. Results and pictures of an experiment's own seeds stand beside each
-other in tests/bench/results/, all others in --work. Needs matplotlib for pictures.
+as there are. Finished ones are not run again (those that other code made are counted
+below the table); a stopped one goes on. Experiments share base models and equal cells
+through --work: keep that folder, since another machine may make another base of the
+same seed. Results and pictures of an experiment's own seeds stand beside each other in
+tests/bench/results/, all others in --work. Needs matplotlib for pictures.
 """
 
 import argparse
