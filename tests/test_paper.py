@@ -105,7 +105,7 @@ def small(monkeypatch):
     a = {"run": "test_paper:writer", "name": "a"}
     rows = [
         ("b", 2, {"run": "test_paper:writer", "name": "b", "other": a}),
-        ("c", 1, {"run": "test_paper:writer", "name": "c", "after": a}),
+        ("c", 1, {"run": "test_paper:writer", "name": "c", "other": a}),
         ("b again", 2, {"run": "test_paper:writer", "name": "b", "other": a}),
     ]
     monkeypatch.setitem(EXPERIMENTS, "small", {"rows": rows, "seeds": (7, 8)})
@@ -122,7 +122,7 @@ def test_a_cell_runs_after_those_it_needs_and_equal_ones_run_once(small, tmp_pat
     assert sorted(small) == ["a 7", "a 8", "b 7", "b 8", "c 7"], small
     assert small.index("a 7") < min(small.index("b 7"), small.index("c 7"))
     assert list(cells) == ["b 7", "b 8", "c 7", "b again 7", "b again 8"]
-    assert cells["b 7"]["read"] == "a" and cells["c 7"]["read"] == ""
+    assert cells["b 7"]["read"] == cells["c 7"]["read"] == "a"
     assert cells["b 7"]["length"] == 3.14159, "not rounded to six digits"
     assert cells["b again 8"]["name"] == "b" and cells["b again 8"]["seed"] == 8
 
@@ -227,7 +227,7 @@ def test_a_result_is_there_whole_or_not_at_all(small, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*/cells/*/result.json"))
 
 
-def test_every_experiment_says_what_would_refute_it_and_has_unused_seeds():
+def test_every_experiment_says_what_would_refute_it():
     for name, experiment in EXPERIMENTS.items():
         assert experiment["claim"] and experiment["fails if"], name
         labels = [label for label, *_ in experiment["rows"]]
@@ -236,6 +236,81 @@ def test_every_experiment_says_what_would_refute_it_and_has_unused_seeds():
             assert 1 <= n <= len(experiment["seeds"]), (name, label)
             module, function = spec["run"].split(":")
             assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_a_run_of_train_py_is_a_cell_too(work, monkeypatch, capsys):
+    rows = EXPERIMENTS["default"]["rows"][:1]
+    monkeypatch.setitem(EXPERIMENTS["default"], "rows", rows)
+    args = ["default", "--seeds", "1", "--quick", "--work", str(work), "--jobs", "1"]
+    assert paper.main(args) == 0, capsys.readouterr()
+    cells = paper.load(work / "results" / "default.json")
+    assert list(cells) == ["sdft 1"] and cells["sdft 1"]["stages"]
+    bases = list(work.glob("seed1/base/*/base.pt"))
+    assert len(bases) == len(list(work.glob("seed1/base/*"))), "a base of its own"
+
+
+def test_a_cell_waits_for_the_other_process_that_runs_it(small, tmp_path):
+    spec = {"run": "test_paper:writer", "name": "a", "seed": 7, "quick": True}
+    folder = cell.folder_of(tmp_path, spec)
+    folder.mkdir(parents=True)
+    (folder / "spec.json").write_text(json.dumps(spec))
+    other = cell.wait_for(folder)
+    cell_thread = threading.Thread(target=cell.run, args=[folder])
+    cell_thread.start()
+    cell_thread.join(0.3)
+    assert cell_thread.is_alive() and not (folder / "result.json").exists()
+    other.close()
+    cell_thread.join(20)
+    assert json.loads((folder / "result.json").read_text())["name"] == "a"
+    assert not cell.train.LOCKS
+
+
+def test_a_base_counts_in_the_skills_that_its_experiment_trains():
+    new = {skill: {"accuracy": x} for skill, x in zip("ABC", (0.3, 0, 0), strict=True)}
+    base = {"label": "base", "spec": {"run": "finetune:base"}, "new": new, "base": ""}
+    cells = {"base 200": base}
+    for name, right in (("skills", 0.3), ("forgetting", 0.1)):
+        rows = paper.complete_rows(name, cells, [200])
+        assert paper.READ["new"](rows["base"][0]) == pytest.approx(right), name
+
+
+@pytest.mark.parametrize("visible", ["2,3", None])
+def test_cells_are_spread_over_the_gpus_that_are_visible(visible, monkeypatch):
+    monkeypatch.setattr(paper.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    first, second = (visible or "0,1").split(",")
+    assert paper.places(None) == [first, second]
+    assert paper.places(3) == [first, second, first]
+
+
+def test_a_picture_of_results_is_of_all_seeds(tmp_path, monkeypatch):
+    """A part of the seeds is drawn, too, but not over the picture of all."""
+    pytest.importorskip("matplotlib")
+    import pictures
+
+    drawn = []
+    monkeypatch.setattr(pictures, "draw", lambda *args: drawn.append(args[2]))
+    for seeds in ([], ["--seeds", "204", "204"]):
+        paper.main(["passk", "--draw", "--work", str(tmp_path), *seeds])
+    assert drawn == [paper.RESULTS, tmp_path / "results"]
+
+
+@pytest.mark.parametrize("args", ["skill", "skills --jobs 0", "skills --seeds x"])
+def test_bad_input_is_an_error_with_a_hint(args, capsys):
+    assert paper.guarded(paper.main, args.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and "hint: " in said and len(said) < 500
+
+
+def test_a_damaged_file_is_named(tmp_path, capsys):
+    path = tmp_path / "results" / "skills.json"
+    path.parent.mkdir()
+    path.write_text("{")
+    args = ["skills", "--draw", "--seeds", "1", "--work", str(tmp_path)]
+    assert paper.guarded(paper.main, args) == 2
+    assert f"error: {path}" in capsys.readouterr().err
 
 
 # ---- Measurements ------------------------------------------------------------------

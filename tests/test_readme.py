@@ -164,8 +164,9 @@ def paper():
 
 @pytest.mark.parametrize("name", ["default", "earlier"])
 def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
-    cells = json.loads((BENCH / "results" / f"{name}.json").read_text())["cells"]
     seeds = paper.EXPERIMENTS[name]["seeds"]
+    specs = paper.specs_of(name, seeds, False)
+    cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
     complete = paper.complete_rows(name, cells, seeds)
     assert len(complete) == len(paper.EXPERIMENTS[name]["rows"])
     rows = [row for row in rows_of(NOTEBOOK) if len(row) == 9]
@@ -206,6 +207,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
             for base in bases] for method in ("sdft", "sft")]  # fmt: skip
     gains = [f"{x - y:.2f}".replace("-", "−").replace("0.", ".")
              for x, y in zip(*new, strict=True)]  # fmt: skip
+    of_sdft = [f"sdft {base}" for base in bases]
     table = README[README.index("## The paper in miniature"):]
     rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
     assert rows == [
@@ -216,7 +218,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
         "; ".join(gains)
-        + f" (gate {both('size', [f'base {base}' for base in bases], 'gate')})",
+        + f" (gate {both('size', of_sdft, 'gate at the start')})",
         both("teacher", ("ema .001", "frozen", "live"), "new"),
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
@@ -228,17 +230,22 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
 def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
     """As `paper.py NAME --draw` prints them: all rows of which all seeds were run; and
     what would count as not reproducing, as it was written before."""
-    names = set(paper.EXPERIMENTS) - {"default", "earlier"}
-    found = [name for name in names if (BENCH / "results" / f"{name}.json").exists()]
-    assert found
-    for name in found:
+    for name in set(paper.EXPERIMENTS) - {"default", "earlier"}:
         experiment = paper.EXPERIMENTS[name]
         cells = paper.finished(
             name, paper.specs_of(name, experiment["seeds"], False),
             BENCH / "results", ROOT / "no such folder",
         )  # fmt: skip
-        said = " ".join(f"*Fails if* {experiment['fails if']}".split())
-        assert said in " ".join(NOTEBOOK.split()), f"{name}: not there: {said}"
         rows = paper.complete_rows(name, cells, experiment["seeds"])
-        for line in paper.table(rows, experiment["columns"]).split("\n"):
-            assert line in NOTEBOOK, f"{name}: the notebook has no line {line}"
+        if not rows:
+            continue
+        heading = re.search(rf"^#+ .*\(`{name}`", NOTEBOOK, re.M)
+        assert heading, f"{name}: the notebook has no section"
+        section = NOTEBOOK[heading.start() :]
+        section = section[: section.index("\n##")]
+        said = " ".join(f"*Fails if* {experiment['fails if']}".split())
+        assert said in " ".join(section.split()), f"{name}: not there: {said}"
+        lines = paper.table(rows, experiment["columns"]).split("\n")
+        assert lines[0] in section, f"{name}: no table with {lines[0]}"
+        found = section[section.index(lines[0]) :].split("\n\n")[0]
+        assert found.split("\n") == lines, f"{name}: other rows than the results"

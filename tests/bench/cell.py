@@ -6,9 +6,9 @@ FOLDER/spec.json says what to run, in plain values:
 
 calls finetune.run(seed=200, folder=FOLDER, quick=False, method="sft", lr=6e-4). A value
 that is a spec itself is a cell that must be finished before: the function gets the path
-of its folder instead. Under the key "after" it only comes before, and is not passed on.
-What the function returns, a dict of plain values, becomes FOLDER/result.json: it is
-there whole or not at all. Started again after a stop, a cell goes on.
+of its folder instead. What the function returns, a dict of plain values, becomes
+FOLDER/result.json: it is there whole or not at all. Started again after a stop, a cell
+goes on.
 """
 
 import ast
@@ -47,7 +47,8 @@ def folder_of(work, spec):
 
 
 def code_key(variants=None):
-    """What makes a result: the five modules, without comments, with their changes."""
+    """The five modules that made a result, without comments, with their changes. What
+    stands in this folder is not part of it: change a spec along with what it means."""
     changed = changed_texts(changes_of(variants)) if variants else {}
     names = [f"{name}.py" for name in ("model", "data", "sft", "sdft", "train")]
     trees = [ast.parse(changed.get(name) or source(name)) for name in names]
@@ -64,15 +65,27 @@ def rounded(x):
     return float(f"{x:.6g}") if isinstance(x, float) else x
 
 
+def wait_for(folder):
+    """The lock of a folder, when whoever else runs this cell has finished."""
+    while True:
+        try:
+            file = train.lock(folder)
+        except train.UserError as error:
+            if "in use" not in str(error):
+                raise
+            time.sleep(1)
+        else:
+            train.LOCKS.remove(file)  # train.main would let go of it at its end
+            return file
+
+
 def run(folder):
     """Run the cell of a folder, unless its result is there; returns the result."""
     path, work = folder / "result.json", folder.parents[2]
     spec = json.loads((folder / "spec.json").read_text())
-    file = train.lock(folder)  # a cell runs once, whoever else has asked for it
-    try:
+    with wait_for(folder):  # a cell runs once, whoever else has asked for it
         if not path.exists():
             module, function = spec.pop("run").split(":")
-            spec.pop("after", None)
             spec = {k: folder_of(work, v) if is_spec(v) else v for k, v in spec.items()}
             start, code = time.perf_counter(), code_key(spec.get("variants"))
             call = getattr(importlib.import_module(module), function)
@@ -81,9 +94,6 @@ def run(folder):
             text = json.dumps(rounded({"code": code, **result}))
             train.write_atomically(path, text.encode())
         return json.loads(path.read_text())
-    finally:
-        file.close()
-        train.LOCKS.remove(file)
 
 
 if __name__ == "__main__":

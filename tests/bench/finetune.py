@@ -7,7 +7,6 @@
 
 import argparse
 import copy
-import hashlib
 import json
 import os
 import time
@@ -52,14 +51,12 @@ def describe(model):
 def digest(gpt):
     """Which base a result started from: the same seed has another one on a processor
     that rounds otherwise, and PyTorch's name for what it can do does not tell."""
-    state = [p.detach().cpu().numpy().tobytes() for p in gpt.parameters()]
-    return hashlib.sha256(b"".join(state)).hexdigest()[:8]
+    return train.digest_of(gpt)[:8]
 
 
 def base(seed, folder, quick, flags="", variants=""):
-    """Find or make the base model of a seed, in <work>/seed<N>/base, where train.py's
-    own runs find it, too. flags: of train.py, for another size or another length;
-    variants: of its corpus."""
+    """The base model of a seed, found or made in <work>/seed<N>/base, and measured.
+    flags: of train.py, for another size or another length; variants: of its corpus."""
     m, work = Modules(changes_of(variants) if variants else []), folder.parents[1]
     argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
     args = m.train.parse_args(argv + QUICK_BASE * quick)
@@ -154,20 +151,21 @@ def run(
     ]
     result["records"] = [row for row in rows if "new" not in row]
     torch.save(student.state_dict(), folder / "student.pt")
-    for name in ("checkpoint.pt", "checkpoint.pt.previous"):  # 60 MB that none needs
+    for name in ("checkpoint.pt", "checkpoint.pt.previous"):  # 60 MB, of no more use
         (way.folder / name).unlink(missing_ok=True)
     return result
 
 
 def train_py(seed, folder, quick, base, flags):
-    """A run of train.py with the seed's base model. Its results are train.py's own, and
-    the evaluations on the way."""
-    shared = folder / "base"
-    if not shared.exists():
-        shared.symlink_to((folder.parents[1] / "base").resolve())
-    argv = [*flags.split(), "--seed", str(seed), "--out", str(folder), "--threads", "1"]
-    argv += ["--quick"] * quick
-    out = folder / train.parse_args(argv).method
+    """A run of train.py in FOLDER/out, with the seed's base model. Its results are
+    train.py's own, and the evaluations on the way."""
+    (folder / "out").mkdir(exist_ok=True)
+    shared = folder / "out" / "base"
+    shared.unlink(missing_ok=True)  # the whole of --work may have been moved
+    shared.symlink_to((folder.parents[1] / "base").resolve())
+    argv = [*flags.split(), "--seed", str(seed), "--threads", "1"]
+    argv += ["--out", str(folder / "out"), *QUICK_BASE * quick]
+    out = folder / "out" / train.parse_args(argv).method
     if (out / "checkpoint.pt").exists():
         argv.append("--resume")
     if code := train.main(argv):

@@ -36,7 +36,6 @@ asked of a new one; the table says how well.
 import copy
 import os
 import random
-import time
 from argparse import Namespace
 from dataclasses import asdict, replace
 from statistics import mean
@@ -343,9 +342,8 @@ def base(seed, folder, quick, base):
     args = Namespace(seed=seed, out=str(folder), base=None)
     more = args, model.config, cfg, world, tok
     path = reader.train.find_base(*more, model.dtype)
-    begin = time.perf_counter()
-    reader.train.get_base(args, path, model.config, cfg, model, world, tok, None, None)
-    seconds = time.perf_counter() - begin
+    settings = model.config, cfg, model, world, tok
+    seconds = reader.train.get_base(args, path, *settings, None, None)
     model.eval()
     result = measure(model, model, make_tasks(world, seed, SIZE[quick]), tok, seed)
     result["gate"] = {
@@ -373,7 +371,7 @@ def run(
     trainer, shown, own = ARMS[arm]
     world, tok = data.World(seed), data.Tokenizer()
     model = finetune.load_base(base, GPT, GPTConfig)
-    student, begin = copy.deepcopy(model), time.perf_counter()
+    student, seconds = copy.deepcopy(model), 0.0
     if trainer is not None:
         examples = make_texts(world, tok, seed)
         if shown:
@@ -384,15 +382,16 @@ def run(
         way = train.Run(folder / "run", resume=True)
         trainer.train(student, {"facts": examples}, {}, tok, cfg, way)
         student.eval()
-    seconds = time.perf_counter() - begin
     articles = articles_of(world, seed) if arm == "oracle" else None
     tasks = make_tasks(world, seed, SIZE[quick], articles)
     result = measure(student, model, tasks, tok, seed)
     if trainer is not None:
         result["config"] = asdict(cfg)
         result["records"] = train.read_metrics(way.folder)
-        result["suspects"] = audit(student, model, world, seed, tasks, tok)
-        for path in way.folder.glob("checkpoint*"):  # 60 MB that none needs
+        seconds = sum(row["seconds"] for row in result["records"])
+        trained = make_questions(world, seed, questions if shown else 0)
+        result["suspects"] = audit(student, model, world, seed, tasks, trained, tok)
+        for path in way.folder.glob("checkpoint*"):  # 60 MB, of no more use
             path.unlink()
     result["seconds"] = {"train": seconds}
     result["machine"] = finetune.describe(student)
@@ -437,8 +436,9 @@ def gate_of(base, seed, size, manner):
 # ---- The audit: what else could explain the table ----------------------------------
 
 
-def audit(student, base, world, seed, tasks, tok):
-    """What a wrong measurement would show, in numbers:
+def audit(student, base, world, seed, tasks, trained, tok):
+    """What a wrong measurement would show, in numbers; trained: the questions that the
+    student was trained on, if on any.
 
     alignment   {who: three shares}, see hits
     judge       shares that the two grades accept: right answers, answers of other facts
@@ -453,7 +453,7 @@ def audit(student, base, world, seed, tasks, tok):
         "alignment": hits(student, base, examples, tok),
         "judge": judged(world, seed),
         "cap": {str(n): [row["accuracy"], row["ended"]] for n, row in caps.items()},
-        "duplicates": by_duplicates(student, world, seed, asked, tok),
+        "duplicates": by_duplicates(student, trained, asked, tok),
     }
 
 
@@ -497,16 +497,17 @@ def judged(world, seed):
     return [mean(right), mean(wrong)]
 
 
-def by_duplicates(student, world, seed, asked, tok):
+def by_duplicates(student, trained, asked, tok):
     """Is a test question right because its like was trained on?"""
-    trained, groups = {}, {}
-    for example in make_questions(world, seed, QUESTIONS):
+    known, groups = {}, {}
+    for example in trained:
         command, items = example.prompt.split(": ")
-        trained.setdefault(command, []).append(set(items.split()))
+        known.setdefault(command, []).append(set(items.split()))
     both = probes.respond(student, asked.examples, data.student_prompt, tok, CAP)
     texts = probes.texts_of(*both, tok)
     for example, text in zip(asked.examples, texts, strict=True):
         items, command = example.prompt.removeprefix("see ").split(": ")
-        common = max(len(set(items.split()) & each) for each in trained[command])
+        these = [set(items.split()) & each for each in known.get(command, [])]
+        common = max(map(len, these), default=0)
         groups.setdefault(common, []).append(strict(example, text))
     return {str(n): [mean(groups[n]), len(groups[n])] for n in sorted(groups)}

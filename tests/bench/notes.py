@@ -12,7 +12,7 @@ from experiments import READ
 
 
 def number(x):
-    if math.isinf(x):
+    if math.isinf(x):  # updates to an accuracy that was not reached
         return "never"
     return f"{x:.2f}" if abs(x) < 10 else f"{x:.3g}" if abs(x) < 1000 else f"{x:,.0f}"
 
@@ -26,19 +26,19 @@ def spread(values):
 # ---- Differences, seed by seed -----------------------------------------------------
 
 
-def gaps(rows, best="sdft 9e-5"):
-    """How far each row stays below the best one, in new and prior: (lowest to highest)
-    over the seeds that both have."""
+def gaps(rows, ours="sdft 9e-5"):
+    """How far each row stays below ours, in new and prior: (lowest to highest) over the
+    seeds that both have."""
     lines = []
-    for label, runs in rows.items() if best in rows else ():
-        if label not in (best, "base"):
+    for label, runs in rows.items() if ours in rows else ():
+        if label not in (ours, "base"):
             parts = []
             for title in ("new", "prior"):
-                pairs = zip(rows[best], runs, strict=False)
+                pairs = zip(rows[ours], runs, strict=False)
                 each = [READ[title](a) - READ[title](b) for a, b in pairs]
                 parts.append(f"{title} {mean(each):+.2f} ({min(each):+.2f} to "
                              f"{max(each):+.2f})")  # fmt: skip
-            lines.append(f"{best} less {label}: {', '.join(parts)}")
+            lines.append(f"{ours} less {label}: {', '.join(parts)}")
     return lines
 
 
@@ -55,19 +55,20 @@ def correlation(xs, ys):
 
 
 def by_base(rows):
-    """(name of a base, its runs, those of SDFT, those of SFT), where all are there."""
+    """(name of a base, the runs of SDFT on it, those of SFT), where both are there."""
     names = [label.removeprefix("base ") for label in rows if label.startswith("base ")]
     for name in names:
-        runs = [rows.get(f"{method} {name}") for method in ("base", "sdft", "sft")]
+        runs = [rows.get(f"{method} {name}") for method in ("sdft", "sft")]
         if all(runs):
             yield (name, *runs)
 
 
 def gains(rows):
-    """The gain of SDFT over SFT by the gate of the base, means over seeds."""
+    """The gain of SDFT over SFT in the skill that they learn, by the gate of the base
+    for this skill; means over seeds."""
     lines, pairs = [], []
-    for name, base, *both in by_base(rows):
-        gate = mean(run["gate"] for run in base)
+    for name, *both in by_base(rows):
+        gate = mean(READ["gate at the start"](run) for run in both[0])
         sdft, sft = (mean(READ["new"](run) for run in each) for each in both)
         pairs.append((gate, sdft - sft))
         lines.append(f"{name}: gate {gate:.2f}, SDFT less SFT in new {sdft - sft:+.2f}")
@@ -99,7 +100,7 @@ def suspects(rows):
     for label in ("sdft, as it is", "sft, as it is"):
         for run in rows.get(label, ()):
             found, words = run["suspects"], []
-            for who, (before, at, behind) in found["alignment"].items():
+            for who, (behind, at, before) in found["alignment"].items():
                 words.append(f"rows of the {who} predict the token before {before:.2f},"
                              f" their own {at:.2f}, the one behind {behind:.2f}")
             words.append("judge: accepts {:.2f} of right answers, {:.2f} of answers of "

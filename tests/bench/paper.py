@@ -15,11 +15,9 @@ same seed. Results and pictures of an experiment's own seeds stand beside each o
 tests/bench/results/, all others in --work. Needs matplotlib for pictures.
 """
 
-import argparse
 import importlib.util
 import json
 import os
-import platform
 import queue
 import subprocess
 import sys
@@ -40,6 +38,9 @@ from cell import code_key, folder_of, is_spec, needs  # noqa: E402
 from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
 from notes import spread  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+from variants import KitError, Parser, guarded  # noqa: E402
+
+import train  # noqa: E402
 
 # ---- Cells -------------------------------------------------------------------------
 
@@ -64,8 +65,18 @@ def as_key(spec):
     return json.dumps(spec, sort_keys=True)
 
 
+def read_json(path):
+    """The content of a JSON file. Raises KitError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        hint = "restore it, or delete it: what is missing is run again"
+        raise KitError(f"{path} cannot be read ({error})", hint) from None
+
+
 def load(path):
-    return json.loads(path.read_text())["cells"] if path.exists() else {}
+    """The cells of a file of results, if it is there."""
+    return read_json(path)["cells"] if path.exists() else {}
 
 
 def stored(name, where):
@@ -94,7 +105,7 @@ def finished(name, specs, where, work):
         path = folder_of(work, spec) / "result.json"
         cell = known.get(as_key(spec)) or known.get((key, spec.get("flags")))
         if cell is None and path.exists():
-            cell = json.loads(path.read_text())
+            cell = read_json(path)
         if cell is not None:
             label, _, seed = key.rpartition(" ")
             cell = {k: v for k, v in cell.items() if k not in ("label", "seed", "spec")}
@@ -105,11 +116,22 @@ def finished(name, specs, where, work):
 # ---- Running -----------------------------------------------------------------------
 
 
+def places(jobs):
+    """Where cells are run: a GPU for each of them, by its name for CUDA, or a core."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())]
+    if not torch.cuda.device_count():
+        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+        gpus = [None] * len(affinity(0))
+    return [gpus[i % len(gpus)] for i in range(jobs or len(gpus))]
+
+
 def start(folder, device):
     """Run the cell of a folder in a process of its own. Raises RuntimeError."""
     env = dict(os.environ, OMP_NUM_THREADS="1")
     if device is not None:
-        env["CUDA_VISIBLE_DEVICES"] = str(device)
+        env["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, str(HERE / "cell.py"), str(folder)]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -148,9 +170,9 @@ def run_missing(name, specs, where, work, jobs):
     known = finished(name, specs, where, work)
     todo = with_needs([s for key, s in specs.items() if key not in known], work)
     labels = {as_key(spec): key for key, spec in specs.items()}
-    gpus, devices = torch.cuda.device_count(), queue.Queue()
-    for i in range(jobs or gpus or os.cpu_count()):
-        devices.put(i % gpus if gpus else None)
+    devices = queue.Queue()
+    for place in places(jobs):
+        devices.put(place)
     waiting, running, failed = dict(todo), {}, set()
     total = sum(map(estimate, todo.values()))
     bar = tqdm(
@@ -174,7 +196,7 @@ def run_missing(name, specs, where, work, jobs):
                 key = running.pop(job)
                 try:
                     job.result()
-                except RuntimeError as error:  # the others go on; next time again
+                except (RuntimeError, OSError) as error:  # the others go on
                     failed.add(key)
                     tqdm.write(f"{labels.get(key, todo[key])}: {error}")
                 bar.update(estimate(todo[key]))
@@ -207,28 +229,31 @@ def save(where, name, cells):
         for key, cell in cells.items() if (place := places.get(as_key(result(cell))))
     }  # fmt: skip
     where.mkdir(parents=True, exist_ok=True)
-    content = {
-        "command": f"python tests/bench/paper.py {name}",
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one for each run",
-        "torch": torch.__version__,
-        "cells": {**load(path), **cells, **short},
-    }
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content))
-    os.replace(temporary, path)
+    command = f"python tests/bench/paper.py {name}"
+    content = {"command": command, "cells": {**load(path), **cells, **short}}
+    train.write_atomically(path, json.dumps(content).encode())
 
 
 # ---- Tables ------------------------------------------------------------------------
 
 
+def of_skills(cell, skills):
+    """A base is measured on all skills: keep those that the experiment trains."""
+    if cell["spec"]["run"] != "finetune:base":
+        return cell
+    return {**cell, "new": {skill: cell["new"][skill] for skill in skills}}
+
+
 def complete_rows(name, cells, seeds):
     """label -> the runs of its seeds, in the order of the table; no row with a gap."""
+    skills = max((spec.get("skills", "A") for *_, spec in EXPERIMENTS[name]["rows"]),
+                 key=len)  # fmt: skip
     keys = {
         label: [f"{label} {seed}" for seed in seeds[:n]]
         for label, n, _ in EXPERIMENTS[name]["rows"]
     }
     return {
-        label: [cells[key] for key in row]
+        label: [of_skills(cells[key], skills) for key in row]
         for label, row in keys.items()
         if all(key in cells for key in row)
     }
@@ -315,9 +340,8 @@ def print_list(work):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="tests/bench/paper.py", description=__doc__.splitlines()[0])
     parser.add_argument("experiment", choices=list(EXPERIMENTS), nargs="?")
-    parser.add_argument("--list", action="store_true", help="all, with their cost")
     parser.add_argument("--seeds", type=int, nargs="+", help="others than its own")
     parser.add_argument("--quick", action="store_true", help="two minutes, no results")
     parser.add_argument("--work", help="folder for the runs (out-paper)")
@@ -325,10 +349,13 @@ def main(argv):
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     args = parser.parse_args(argv)
     work = Path(args.work or ROOT / ("out-paper-quick" if args.quick else "out-paper"))
-    if args.list or args.experiment is None:
-        return print_list(work)
+    if args.jobs is not None and args.jobs < 1:
+        raise KitError(f"--jobs {args.jobs}", "at least one run at a time")
+    if args.experiment is None:
+        print_list(work)
+        return 0
     name, experiment = args.experiment, EXPERIMENTS[args.experiment]
-    seeds = args.seeds or experiment["seeds"]
+    seeds = list(dict.fromkeys(args.seeds or experiment["seeds"]))
     own = set(seeds) <= set(experiment["seeds"]) and not args.quick
     where = RESULTS if own else work / "results"
     specs = specs_of(name, seeds, args.quick)
@@ -354,11 +381,16 @@ def main(argv):
     if importlib.util.find_spec("matplotlib"):
         import pictures
 
-        pictures.draw(name, rows, where)
+        # a part of the seeds is no picture of the experiment
+        whole = seeds == list(experiment["seeds"])
+        pictures.draw(name, rows, where if whole or not own else work / "results")
+    else:
+        print("no picture: pip install matplotlib")
+    return 0 if args.draw or len(cells) == len(specs) else 1
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        sys.exit(guarded(main, sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit("stopped; the same command goes on")

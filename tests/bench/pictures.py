@@ -291,8 +291,8 @@ def size(rows):
     figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         names = {}  # where a base stands: its name; equal ones share a word
-        for name, base, *both in by_base(rows):
-            gates = [run["gate"] for run in base]
+        for name, *both in by_base(rows):
+            gates = values(both[0], "gate at the start")
             pairs = zip(*(values(runs, title) for runs in both), strict=True)
             gains = [sdft - sft for sdft, sft in pairs]
             x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])

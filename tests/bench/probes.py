@@ -129,8 +129,9 @@ def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
 
     flops         floating-point operations of matrix products and attention
     computed      tokens that went through a model, prompts and pads included
-    loss          tokens that carry loss
-    core_seconds  of this process, not of the clock: others may use the core, too
+    loss          tokens that carry loss (of the first update)
+    core_seconds  of this process, not of the clock: others may use the core, too (on a
+                  GPU this is only what the CPU does)
 
     more: what train of a variant needs beside its usual arguments. timed: how many
     updates give the seconds, 0 for none.
@@ -171,6 +172,7 @@ def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
         tasks: of data.make_tasks. n: the longest response, in tokens.
         quick: fewer samples, to see that it runs.
     Returns: a dict of plain values; "new" and "prior" are {benchmark: numbers}.
+        pass@k and the distances on new prompts are of the first new skill.
     """
     queries, each, samples = (8, 4, 4) if quick else (100, 40, 64)
     result = {

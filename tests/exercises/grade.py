@@ -484,7 +484,7 @@ def main(argv):
     if argv == ["--child"]:
         return child()
     parser = Parser(
-        prog="grade.py", description=__doc__, allow_abbrev=False,
+        prog="tests/exercises/grade.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("submissions", help="a folder with one for each student")

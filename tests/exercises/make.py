@@ -117,7 +117,7 @@ def begin(exs, folder, force):
 
 def main(argv):
     parser = Parser(
-        prog="make.py", description=__doc__, allow_abbrev=False,
+        prog="tests/exercises/make.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("ids", nargs="*", help="exercises: e01, e02, ...")

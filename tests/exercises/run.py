@@ -74,7 +74,7 @@ def is_done(folder, argv):
 
 def main(argv):
     parser = Parser(
-        prog="run.py", description=__doc__, allow_abbrev=False,
+        prog="tests/exercises/run.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("folder", help="your exercises: mine")

@@ -121,7 +121,7 @@ def one_run(m, setting, method, lr, seed, steps, skills, folder):
 
 def main(argv):
     parser = Parser(
-        prog="sweep.py", description=__doc__, allow_abbrev=False,
+        prog="tests/exercises/sweep.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="read the table, no run")

@@ -47,6 +47,12 @@ def test_old_text_that_is_gone_or_there_twice_is_an_error():
             Modules([("sft.py", old, "x")])
 
 
+@pytest.mark.parametrize("names", ["dft,dft", "offpolicy,speculative"])
+def test_variants_that_do_not_go_together_are_an_error(names):
+    with pytest.raises(KitError, match="change the same lines"):
+        changes_of(names)
+
+
 def test_an_unknown_variant_is_an_error_with_a_near_name():
     with pytest.raises(KitError) as caught:
         changes_of("dtf")

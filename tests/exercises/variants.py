@@ -387,9 +387,10 @@ def changed_texts(changes):
 
 
 def changes_of(names):
-    """The changes of one or more variants: "dft", or "offpolicy,sampled"."""
-    found = []
-    for name in names.split(",") if isinstance(names, str) else names:
+    """The changes of one or more variants: "dft", or "offpolicy,sampled". Raises
+    KitError for a name that is unknown, and for variants that do not go together."""
+    found, names = [], names.split(",") if isinstance(names, str) else names
+    for name in names:
         if name not in VARIANTS:
             near = difflib.get_close_matches(name, VARIANTS, 1, 0.4)
             raise KitError(
@@ -397,6 +398,13 @@ def changes_of(names):
                 f"did you mean {near[0]}?" if near else f"one of {', '.join(VARIANTS)}",
             )
         found += VARIANTS[name][1]
+    try:
+        changed_texts(found)
+    except ValueError:
+        if len(names) < 2:  # the project's own file has changed: say where
+            raise
+        message = f"{', '.join(names)}: two of these change the same lines"
+        raise KitError(message, "one of them at a time") from None
     return found
 
 
@@ -511,13 +519,13 @@ def guarded(main, argv):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise KitError(message, f"python tests/exercises/{self.prog} --help")
+        raise KitError(message, f"python {self.prog} --help")
 
 
 def main(argv):
     at = argv.index("--run") if "--run" in argv else len(argv)
     parser = Parser(
-        prog="variants.py", description=__doc__, allow_abbrev=False,
+        prog="tests/exercises/variants.py", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("names", nargs="?", help="a variant, or several with commas")
