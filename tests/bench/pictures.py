@@ -297,10 +297,10 @@ def size(rows):
             gains = [sdft - sft for sdft, sft in pairs]
             x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])
             names.setdefault((round(x, 2), round(y, 2)), []).append(name)
+        axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.margins(0.12, 0.15)
         style.write(axis, [(*at, " and ".join(each), style.GREY, 7)
                            for at, each in names.items()])  # fmt: skip
-        axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
 
