@@ -127,6 +127,13 @@ def test_a_cell_runs_after_those_it_needs_and_equal_ones_run_once(small, tmp_pat
     assert cells["b again 8"]["name"] == "b" and cells["b again 8"]["seed"] == 8
 
 
+def test_cells_start_in_the_order_of_the_table(small, tmp_path):
+    """A stopped experiment has its first rows, not all rows of its first seed."""
+    specs = paper.specs_of("small", (7, 8), quick=True)
+    paper.run_missing("small", specs, tmp_path / "results", tmp_path, jobs=1)
+    assert small == ["a 7", "b 7", "a 8", "b 8", "c 7"], small
+
+
 def test_a_finished_cell_is_not_run_again_wherever_its_result_stands(small, tmp_path):
     run_small(tmp_path, seeds=(7,))
     small.clear()

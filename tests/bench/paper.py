@@ -173,6 +173,7 @@ def run_missing(name, specs, where, work, jobs):
     devices = queue.Queue()
     for place in places(jobs):
         devices.put(place)
+    slots = devices.qsize()  # no more are started, so that the order of the table counts
     waiting, running, failed = dict(todo), {}, set()
     total = sum(map(estimate, todo.values()))
     bar = tqdm(
@@ -180,7 +181,7 @@ def run_missing(name, specs, where, work, jobs):
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
         "{postfix}",
     )  # fmt: skip
-    pool = ThreadPoolExecutor(devices.qsize())
+    pool = ThreadPoolExecutor(slots)
     try:
         while waiting or running:
             for key, spec in list(waiting.items()):
@@ -188,7 +189,9 @@ def run_missing(name, specs, where, work, jobs):
                 if others & failed:
                     failed.add(key)
                     del waiting[key]
-                elif not others & (waiting.keys() | set(running.values())):
+                elif len(running) < slots and not others & (
+                    waiting.keys() | set(running.values())
+                ):
                     job = pool.submit(run_one, waiting.pop(key), work, devices)
                     running[job] = key
             done, _ = wait(running, return_when=FIRST_COMPLETED)
