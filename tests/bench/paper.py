@@ -173,7 +173,7 @@ def run_missing(name, specs, where, work, jobs):
     devices = queue.Queue()
     for place in places(jobs):
         devices.put(place)
-    slots = devices.qsize()  # no more are started, so that the order of the table counts
+    slots = devices.qsize()  # start no more: the rows are in the order of importance
     waiting, running, failed = dict(todo), {}, set()
     total = sum(map(estimate, todo.values()))
     bar = tqdm(
