@@ -117,14 +117,15 @@ def finished(name, specs, where, work):
 
 
 def places(jobs):
-    """Where cells are run: a GPU for each of them, by its name for CUDA, or a core."""
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if gpus == [""]:
-        gpus = [str(i) for i in range(torch.cuda.device_count())]
-    if not torch.cuda.device_count():
-        affinity = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
-        gpus = [None] * len(affinity(0))
-    return [gpus[i % len(gpus)] for i in range(jobs or len(gpus))]
+    """Where cells are run, one at each: a GPU, by CUDA's name for it, or None, a core."""
+    if count := torch.cuda.device_count():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        found = visible.split(",") if visible else [str(i) for i in range(count)]
+    elif hasattr(os, "sched_getaffinity"):  # fewer than there are, in a container
+        found = [None] * len(os.sched_getaffinity(0))
+    else:
+        found = [None] * os.cpu_count()
+    return [found[i % len(found)] for i in range(jobs or len(found))]
 
 
 def start(folder, device):
