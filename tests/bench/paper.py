@@ -117,7 +117,7 @@ def finished(name, specs, where, work):
 
 
 def places(jobs):
-    """Where cells are run, one at each: a GPU, by CUDA's name for it, or None, a core."""
+    """Where cells are run, one at each: a GPU, by CUDA's name, or None: a core."""
     if count := torch.cuda.device_count():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         found = visible.split(",") if visible else [str(i) for i in range(count)]
