@@ -157,6 +157,7 @@ PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
 READ = {
     "new": lambda c: accuracy(c, "new"),
     "prior": lambda c: accuracy(c, "prior"),
+    "first skill": lambda c: accuracy(c, "new", "A"),
     "worst skill": lambda c: min(row["accuracy"] for row in c["new"].values()),
     **{
         name: lambda c, name=name: accuracy(c, "prior", name)
@@ -276,8 +277,8 @@ SDFT_RATES = ("9e-5", "2.4e-4", "3e-5", "6e-4")
 POLICIES = {"sdft": "", "offpolicy": "offpolicy", "imitate": "offpolicy,imitate"}
 NEAR = ("own", "known", "terms")  # demonstrations, from the model's own to the expert's
 SKILLS_KEPT = (
-    "after own stage", "new", "worst skill", "prior", "knowledge", "own_style",
-    "asked_style", "KL(student || base)",
+    "after own stage", "first skill", "new", "worst skill", "prior", "knowledge",
+    "own_style", "asked_style", "KL(student || base)",
 )  # fmt: skip
 TAUS = (0.03, 0.3, 1.0, 3.0)
 
