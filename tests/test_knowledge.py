@@ -248,8 +248,8 @@ def test_rows_one_place_off_are_seen(off, tok, world, monkeypatch):
 def test_duplicates_are_counted_by_items_in_common(world, tok, monkeypatch):
     """A student who knows nothing but what it was trained on, word for word."""
     asked = knowledge.make_benchmark(world, SEED, "reworded", 60)
-    trained = {}
-    for e in knowledge.make_questions(world, SEED, knowledge.QUESTIONS):
+    trained, questions = {}, knowledge.make_questions(world, SEED, 72)
+    for e in questions:
         command, items = e.prompt.split(": ")
         trained.setdefault(command, []).append(set(items.split()))
     near = []
@@ -261,10 +261,11 @@ def test_duplicates_are_counted_by_items_in_common(world, tok, monkeypatch):
              for e, n in zip(asked.examples, near, strict=True)]  # fmt: skip
     monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (None, None))
     monkeypatch.setattr(knowledge.probes, "texts_of", lambda *_: texts)
-    found = knowledge.by_duplicates(None, world, SEED, asked, tok)
-    assert found == {
+    assert knowledge.by_duplicates(None, questions, asked, tok) == {
         str(n): [float(n == max(near)), near.count(n)] for n in sorted(set(near))
     }
+    few = knowledge.by_duplicates(None, [], asked, tok)
+    assert list(few) == ["0"] and few["0"][1] == 60, "nothing was trained on"
 
 
 def test_rows_name_arms_that_exist():

@@ -436,6 +436,8 @@ def test_updates_to_a_goal_are_read_between_two_evaluations():
     assert experiments.updates_to(cell, 0.8) == pytest.approx(15)
     assert experiments.updates_to(cell, 0.2) == 0
     assert experiments.updates_to({"evaluations": rows[:2]}, 0.9) == math.inf
+    dip = [{**row, "new": {"A": y}} for row, y in zip(rows, (1, 0.5, 1), strict=True)]
+    assert experiments.updates_to({"evaluations": dip}, 0.9) == 0
 
 
 # ---- Notes -------------------------------------------------------------------------
