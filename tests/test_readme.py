@@ -181,8 +181,10 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
 
 def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     """The README's table of experiments."""
-    known, five = {}, "skills passk distance-kl cost onpolicy teacher knowledge".split()
-    sizes = dict.fromkeys(five, 5) | {"answers-only": 3, "estimators": 3, "size": 3}
+    known, three = {}, ("answers-only", "estimators", "size")
+    five = ("skills", "forgetting", "passk", "distance-kl", "cost", "onpolicy",
+            "teacher", "knowledge")  # fmt: skip
+    sizes = dict.fromkeys(five, 5) | dict.fromkeys(three, 3)
     for name, n in sizes.items():
         seeds = range(200, 200 + n)
         specs = paper.specs_of(name, seeds, False)
@@ -209,10 +211,11 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
              for x, y in zip(*new, strict=True)]  # fmt: skip
     of_sdft = [f"sdft {base}" for base in bases]
     table = README[README.index("## The paper in miniature"):]
-    rows = [row[3] for row in rows_of(table[:table.index("Not run yet")])[2:]]
+    rows = [row[3] for row in rows_of(table[:table.index("## Read it")])[2:]]
     assert rows == [
         both("skills", main, "new", "prior"),
         both("skills", ("reinvoke 6e-4", "dft 6e-4"), "new", "prior"),
+        both("forgetting", main, "first skill"),
         both("passk", (*main, "base"), "pass@1"),
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
