@@ -12,6 +12,7 @@ goes on.
 """
 
 import ast
+import functools
 import hashlib
 import importlib
 import json
@@ -46,6 +47,7 @@ def folder_of(work, spec):
     return work / f"seed{spec['seed']}" / "cells" / name
 
 
+@functools.cache
 def code_key(variants=None):
     """The five modules that made a result, without comments, with their changes. What
     stands in this folder is not part of it: change a spec along with what it means."""

@@ -19,7 +19,7 @@ from variants import Modules, changes_of
 import train
 
 # of every cell with --quick: it shows that all runs, and no effect
-QUICK = {"steps": 2, "batch_size": 8, "log_every": 1, "max_new_tokens": 8}
+QUICK = {"steps": 2, "batch_size": 8, "log_every": 1, "max_new_tokens": 4}
 QUICK_BASE = ["--quick", "--base-steps", "8"]
 WATCHED = {"new": 100, "prior": 40}  # queries of an evaluation on the way
 
