@@ -89,7 +89,7 @@ def exercise_of(module_name):
 # ---- Python's source, by its syntax tree -------------------------------------------
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=16)  # a tree of model.py is 16,000 objects
 def parse(text):
     """The syntax tree of a text; it is shared, so nobody may change it."""
     return ast.parse(text)

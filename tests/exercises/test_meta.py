@@ -2,6 +2,7 @@
 
 import ast
 import functools
+from contextlib import closing
 
 import kit
 import make
@@ -46,10 +47,11 @@ def test_a_stub_fails_with_not_implemented_error_and_nothing_else(name, tmp_path
     assert make.main([name, "--to", str(tmp_path)]) == 0, "make.py refuses"
     work = kit.Work.of_folder(tmp_path)
     assert work.state(ex) == "stub", "make.py leaves no stub"
-    for test, error in kit.results(ex, work.modules(ex)):
-        what = f"{test} ends with {error!r}"
-        assert isinstance(error, NotImplementedError), what
-        assert str(error).startswith(f"{name}: "), what
+    with closing(work.modules(ex)) as modules:
+        for test, error in kit.results(ex, modules):
+            what = f"{test} ends with {error!r}"
+            assert isinstance(error, NotImplementedError), what
+            assert str(error).startswith(f"{name}: "), what
 
 
 @each
@@ -76,12 +78,12 @@ def test_the_stub_keeps_everything_but_the_body(name, tmp_path):
 @changed("mutants")
 def test_a_wrong_solution_is_rejected_with_the_message_that_names_it(case):
     ex, name, changes, expected = case
-    modules = kit.work_of(ex, changes).modules(ex)
     found = []
-    for text in messages(ex, modules):
-        if expected in text:
-            return
-        found.append(text)
+    with closing(kit.work_of(ex, changes).modules(ex)) as modules:
+        for text in messages(ex, modules):
+            if expected in text:
+                return
+            found.append(text)
     assert found, f"{ex.id}: {name} passes"
     raise AssertionError(f"{expected!r} is not in {found}")
 
@@ -89,8 +91,8 @@ def test_a_wrong_solution_is_rejected_with_the_message_that_names_it(case):
 @changed("rights")
 def test_another_right_solution_passes(case, seed):
     ex, name, text = case
-    modules = kit.work_of(ex, text).modules(ex)
-    found = list(messages(ex, modules, seed))
+    with closing(kit.work_of(ex, text).modules(ex)) as modules:
+        found = list(messages(ex, modules, seed))
     assert not found, f"{ex.id}: {name}, --seed {seed}: {found}"
 
 

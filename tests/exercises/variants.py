@@ -455,6 +455,17 @@ class Modules:
             self._loaded[name] = self._load(name, file)
         return self._loaded[name]
 
+    def close(self):
+        """Empty the modules, which nobody may use any more. sys.modules and triton's
+        list of kernels would keep them, and the syntax trees of a student's work,
+        until the process ends."""
+        for module in self._loaded.values():
+            sys.modules.pop(module.__name__, None)
+            if module.__file__.startswith("<"):
+                linecache.cache.pop(module.__file__, None)
+            vars(module).clear()
+        self._loaded, self._after = {}, None
+
     def _load(self, name, file):
         path, text = str(FILES[file] / file), self._texts.get(file)
         n = next(counter)
