@@ -20,7 +20,7 @@ import train
 
 # of every cell with --quick: it shows that all runs, and no effect
 QUICK = {"steps": 2, "batch_size": 8, "log_every": 1, "max_new_tokens": 4}
-QUICK_BASE = ["--quick", "--base-steps", "8"]
+QUICK_BASE = ["--quick", "--base-steps", "2"]
 WATCHED = {"new": 100, "prior": 40}  # queries of an evaluation on the way
 
 
@@ -164,7 +164,10 @@ def train_py(seed, folder, quick, base, flags):
     shared.unlink(missing_ok=True)  # the whole of --work may have been moved
     shared.symlink_to((folder.parents[1] / "base").resolve())
     argv = [*flags.split(), "--seed", str(seed), "--threads", "1"]
-    argv += ["--out", str(folder / "out"), *QUICK_BASE * quick]
+    argv += ["--out", str(folder / "out")]
+    if quick:
+        few = [f"--{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
+        argv += [*QUICK_BASE, *few]
     out = folder / "out" / train.parse_args(argv).method
     if (out / "checkpoint.pt").exists():
         argv.append("--resume")
