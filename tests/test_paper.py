@@ -113,7 +113,7 @@ def small(monkeypatch):
 
 
 def run_small(folder, seeds=(7, 8)):
-    specs = paper.specs_of("small", seeds, quick=True)
+    specs = paper.specs_of("small", seeds, quick=False)
     return paper.run_missing("small", specs, folder / "results", folder, jobs=2)
 
 
@@ -127,9 +127,22 @@ def test_a_cell_runs_after_those_it_needs_and_equal_ones_run_once(small, tmp_pat
     assert cells["b again 8"]["name"] == "b" and cells["b again 8"]["seed"] == 8
 
 
+def test_quick_takes_the_first_of_rows_that_differ_only_in_numbers(monkeypatch):
+    base = {"run": "finetune:base"}
+    tuned = {"run": "finetune:run", "base": base, "method": "sft"}
+    rows = [
+        ("a", 1, {**tuned, "lr": 1.0}), ("b", 1, {**tuned, "lr": 2.0}),
+        ("c", 1, {**tuned, "lr": 1.0, "steps": 9}), ("d", 1, {**tuned, "method": "x"}),
+        ("e", 1, {**tuned, "lr": 1.0, "base": {**base, "flags": "--n-head 2"}}),
+    ]  # fmt: skip
+    monkeypatch.setitem(EXPERIMENTS, "few", {"rows": rows})
+    assert list(paper.specs_of("few", [7], True)) == ["a 7", "c 7", "d 7", "e 7"]
+    assert len(paper.specs_of("few", [7], False)) == len(rows)
+
+
 def test_cells_start_in_the_order_of_the_table(small, tmp_path):
     """A stopped experiment has its first rows, not all rows of its first seed."""
-    specs = paper.specs_of("small", (7, 8), quick=True)
+    specs = paper.specs_of("small", (7, 8), quick=False)
     paper.run_missing("small", specs, tmp_path / "results", tmp_path, jobs=1)
     assert small == ["a 7", "b 7", "a 8", "b 8", "c 7"], small
 
@@ -150,7 +163,7 @@ def smaller(small, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "smaller", {"rows": rows, "seeds": (7, 8)})
 
     def run(where, work):
-        specs = paper.specs_of("smaller", (7, 8), quick=True)
+        specs = paper.specs_of("smaller", (7, 8), quick=False)
         cells = paper.run_missing("smaller", specs, where, work, 1)
         assert [cell["name"] for cell in cells.values()] == ["b", "b"]
         return paper.load(where / "smaller.json").values()

@@ -6,6 +6,8 @@
     python tests/bench/paper.py skills --seeds 0 1    # other seeds, kept apart
     python tests/bench/paper.py skills --seeds 0 --quick    # two minutes: does it run?
 
+With --quick a cell has two updates, and of rows that differ only in numbers the first
+is run.
 What an experiment says, and what would refute it, stands in experiments.py. A cell is
 one run in a process of its own (cell.py), on one core (or one GPU), as many at a time
 as there are. Finished ones are not run again (those that other code made are counted
@@ -51,12 +53,23 @@ def fill(spec, seed, quick):
     return {**inner, "seed": seed, "quick": quick}
 
 
+def kind(spec):
+    """A spec without its numbers."""
+    return {
+        k: kind(v) if isinstance(v, dict) else v if isinstance(v, str) else None
+        for k, v in spec.items()
+    }
+
+
 def specs_of(name, seeds, quick):
-    """{"label seed": spec} of an experiment, the most important ones first."""
-    rows = EXPERIMENTS[name]["rows"]
+    """{"label seed": spec} of an experiment, the most important ones first. quick: of
+    rows that differ only in numbers, the first."""
+    rows = {}
+    for row in EXPERIMENTS[name]["rows"]:
+        rows.setdefault(as_key(kind(row[2]) if quick else row), row)
     return {
         f"{label} {seed}": fill(spec, seed, quick)
-        for label, n, spec in rows
+        for label, n, spec in rows.values()
         for seed in seeds[:n]
     }
 
