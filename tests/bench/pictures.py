@@ -215,7 +215,7 @@ def distance(rows):
                 axis.plot(means, marker=style.MARKERS[method], color=color)
                 axis.vlines(range(3), lows, [max(y) for y in ys], color=color, lw=0.8)
                 labels.append((means[-1], method.upper(), color))
-        axis.set_xticks(range(3), ["own style", "known style", "own terms"])
+        axis.set_xticks(range(3), ["own", "known", "terms"])
         style.label_lines(axis, labels)
     return figure
 
