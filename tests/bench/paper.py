@@ -8,6 +8,7 @@
 
 With --quick a cell has two updates, and of rows that differ only in numbers the first
 is run.
+
 What an experiment says, and what would refute it, stands in experiments.py. A cell is
 one run in a process of its own (cell.py), on one core (or one GPU), as many at a time
 as there are. Finished ones are not run again (those that other code made are counted
@@ -64,12 +65,15 @@ def kind(spec):
 def specs_of(name, seeds, quick):
     """{"label seed": spec} of an experiment, the most important ones first. quick: of
     rows that differ only in numbers, the first."""
-    rows = {}
-    for row in EXPERIMENTS[name]["rows"]:
-        rows.setdefault(as_key(kind(row[2]) if quick else row), row)
+    rows = EXPERIMENTS[name]["rows"]
+    if quick:
+        first = {}
+        for row in rows:
+            first.setdefault(as_key(kind(row[2])), row)
+        rows = first.values()
     return {
         f"{label} {seed}": fill(spec, seed, quick)
-        for label, n, spec in rows.values()
+        for label, n, spec in rows
         for seed in seeds[:n]
     }
 
