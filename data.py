@@ -32,16 +32,12 @@ stands for what in the paper (arXiv 2601.19897, section 3):
 Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
-import difflib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import random
 import re
-import time
-import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,20 +47,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import (
-    LazyLogits,
-    fused_linear_nll,
-    generate,
-    kl_models,
-    read_json,
-    response_hidden,
-)
-
-try:  # comes with torch; only for chat templates
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-except ImportError:
-    jinja2 = None
+from model import LazyLogits, fused_linear_nll, generate, kl_models, response_hidden
 
 # ---- The words ---------------------------------------------------------------------
 
@@ -183,8 +166,9 @@ class Example:
     # the base corpus only
     shown: str = ""  # a demonstration in the prompt whose text is learnt, too
     skip: tuple = ()  # tokens of demo_response that carry no loss, by their place
-    # users' own files only
+    # users' own files only, where answer is a tuple of texts
     earlier: tuple = ()  # (role, text) of what was said before the prompt
+    grade: str = ""  # exact, contains or choice: see grade_answer; "": none
 
 
 def with_demo(prompt, demo):
@@ -552,7 +536,7 @@ def rows_at_once(model, n_tokens):
     """How many rows of n_tokens an evaluation takes at a time: their keys and values
     fill 1 GiB at most. In the tiny world that is all of them."""
     c = model.config
-    per_token = 2 * 4 * c.n_layer * c.n_kv_head * (c.n_embd // c.n_head)  # bytes
+    per_token = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim  # bytes
     return max(1, 2**30 // (per_token * n_tokens))
 
 
@@ -590,17 +574,30 @@ def accuracy(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
     return sum(right) / len(right)
 
 
-def teacher_gate(model, benchmarks, tok, max_new_tokens):
-    """Does a demonstration help? Mean accuracy over benchmarks {name: Benchmark} in the
-    student's context (without one) and in the teacher's (with one)."""
-    prompts = {"student": student_prompt, "teacher": teacher_prompt}
-    return {
-        name: sum(
-            accuracy(model, benchmark, tok, max_new_tokens, prompt)
-            for benchmark in benchmarks.values()
-        ) / len(benchmarks)
-        for name, prompt in prompts.items()
-    }  # fmt: skip
+def teacher_gate(model, benchmarks, tok, max_new_tokens, temperature=1.0, seed=0):
+    """Does a demonstration help? Over benchmarks {name: Benchmark}, a dict: mean
+    accuracy in the student's context (without one) and in the teacher's (with one); how
+    many queries only one of the two gets right; and the teacher's accuracy when it
+    samples, as in training, on 64 queries of each."""
+    keys = ("student", "teacher", "only_student", "only_teacher", "sampled")
+    gate, device = dict.fromkeys(keys, 0), next(model.parameters()).device
+    for benchmark in benchmarks.values():
+        student, teacher = (
+            is_right(model, benchmark, tok, max_new_tokens, prompt)
+            for prompt in (student_prompt, teacher_prompt)
+        )
+        gate["student"] += sum(student) / len(student) / len(benchmarks)
+        gate["teacher"] += sum(teacher) / len(teacher) / len(benchmarks)
+        pairs = list(zip(student, teacher, strict=True))
+        gate["only_student"] += pairs.count((True, False))
+        gate["only_teacher"] += pairs.count((False, True))
+        few = benchmark.examples[:64]
+        u = get_uniform(few, max_new_tokens, seed, "gate", device)
+        contexts = [teacher_prompt(example, tok) for example in few]
+        texts = get_texts(model, contexts, tok, max_new_tokens, u, temperature)
+        right = sum(map(benchmark.grade, few, texts))
+        gate["sampled"] += right / len(few) / len(benchmarks)
+    return gate
 
 
 def mean_per_response(x, mask):
@@ -682,8 +679,8 @@ def first_queries(model, benchmark, tok, cfg):
 
 # ---- Users' own files: here a first reading may stop ---------------------------------
 #
-# A file of JSON lines is a skill. Six forms of a row are known: see README, "Your own
-# model and data". tok is a ChatTokenizer then, and tok.template the teacher's template.
+# A file of JSON lines is a skill: see read_examples. tok is a ChatTokenizer then, and
+# tok.template the template of the teacher's prompt.
 
 TEMPLATE = """
 {prompt}
@@ -747,577 +744,203 @@ def demo_nll(model, examples, tok):
     return total / len(examples)
 
 
+# ---- Users' rows, and their grades ---------------------------------------------------
+
+PROMPTS = ("prompt", "messages", "instruction")  # a row has one of these keys
+DEMOS = (  # and one of these, or a demonstration as the last of its messages
+    "demonstration", "completion", "golden_response", "privileged_context", "output"
+)  # fmt: skip
+ROLES, GRADES = ("system", "user", "assistant"), ("exact", "contains", "choice")
+MAX_ERRORS = 20  # lines that are named one by one
+
+
+def check_text(value, key):
+    """The value of a key, if it is a text that a model can read."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{key}: expected text, found {json.dumps(value)[:40]}")
+    value.encode()  # raises for half a character, as "\\ud83d"
+    return value
+
+
+def parse_turns(value, key, role):
+    """A text, a list of its lines, or a list of messages, as [(role, text), ...]."""
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        value = "\n".join(check_text(line, key) for line in value)
+    if not isinstance(value, list):
+        return [(role, check_text(value, key))]
+    for turn in value:
+        known = isinstance(turn, dict) and turn.get("role") in ROLES
+        if not known or any(turn[each] for each in turn.keys() - {"role", "content"}):
+            found = json.dumps(turn)[:80]
+            raise ValueError(f"{key}: expected a role and content only, found {found}")
+    return [(t["role"], check_text(t.get("content"), f"{key}: content")) for t in value]
+
+
+def parse_row(row, needs_demo):
+    """A row as ([(role, text), ...], demonstration, answers); "" and () if none."""
+    keys = [key for key in row if key in PROMPTS] if isinstance(row, dict) else []
+    demo_keys = [key for key in row if key in DEMOS] if keys else []
+    if len(keys) != 1 or len(demo_keys) > 1:
+        found = ", ".join(row) if isinstance(row, dict) else json.dumps(row)[:40]
+        one_of = " or ".join(PROMPTS)
+        raise ValueError(f"expected {one_of}, and a demonstration; found {found}")
+    turns = parse_turns(row[keys[0]], keys[0], "user")
+    if row.get("input"):  # Alpaca's rows: instruction, input, output
+        text = check_text(row["input"], "input")
+        turns[-1] = ("user", f"{turns[-1][1]}\n\n{text}")
+    demo = ""
+    for key in demo_keys:
+        demo = "\n".join(text for _, text in parse_turns(row[key], key, "assistant"))
+    if not demo and turns and turns[-1][0] == "assistant":
+        demo = turns.pop()[1]
+    if not turns or turns[-1][0] != "user" or (needs_demo and not demo):
+        found = ", ".join(row)
+        raise ValueError(f"expected a user's turn and a demonstration; found {found}")
+    answers = row.get("answer", [])
+    answers = answers if isinstance(answers, list) else [answers]
+    return turns, demo, tuple(check_text(each, "answer") for each in answers)
+
+
+def unique(pairs):
+    """A JSON object as a dict. Of a key that is there twice, json would keep one."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError(f"a key is there twice: {', '.join(key for key, _ in pairs)}")
+    return dict(pairs)
+
+
+def read_examples(path, needs_demo=True, grade=None):
+    """A file of JSON lines as a list of Example, whose ids are line numbers, and a list
+    of remarks on it.
+
+    Args: grade, for rows that name none: one of GRADES, or "none"; by default contains.
+    Raises: ValueError that says what is wrong, in MAX_ERRORS lines at most; OSError.
+    """
+    content, examples, errors, unused = Path(path).read_bytes(), [], [], Counter()
+    known = {*PROMPTS, *DEMOS, "input", "answer", "grade", "id", "task"}
+    try:
+        text = content.decode(json.detect_encoding(content))  # UTF-8 or UTF-16
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
+    if text.lstrip().startswith("["):
+        raise ValueError(f"{path}: one list; write a row a line: jq -c '.[]' does that")
+    for i, line in enumerate(text.split("\n"), 1):  # (splitlines() splits at U+2028)
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line, object_pairs_hook=unique)
+            turns, demo, answer = parse_row(row, needs_demo)
+            own = row.get("grade", grade or "contains")
+            if own not in (*GRADES, grade):
+                raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {own}")
+        except (ValueError, RecursionError) as error:
+            errors.append(f"{path}:{i}: {error}".replace(": line 1 column", ", column"))
+            continue
+        if own == "exact" and demo and not answer:
+            answer = (demo,)
+        *earlier, (_, prompt) = turns
+        earlier, own = tuple(earlier), own if answer and own != "none" else ""
+        examples.append(Example(prompt, demo, answer, i, earlier=earlier, grade=own))
+        unused.update(f"key {key!r}" for key in row.keys() - known)
+    without = [str(e.id) for e in examples if not e.grade]
+    if 0 < len(without) < len(examples):
+        lines = ", ".join(without[:MAX_ERRORS])
+        errors.append(f"{path}: the others have an answer, but not lines {lines}")
+    if errors or not examples:
+        more = [f"... and {len(errors) - MAX_ERRORS} more"] * (len(errors) > MAX_ERRORS)
+        raise ValueError("\n".join(errors[:MAX_ERRORS] + more) or f"{path}: no rows")
+    grades = ", ".join(sorted({e.grade or "none" for e in examples}))
+    remarks = [f"{what} of {n} rows is not used" for what, n in unused.items()]
+    return examples, [f"{len(examples)} rows, grade: {grades}", *remarks]
+
+
+def check_lengths(path, examples, tok, max_new_tokens, block_size):
+    """Raises ValueError that names the rows that do not fit: the teacher's context and
+    a response, sampled or the demonstration, may take block_size tokens."""
+    errors = []
+    for e in examples:
+        prompt = len(teacher_prompt(e, tok))
+        response = max(max_new_tokens, len(demo_response(e, tok)))
+        if prompt + response > block_size:
+            errors.append(f"{path}:{e.id}: {prompt} + {response} > {block_size} tokens")
+    if errors:
+        raise ValueError("\n".join(errors[:MAX_ERRORS]))
+
+
 def plain(text):
     """A text without the case and the spaces in which two answers may differ."""
     return " ".join(text.casefold().split())
 
 
-def answers_of(example):
-    return (example.answer,) if isinstance(example.answer, str) else example.answer
-
-
 def place_of(answer, text):
-    """Where an answer first stands in a text as whole words; infinity: nowhere."""
+    """Where an answer first occurs in a text as whole words; infinity: nowhere."""
     pattern = rf"(?<!\w){re.escape(plain(answer))}(?!\w)"
     found = re.search(pattern, plain(text))
     return found.start() if found else math.inf
 
 
-def grade_exact(example, response):
-    """Is the response one of the answers, but for case and spaces?"""
-    return plain(response) in map(plain, answers_of(example))
+def grade_answer(example, response, options):
+    """Is a response right, by the example's own grade? exact: it is an answer, but for
+    case and spaces. contains: an answer occurs in it, as whole words. choice: the first
+    of all `options` (the answers of the whole file) in it is an answer."""
+    if example.grade == "exact":
+        return plain(response) in map(plain, example.answer)
+    if example.grade == "contains":
+        return any(place_of(a, response) < math.inf for a in example.answer)
+    # of two that begin at one place, as "New York" and "New", the longer is meant
+    place, _, choice = min((place_of(a, response), -len(a), a) for a in options)
+    return place < math.inf and choice in example.answer
 
 
-def grade_contains(example, response):
-    """Does one of the answers stand in the response, as whole words? ("incorrect" does
-    not contain "correct".)"""
-    return any(place_of(a, response) < math.inf for a in answers_of(example))
-
-
-def make_grade_choice(examples):
-    """A grade: of all answers that occur in these examples, the first that stands in
-    the response is what it chooses."""
-    options = {a for example in examples for a in answers_of(example)}
-
-    def grade_choice(example, response):
-        # of two that begin at one place, as "New York" and "New", the longer is meant
-        place, _, choice = min((place_of(a, response), -len(a), a) for a in options)
-        return place < math.inf and choice in answers_of(example)
-
-    return grade_choice
-
-
-def make_benchmark(examples, grade):
-    """A Benchmark of one's own; grade is exact, contains, choice or none."""
-    if grade == "choice":
-        return Benchmark(examples, make_grade_choice(examples))
-    grades = {"exact": grade_exact, "contains": grade_contains, "none": None}
-    return Benchmark(examples, grades[grade])
-
-
-# What tells a form of a row, the keys that hold its prompt and its demonstration, and
-# its name
-FORMS = [
-    (("prompt", "demonstration"), "prompt and demonstration"),
-    (("prompt", "privileged_context"), "TRL (privileged_context)"),
-    (("prompt", "golden_response"), "golden_response"),
-    (("prompt", "completion"), "prompt and completion"),
-    (("messages",), "messages"),
-    (("instruction", "output"), "Alpaca"),
-    (("prompt", "answer"), "prompt and answer"),  # where no demonstration is needed
-]
-ROLES = ("system", "user", "assistant")
-MAX_ERRORS = 20  # lines that are named one by one
-
-
-class RowError(ValueError):
-    """What is wrong with a row; read_examples adds the place."""
-
-
-def check_text(value, key):
-    """The value of a key, if it is a text that a model can read."""
-    if not isinstance(value, str):
-        raise RowError(f"{key}: expected text, found {json_type(value)}")
-    if not value.strip():
-        raise RowError(f"{key} is empty")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        code = ord(value[error.start])
-        raise RowError(f"{key}: \\u{code:04x} is half a character") from None
-    return value
-
-
-def json_type(value):
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false",
-             int: "a number", float: "a number", type(None): "null"}  # fmt: skip
-    return names[type(value)]
-
-
-def check_messages(value, key):
-    """A list of messages as [(role, text)]."""
-    if not isinstance(value, list):
-        raise RowError(f"{key}: expected a list, found {json_type(value)}")
-    if not value:
-        raise RowError(f"{key} is empty")
-    turns = []
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            found = json_type(message)
-            raise RowError(f"{key}[{i}]: expected an object, found {found}")
-        role = message.get("role")
-        if role not in ROLES:
-            raise RowError(f"{key}[{i}]: role {role!r}, expected {', '.join(ROLES)}")
-        turns.append((role, check_text(message.get("content"), f"{key}[{i}].content")))
-    return turns
-
-
-def parse_row(row, needs_demo):
-    """(form, earlier, prompt, demo, answer) of a row. Raises RowError."""
-    if not isinstance(row, dict):
-        raise RowError(f"expected an object, found {json_type(row)}")
-    forms = [(keys, name) for keys, name in FORMS if row.keys() >= set(keys)]
-    if not forms or (needs_demo and forms[0][1] == FORMS[-1][1]):
-        known = {key for keys, _ in FORMS for key in keys}
-        near = [
-            f"{key!r}: did you mean {match[0]!r}?"
-            for key in row.keys() - known
-            if (match := difflib.get_close_matches(key, known - row.keys(), 1, 0.7))
-        ]
-        found = ", ".join(sorted(row)) or "none"
-        near = "; ".join(["no known form", *sorted(near)])
-        raise RowError(f"keys found: {found}; {near}")
-    keys, name = forms[0]
-    demo = ""
-    if name == "messages":
-        turns = check_messages(row["messages"], "messages")
-        if turns[-1][0] != "assistant":
-            raise RowError(f"messages: the last role is {turns[-1][0]}, not assistant")
-        *turns, (_, demo) = turns
-    elif name == "Alpaca":
-        prompt = check_text(row["instruction"], "instruction")
-        if row.get("input") not in (None, ""):
-            prompt += "\n\n" + check_text(row["input"], "input")
-        turns = [("user", prompt)]
-        demo = check_text(row["output"], "output")
-    else:
-        value = row["prompt"]
-        if isinstance(value, list):
-            turns = check_messages(value, "prompt")
-        else:
-            turns = [("user", check_text(value, "prompt"))]
-        if keys[1] != "answer":
-            value = row[keys[1]]
-            if isinstance(value, list) and name == "golden_response":  # its lines
-                value = "\n".join(check_text(x, keys[1]) for x in value)
-            elif isinstance(value, list):
-                value = "\n".join(text for _, text in check_messages(value, keys[1]))
-            demo = check_text(value, keys[1])
-    if not turns or turns[-1][0] != "user":
-        found = turns[-1][0] if turns else "none"
-        raise RowError(f"the last role of the prompt is {found}, not user")
-    *earlier, (_, prompt) = turns
-    answer = row.get("answer", "")
-    if isinstance(answer, list) and answer:
-        answer = tuple(check_text(x, "answer") for x in answer)
-    elif answer == []:
-        raise RowError("answer is empty")
-    elif "answer" in row:
-        answer = check_text(answer, "answer")
-    return name, tuple(earlier), prompt, demo, answer
-
-
-def unlike_json(name):
-    raise RowError(f"{name} is no JSON")
-
-
-def no_doubles(pairs):
-    """A JSON object as a dict; a key that stands twice would be lost in silence."""
-    keys = [key for key, _ in pairs]
-    if doubles := sorted({key for key in keys if keys.count(key) > 1}):
-        raise RowError(f"key {doubles[0]!r} stands twice")
-    return dict(pairs)
-
-
-def read_examples(path, needs_demo=True):
-    """A file of JSON lines as a list of Example, whose ids are their line numbers, and
-    a list of remarks: how many rows of which form, keys that are not used.
-
-    Raises: ValueError that names every bad line (the first MAX_ERRORS of them), with
-        what is wrong there; OSError if the file cannot be read.
-    """
-    content = Path(path).read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise ValueError(f"{path}: this is UTF-16; save it as UTF-8")
-    content = content.removeprefix(b"\xef\xbb\xbf")
-    text = content.strip()
-    if text[:1] + text[-1:] == b"[]" and b"\n[" not in text:
-        raise ValueError(f"{path}: one list; each row needs a line of its own, "
-                         "as jq -c '.[]' writes them")  # fmt: skip
-    examples, errors, forms, unused = [], [], Counter(), Counter()
-    # not splitlines(), which takes U+2028 inside a text for the end of a line
-    for i, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(
-                line.decode(), object_pairs_hook=no_doubles, parse_constant=unlike_json
-            )
-            form, earlier, prompt, demo, answer = parse_row(row, needs_demo)
-        except UnicodeDecodeError as error:
-            byte = line[error.start]
-            errors.append(f"{path}:{i}: byte 0x{byte:02x} at {error.start} is no UTF-8")
-        except json.JSONDecodeError as error:
-            near = error.doc[max(0, error.pos - 20) : error.pos + 20]
-            errors.append(f"{path}:{i}:{error.colno}: {error.msg}, near {near!r}")
-        except RecursionError:
-            errors.append(f"{path}:{i}: nested too deeply")
-        except RowError as error:
-            errors.append(f"{path}:{i}: {error}")
-        else:
-            examples.append(Example(prompt, demo, answer, i, earlier=earlier))
-            forms[form] += 1
-            keys = dict((name, keys) for keys, name in FORMS)[form]
-            unused.update(row.keys() - {*keys, "answer", "input", "id", "task"})
-    if errors:
-        shown = errors[:MAX_ERRORS]
-        if len(errors) > MAX_ERRORS:
-            shown.append(f"... and {len(errors) - MAX_ERRORS} more lines")
-        raise ValueError("\n".join(shown))
-    if not examples:
-        raise ValueError(f"{path}: no rows")
-    remarks = [f"{n} rows, form: {form}" for form, n in forms.items()]
-    remarks += [f"key {key!r} of {n} rows is not used" for key, n in unused.items()]
-    return examples, remarks
-
-
-def check_lengths(path, examples, tok, max_new_tokens, block_size):
-    """Which examples do not fit: [(Example, text)]. The teacher's context and a
-    response, the student's or the demonstration, must fit into block_size tokens."""
-    too_long = []
-    for example in examples:
-        prompt = len(teacher_prompt(example, tok))
-        response = max(max_new_tokens, len(demo_response(example, tok)))
-        if prompt + response > block_size:
-            text = f"{path}:{example.id}: {prompt} + {response} > {block_size} tokens"
-            too_long.append((example, text))
-    return too_long
-
-
-# ---- Real models: tokenizer and chat form --------------------------------------------
-
-# A text is first split into pieces, by a regular expression, and tokens never cross
-# pieces. These are the splits that were compared with the tokenizers library, token by
-# token (tests/bench/test_real_equal.py); another one is refused. (The libraries know
-# different versions of Unicode: about the newest characters they may disagree.)
-WORD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-QWEN2, LLAMA3 = rf"{WORD}|\p{{N}}|{REST}", rf"{WORD}|\p{{N}}{{1,3}}|{REST}"
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT2, after each digit was cut out (SmolLM2): spaces before a digit end a text
-DIGITS = (
-    r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+"
-    r"|\s+(?![^\s\p{N}])|\s+"
-)
-LONGEST = 900_000  # characters; tiktoken's splitting panics at 1,000,000 spaces
-MARKER = r"<.+>|\[.+\]"  # no ordinary text, so that it may be a token of its own
-
-
-def byte_of_characters():
-    """The 256 characters that stand for the bytes in a tokenizer.json: a printable one
-    for itself, those from U+0100 on for the others."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {
-        **{chr(byte): byte for byte in printable},
-        **{chr(256 + i): byte for i, byte in enumerate(others)},
-    }
-
-
-def merge(piece, ranks, below=math.inf):
-    """Byte pair encoding as on paper: of all neighbours, join the two whose token has
-    the lowest rank, again and again, while that is < below. bytes -> list of bytes."""
-    parts = [piece[i : i + 1] for i in range(len(piece))]
-    while True:
-        pairs = enumerate(itertools.pairwise(parts))
-        options = [(ranks.get(a + b, below), i) for i, (a, b) in pairs]
-        rank, i = min(options, default=(below, 0))
-        if rank >= below:
-            return parts
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def split_of(pre):
-    """The regular expression of a pre_tokenizer; None if it is not one of ours."""
-    steps = pre.get("pretokenizers") if pre.get("type") == "Sequence" else [pre]
-    if not isinstance(steps, list) or not all(isinstance(s, dict) for s in steps):
-        return None
-    *first, last = steps or [{}]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space") is not False:
-        return None
-    own = last.get("use_regex", True)
-    if own is True and not first:
-        return GPT2
-    if own is True and first == [{"type": "Digits", "individual_digits": True}]:
-        return DIGITS
-    for pattern in (QWEN2, LLAMA3):
-        split = {"type": "Split", "pattern": {"Regex": pattern}, "invert": False}
-        if own is False and first == [{**split, "behavior": "Isolated"}]:
-            return pattern
-    return None
-
-
-def read_tokenizer(path):
-    """A tokenizer.json with byte pair encoding, as what tiktoken needs.
-
-    tiktoken joins by rank, and knows no list of merges. Both agree on every text if
-    merges come in the order of ranks, and if joining the bytes of each token by lower
-    ranks alone ends in a pair that has a merge. That is checked, so no merge is lost.
-
-    Returns: ranks {bytes: id}; special {text: id}, of all added tokens; pattern, see
-        split_of; nfc, whether a text is to be normalised.
-    Raises: ValueError that names the file and the first thing that does not fit.
-    """
-    content = read_json(path)
-
-    def check(fits, what):
-        if not fits:
-            raise ValueError(f"{path}: {what}")
-
-    model, added = content.get("model"), content.get("added_tokens") or []
-    check(isinstance(model, dict) and model.get("type") == "BPE",
-          "model is no BPE; other kinds, as of SentencePiece, are not read")
-    for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-        check(not model.get(key), f"model.{key} is {model.get(key)!r}, not null")
-    check(not model.get("byte_fallback"), "model.byte_fallback is set")
-    decoder = content.get("decoder")
-    check(isinstance(decoder, dict) and decoder.get("type") == "ByteLevel",
-          "decoder is not ByteLevel")
-    normalizer = content.get("normalizer")
-    check(normalizer in (None, {"type": "NFC"}),
-          f"normalizer is {normalizer!r}; read are null and NFC")
-    pre = content.get("pre_tokenizer")
-    pattern = split_of(pre) if isinstance(pre, dict) else None
-    check(pattern, "pre_tokenizer is none that we know: ByteLevel without a prefix "
-          "space, alone, after Digits, or after the Split of Qwen2 or Llama 3")
-
-    # added tokens: markers, which a text never yields
-    special = {}
-    check(isinstance(added, list) and all(isinstance(t, dict) for t in added),
-          "added_tokens is no list of objects")
-    for token in added:
-        text, number = token.get("content"), token.get("id")
-        check(isinstance(text, str) and text, f"added token {number!r} has no text")
-        check(type(number) is int, f"the id of {text!r} is {number!r}")
-        check(text not in special, f"added token {text!r} twice")
-        for key in ("lstrip", "rstrip", "single_word"):
-            check(not token.get(key), f"added token {text!r}: {key} is set")
-        check(token.get("special") or re.fullmatch(MARKER, text),
-              f"added token {text!r} may be a part of ordinary text")
-        special[text] = number
-
-    # the vocabulary: its texts are bytes, its ids ranks
-    vocab, byte_of = model.get("vocab"), byte_of_characters()
-    check(isinstance(vocab, dict) and vocab, "model.vocab is no object")
-    ranks = {}
-    for text, number in vocab.items():
-        check(type(number) is int, f"the id of {text!r} is {number!r}")
-        if text in special:
-            check(special[text] == number,
-                  f"{text!r} has the ids {number} and {special[text]}")
-            continue
-        check(text and all(c in byte_of for c in text), f"{text!r} is no text of bytes")
-        ranks[bytes(byte_of[c] for c in text)] = number
-    ids = sorted([*ranks.values(), *special.values()])
-    for i, number in enumerate(ids):
-        check(i == number, f"ids have a gap: {i} is missing, or {number} twice")
-
-    # the merges
-    merges, before = set(), -1
-    listed = model.get("merges")
-    check(isinstance(listed, list), "model.merges is no list")
-    for pair in listed:
-        parts = pair.split(" ") if isinstance(pair, str) else pair
-        check(isinstance(parts, list) and len(parts) == 2
-              and all(isinstance(part, str) for part in parts),
-              f"merge {pair!r} is no pair")
-        check(all(c in byte_of for part in parts for c in part),
-              f"merge {pair!r} is no text of bytes")
-        a, b = (bytes(byte_of[c] for c in part) for part in parts)
-        check(a in ranks and b in ranks and a + b in ranks,
-              f"merge {pair!r}: not all three are in the vocabulary")
-        check((a, b) not in merges, f"merge {pair!r} twice")
-        rank = ranks[a + b]
-        check(rank >= before, f"merge {pair!r} makes id {rank}, after id {before}")
-        before = rank
-        merges.add((a, b))
-    for token, rank in ranks.items():
-        if len(token) > 1:
-            parts = tuple(merge(token, ranks, rank))
-            check(parts in merges, f"token {rank}, {token!r}, is not what merges make")
-
-    # a byte without a token: the tokenizers library drops it, or puts unk_token there
-    if len({token for token in ranks if len(token) == 1}) < 256:
-        check(model.get("unk_token") is None, "a byte is missing, but unk_token is set")
-    return ranks, special, pattern, normalizer is not None
-
-
-def read_template(folder, settings):
-    """The chat template of a folder, as text; settings: tokenizer_config.json."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # several, with names
-        named = [t for t in template if isinstance(t, dict)]
-        named = {str(t.get("name")): t.get("template") for t in named}
-        template = named.get("default")
-    if not isinstance(template, str) or not template:
-        raise ValueError(
-            f"{folder} has no chat template, neither in tokenizer_config.json nor as "
-            f"{path.name}: take an instruct model"
-        )
-    return template
-
-
-def compile_template(template, where):
-    """A chat template, a program in Jinja that nobody has checked, in a sandbox."""
-    if jinja2 is None:
-        raise ValueError("chat templates need the package: pip install jinja2")
-    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
-        raise ValueError("the sandbox of jinja2 < 3.1.6 leaks: pip install -U jinja2")
-
-    def fail(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, **how):  # jinja2's own writes HTML
-        return json.dumps(x, ensure_ascii=ensure_ascii, **how)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": fail, "strftime_now": time.strftime}
-    try:
-        return environment.from_string(template)
-    except Exception as error:  # whatever a wrong program leads to
-        raise ValueError(f"{where}: {type(error).__name__}: {error}") from None
-
-
-def text_of(token):
-    """tokenizer_config.json has a token as text, or as an object with its text."""
-    return token.get("content") if isinstance(token, dict) else token
+def make_benchmark(examples):
+    """A Benchmark of users' rows. Without answers it has no grade."""
+    options = {a for e in examples for a in e.answer if e.grade}
+    grade = functools.partial(grade_answer, options=options)
+    return Benchmark(examples, grade if options else None)
 
 
 class ChatTokenizer:
-    """The tokenizer and the chat form of a folder of Hugging Face.
+    """The tokenizer and the chat form of a Hugging Face model, through transformers.
 
-    Attributes: end, the token that ends a response; n_tokens, one more than the highest
-    id; vocab_size, the same; name; digest, which another tokenizer or chat template
-    changes; template, that of the teacher's prompt, which may be set.
-    Raises: ValueError that names the file, if there is something that we cannot do
-    exactly as the libraries tokenizers and transformers; OSError.
+    Attributes: end, the token that ends a response; n_tokens, its highest id + 1;
+    digest, which another tokenizer or chat template changes; template, the teacher's
+    prompt, which may be set; sanitizes, is a marker such as <|im_end|> in a user's text
+    encoded as text? (Older versions of transformers cannot do it.)
     """
 
     template = TEMPLATE
 
-    def __init__(self, folder):
-        folder = Path(folder)
-        path, settings = folder / "tokenizer_config.json", {}
-        if path.is_file():
-            settings = read_json(path)
-        ranks, self.special, self.pattern, self.nfc = read_tokenizer(
-            folder / "tokenizer.json"
-        )
-        self.ranks = ranks
-        self.n_tokens = self.vocab_size = len(ranks) + len(self.special)
-        # tiktoken needs all bytes: those that have no token get ids that are dropped
-        missing = [bytes([i]) for i in range(256) if bytes([i]) not in ranks]
-        spare = {byte: self.n_tokens + i for i, byte in enumerate(missing)}
-        self.encoding = tiktoken.Encoding(
-            name=folder.resolve().name,
-            pat_str=self.pattern,
-            mergeable_ranks={**ranks, **spare},
-            special_tokens=self.special,
-        )
-        self.name = self.encoding.name
-        template = read_template(folder, settings)
-        self.chat_template = compile_template(template, f"{folder}, chat template")
-        names = [f"{x}_token" for x in "bos eos unk sep pad cls mask".split()]
-        named = {name: text_of(settings.get(name)) for name in names}
-        self.named = {name: text for name, text in named.items() if text is not None}
-        self.end = self.find_end(folder)
-        longest_first = sorted(self.special, key=len, reverse=True)
-        self.markers = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        content = (folder / "tokenizer.json").read_bytes() + template.encode()
-        self.digest = hashlib.sha256(content).hexdigest()[:12]
+    def __init__(self, name):
+        from transformers import AutoTokenizer
 
-    def find_end(self, folder):
-        """eos_token, else the first of eos_token_id in one of the other files."""
-        if "eos_token" in self.named:
-            text = self.named["eos_token"]
-            if not isinstance(text, str) or text not in self.special:
-                raise ValueError(
-                    f"{folder / 'tokenizer_config.json'}: eos_token is {text!r}, which "
-                    "is no added token of tokenizer.json"
-                )
-            return self.special[text]
-        for name in ("config.json", "generation_config.json"):
-            if (folder / name).is_file():
-                end = read_json(folder / name).get("eos_token_id")
-                end = end[0] if isinstance(end, list) and end else end
-                if type(end) is int and end in self.special.values():
-                    return end
-        raise ValueError(f"{folder}: no file says which token ends a response")
+        self.hf = AutoTokenizer.from_pretrained(name)
+        if self.hf.chat_template is None or self.hf.eos_token is None:
+            raise ValueError("no chat template, or no end: take an instruct model")
+        self.end = self.hf.eos_token_id
+        self.n_tokens = max(self.hf.get_vocab().values()) + 1
+        form = self.hf.backend_tokenizer.to_str() + str(self.hf.chat_template)
+        self.digest = hashlib.sha256(form.encode()).hexdigest()[:12]
+        texts = ([{"role": "user", "content": x}] for x in ("x", self.hf.eos_token))
+        n, n_with_marker = (self.chat(text).count(self.end) for text in texts)
+        self.sanitizes = n == n_with_marker
 
     def encode(self, text):
-        """A text as a list of ids. A marker in it stays text, and never becomes one."""
-        if len(text) > LONGEST:
-            raise ValueError(f"a text of {len(text)} characters; at most {LONGEST}")
-        text = unicodedata.normalize("NFC", text) if self.nfc else text
-        ids = self.encoding.encode_ordinary(text)
-        if max(ids, default=0) < self.n_tokens:
-            return ids
-        # a byte that has no token is dropped, and its neighbours may be joined
-        import regex  # tiktoken needs it, so it is there
-
-        ids = []
-        for piece in regex.findall(self.pattern, text):
-            known = bytes(b for b in piece.encode() if bytes([b]) in self.ranks)
-            ids += [self.ranks[token] for token in merge(known, self.ranks)]
-        return ids
+        """A text as a list of ids. A marker in it stays text."""
+        return self.hf.encode(text, add_special_tokens=False, split_special_tokens=True)
 
     def decode(self, ids):
         """The text of ids; markers show as their text, but not a last end."""
         ids = ids[:-1] if ids and ids[-1] == self.end else ids
-        known, n = self.encoding.decode_single_token_bytes, self.n_tokens
-        pieces = [known(i) if i < n else b"<%d>" % i for i in ids]
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return self.hf.decode(ids, clean_up_tokenization_spaces=False)
 
     def chat(self, messages):
-        """Messages [{"role", "content"}, ...] in the form that the model was trained
-        on, up to where its response begins, as a list of ids.
-
-        The template's markers become ids, and all else text, what the messages hold
-        included: a user cannot write a marker. (apply_chat_template lets him.) So the
-        template is rendered with a stand-in for each content, cut at the markers, and
-        the contents are put back into the text between.
-        Raises: ValueError if the template fails, or changes a content.
-        """
-        text = self.render(messages)
-        for strip in (False, True):  # some templates strip what they are given
-            contents = [m["content"] for m in messages]
-            contents = [c.strip() for c in contents] if strip else contents
-            # (an empty content stays one: templates ask whether there is any)
-            stand_ins = [c and f"\ue000{i}\ue001" for i, c in enumerate(contents)]
-            pairs = zip(messages, stand_ins, strict=True)
-            form = self.render([{**m, "content": x} for m, x in pairs])
-
-            def put_back(part, contents=contents):
-                return re.sub(
-                    "\ue000(\\d+)\ue001", lambda match: contents[int(match[1])], part
-                )
-
-            if put_back(form) == text:
-                ids, start = [], 0
-                for marker in self.markers.finditer(form):
-                    ids += self.encode(put_back(form[start : marker.start()]))
-                    ids.append(self.special[marker[0]])
-                    start = marker.end()
-                return ids + self.encode(put_back(form[start:]))
-        raise ValueError(
-            f"the chat template of {self.name} changes what a message says; which part "
-            "of it is a marker cannot be told"
-        )
-
-    def render(self, messages):
-        """The template's text for these messages. Raises: ValueError if it fails."""
+        """Messages [{"role", "content"}, ...] as ids, in the form that the model was
+        trained on and up to where its response begins. A thinking model is told not to
+        think. Raises: ValueError if the template refuses the messages."""
         try:
-            return self.chat_template.render(
-                messages=messages, add_generation_prompt=True, tools=None,
-                documents=None, **self.named,
+            return self.hf.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False,
+                sanitize_control_tokens=True, enable_thinking=False,
             )  # fmt: skip
         except Exception as error:  # the template is a program, and fails as it likes
-            raise ValueError(
-                f"the chat template of {self.name}: {type(error).__name__}: {error}"
-            ) from None
+            raise ValueError(f"the chat template: {error}") from None

@@ -23,12 +23,10 @@ The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
 """
 
 import contextlib
-import json
 import math
 import os
-import shutil
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import tempfile
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -41,11 +39,6 @@ try:  # comes with torch on Linux with a GPU
     import triton.language as tl
 except ImportError:
     triton = None
-try:  # only for folders of Hugging Face
-    import safetensors
-    from safetensors.torch import save_file
-except ImportError:
-    safetensors = None
 
 # ---- The model ---------------------------------------------------------------------
 
@@ -60,20 +53,25 @@ class GPTConfig:
     n_kv_head: int = 12  # key/value heads; fewer than n_head: grouped queries
     n_embd: int = 192  # channels
     n_inner: int = 1024  # channels inside the MLP
-    rope_theta: float = 1000.0  # of the rotary positions; Qwen2.5 has 1,000,000
+    head_dim: int = 0  # channels of a head; 0: n_embd / n_head
+    rope_theta: float = 1000.0  # of the rotary positions; a real model brings its own
     norm_eps: float = 1e-6  # of RMSNorm
     qkv_bias: bool = True  # on q, k and v only
+    qk_norm: bool = False  # RMSNorm on each query and key (Qwen3)
     tie_weights: bool = True  # the head is the token embedding
-    hf_rounding: bool = False  # of the rotary frequencies: see rotation_tables
 
     def __post_init__(self):
-        if self.n_embd % self.n_head or self.n_head % self.n_kv_head:
+        if self.head_dim == 0 and self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}, "
-                f"and that of n_kv_head {self.n_kv_head}"
+                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}"
             )
-        if self.n_embd // self.n_head % 2:
-            raise ValueError(f"head size {self.n_embd // self.n_head} must be even")
+        self.head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.n_head % self.n_kv_head:
+            raise ValueError(
+                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head size {self.head_dim} must be even")
         if not 0 <= self.n_tokens <= self.vocab_size:
             raise ValueError(f"n_tokens {self.n_tokens} > vocab_size {self.vocab_size}")
 
@@ -103,10 +101,8 @@ class RMSNorm(nn.Module):
 def rotation_tables(config):
     """cos and sin of position * frequency for rotary position embeddings (RoPE):
     float32, each (block_size, D/2). Low channels turn fast, high channels slowly."""
-    D = config.n_embd // config.n_head
+    D = config.head_dim
     frequency = config.rope_theta ** (-torch.arange(0, D, 2).float() / D)  # (D/2,)
-    if config.hf_rounding:  # rounded twice, as transformers does: equal to the bit
-        frequency = 1 / config.rope_theta ** (torch.arange(0, D, 2).float() / D)
     angle = torch.arange(config.block_size).float()[:, None] * frequency  # (T, D/2)
     return angle.cos(), angle.sin()
 
@@ -130,7 +126,7 @@ class KVCache:
 
     def __init__(self, config, prompts, lengths, max_new_tokens, dtype):
         (B, P), device = prompts.size(), prompts.device
-        G, D = config.n_kv_head, config.n_embd // config.n_head
+        G, D = config.n_kv_head, config.head_dim
         S = P + max_new_tokens
         self.k = torch.empty(config.n_layer, B, G, S, D, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
@@ -159,18 +155,24 @@ class KVCache:
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.H, self.G = config.n_head, config.n_kv_head
-        self.D = config.n_embd // config.n_head
+        self.H, self.G, self.D = config.n_head, config.n_kv_head, config.head_dim
         heads = self.H + 2 * self.G  # of queries, keys and values, in one matrix
         self.qkv_proj = Linear(config.n_embd, heads * self.D, bias=config.qkv_bias)
-        self.o_proj = Linear(config.n_embd, config.n_embd, bias=False)
+        self.o_proj = Linear(self.H * self.D, config.n_embd, bias=False)
+        self.qk_norm = config.qk_norm
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.D, config.norm_eps)
+            self.k_norm = RMSNorm(self.D, config.norm_eps)
 
     def forward(self, x, cos, sin, cache=None, layer=0):
-        B, T, C = x.size()
+        B, T, _ = x.size()
         H, G, D = self.H, self.G, self.D
         qkv = self.qkv_proj(x).view(B, T, H + 2 * G, D)  # (B, T, H + 2G, D)
         qkv = qkv.transpose(1, 2)  # (B, H + 2G, T, D)
         qk, v = qkv.split((H + G, G), dim=1)  # (B, H + G, T, D), (B, G, T, D)
+        if self.qk_norm:
+            q, k = qk.split((H, G), dim=1)  # (B, H, T, D), (B, G, T, D)
+            qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)  # (B, H + G, T, D)
         # queries and keys turn by the same angles, so both in one go
         q, k = rotate(qk, cos, sin).split((H, G), dim=1)  # (B, H, T, D), (B, G, T, D)
         if cache is not None:
@@ -191,8 +193,8 @@ class CausalSelfAttention(nn.Module):
             seen = cache.mask[..., : cache.used]  # (B, 1, 1, used)
             # (B, G, H/G, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
-        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, C)  # (B, T, C)
-        return self.o_proj(y)
+        y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)  # (B, T, H * D)
+        return self.o_proj(y)  # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -1005,377 +1007,97 @@ def gathered(gpt):
             part.reshard()
 
 
-# ---- Real models: folders of Hugging Face --------------------------------------------
-#
-# config.json           sizes                             config_from_folder
-# model.safetensors     tensors by name, or several       load_folder, save_folder
-#                       files and an index of the names
-# tokenizer.json, ...   see data.ChatTokenizer; save_folder copies them
-#
-# Nothing of a folder is trusted: what does not fit is a ValueError that names it.
-
-# model_type: has it a bias on q, k and v? (transformers has it in its code, not as a
-# key.) Another type may compute otherwise, under the same names: it is refused.
-QKV_BIAS = {"llama": False, "mistral": False, "qwen2": True}
-# What config.json may say, or leave out, about what our GPT has not.
-PLAIN = {
-    "hidden_act": ("silu",),
-    "mlp_bias": (False,),
-    "attention_out_bias": (False,),
-    "partial_rotary_factor": (1, None),
-    "rope_interleaved": (False,),
-    "qk_norm": (False,),
-    "use_qk_norm": (False,),
-    "qk_layernorm": (False,),
-    "num_experts": (0, 1, None),
-    "num_local_experts": (0, 1, None),
-    "n_routed_experts": (0, 1, None),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "auto_map": (None,),  # code of its own
-}
-DTYPES = ("F32", "F16", "BF16")  # that are read
-MARK = {"format": "pt", "written_by": "save_folder"}  # in the header of what we wrote
-COPIED = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "generation_config.json",
-)  # fmt: skip
+# ---- Real models, through transformers -----------------------------------------------
 
 
-def read_json(path):
-    """The object in a JSON file, as a dict. Raises: FileNotFoundError; ValueError for
-    what is no JSON object or has a key twice (json would take the last in silence)."""
-
-    def once(pairs):
-        found = {}
-        for key, value in pairs:
-            if key in found:
-                raise ValueError(f"key {key!r} twice")
-            found[key] = value
-        return found
-
-    def refuse(constant):
-        raise ValueError(f"{constant} is no number of JSON")
-
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        content = json.loads(text, object_pairs_hook=once, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: {error}") from None
-    if not isinstance(content, dict):
-        kind = type(content).__name__
-        raise ValueError(f"{path}: expected an object, found {kind}")
-    return content
+def pairs(gpt, hf):
+    """(ours, theirs): our tensor, or some rows of it, and the same one of a Hugging
+    Face model. We keep q, k and v in one matrix, and gate and up in another."""
+    table = [(gpt.wte, [hf.model.embed_tokens]), (gpt.ln_f, [hf.model.norm])]
+    table += [] if gpt.config.tie_weights else [(gpt.lm_head, [hf.lm_head])]
+    for block, layer in zip(gpt.h, hf.model.layers, strict=True):
+        a, b = block.attn, layer.self_attn
+        table += [
+            (block.ln_1, [layer.input_layernorm]),
+            (a.qkv_proj, [b.q_proj, b.k_proj, b.v_proj]),
+            (a.o_proj, [b.o_proj]),
+            (block.ln_2, [layer.post_attention_layernorm]),
+            (block.mlp.gate_up_proj, [layer.mlp.gate_proj, layer.mlp.up_proj]),
+            (block.mlp.down_proj, [layer.mlp.down_proj]),
+        ]
+        table += [(a.q_norm, [b.q_norm]), (a.k_norm, [b.k_norm])] if a.qk_norm else []
+    for ours, theirs in table:
+        for name, tensor in ours.named_parameters():  # weight, perhaps bias
+            parts = [getattr(module, name) for module in theirs]
+            yield from zip(tensor.split([len(p) for p in parts]), parts, strict=True)
 
 
-def config_from_folder(folder, block_size=None):
-    """What a folder says about its model, as a GPTConfig. The headers of its weights
-    are read, too, so that a folder that cannot be loaded is refused before a model of
-    that size is made.
+@torch.no_grad()
+def from_pretrained(name, n_tokens=0, weights=True):
+    """A Hugging Face model, a folder or a name on the Hub, as our GPT: float32, on the
+    CPU; without weights (weights=False) on the meta device, which takes no memory.
 
-    Args: block_size, in tokens; None: the longest that the model was made for.
-    Returns: GPTConfig; its n_tokens is 0, for the tokenizer knows it.
-    Raises: ValueError that names file and key, or file and tensor; OSError.
+    No list says which models these are: each of their tensors must have its place in
+    our GPT, and both must compute the same logits from random tokens.
+    Raises: ValueError that says what differs; what transformers raises.
     """
-    config = read_config(folder, block_size)
-    check_tensors(folder, config)
-    return config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    with torch.device("meta"):
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    if weights:
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype="auto", output_loading_info=True
+        )
+    c, attn, rotary = hf.config, hf.model.layers[0].self_attn, hf.model.rotary_emb
+    T, D = c.max_position_embeddings, attn.head_dim
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(
+            T, c.vocab_size, n_tokens, c.num_hidden_layers, c.num_attention_heads,
+            c.num_key_value_heads, c.hidden_size, c.intermediate_size, D,
+            norm_eps=c.rms_norm_eps, qkv_bias=attn.q_proj.bias is not None,
+            qk_norm=hasattr(attn, "q_norm"), tie_weights=c.tie_word_embeddings,
+        ))  # fmt: skip
+    if not weights:
+        return gpt
+    gpt.to_empty(device="cpu")
+    gpt.lm_head.weight = gpt.wte.weight if c.tie_word_embeddings else gpt.lm_head.weight
+    odd = {theirs: key for key, theirs in hf.named_parameters()}
+    for ours, theirs in pairs(gpt, hf):
+        ours.copy_(theirs.view_as(ours))
+        theirs.data = ours  # so that memory holds only one of the two
+        del odd[theirs]
+    cos, sin = rotary(gpt.wte.weight, torch.arange(T)[None])  # (1, T, D) each
+    gpt.cos, gpt.sin = (x[0, :, : D // 2].clone() for x in (cos, sin))  # (T, D/2)
 
-def read_config(folder, block_size=None):
-    """config_from_folder, but for the weights."""
-    path = Path(folder) / "config.json"
-    config = read_json(path)
-
-    def refuse(key, value, why):
-        raise ValueError(f"{path}: {key} is {value!r}; {why}")
-
-    def number(key, low, high, default=None):
-        value = default if config.get(key) is None else config[key]
-        kinds = (int, float) if isinstance(low, float) else int
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            refuse(key, value, "it should be a number")
-        if not low <= value <= high:
-            refuse(key, value, f"it should be {low} to {high}")
-        return value
-
-    def texts(key):
-        value = config.get(key) or []
-        if not isinstance(value, list) or not all(isinstance(x, str) for x in value):
-            refuse(key, value, "it should be a list of names")
-        return value
-
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in QKV_BIAS:
-        refuse("model_type", kind, f"known are {', '.join(QKV_BIAS)}")
-    if not all(name.endswith("ForCausalLM") for name in texts("architectures")):
-        refuse("architectures", config["architectures"], "it is no language model")
-    for key, values in PLAIN.items():
-        if key in config and config[key] not in values:
-            refuse(key, config[key], "our GPT has no such thing")
-    if config.get("attention_bias") and not QKV_BIAS[kind]:
-        refuse("attention_bias", True, "it puts a bias on o_proj, too, which our GPT "
-               "has not")
-    # mistral has a sliding window unless it says null, qwen2 none unless it says true
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    if config.get("use_sliding_window", kind != "qwen2") and window is not None:
-        refuse("sliding_window", window, "our GPT attends to all that came before")
-    if set(texts("layer_types")) - {"full_attention"}:
-        refuse("layer_types", config["layer_types"], "our GPT has full_attention only")
-    # transformers 5 writes rope_parameters, those before it rope_theta and rope_scaling
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = config.get(key) or {}
-        known = {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
-        if not isinstance(rope, dict) or not (
-            rope.keys() <= known
-            and rope.get("rope_type") in ("default", None)
-            and rope.get("type") in ("default", None)
-            and rope.get("partial_rotary_factor", 1) == 1
-        ):
-            refuse(key, rope, "our GPT has plain rotary positions")
-        theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        if config.setdefault("rope_theta", theta) != theta:
-            refuse("rope_theta", config["rope_theta"], f"{key} says {theta!r}")
-
-    n_embd = number("hidden_size", 1, 2**20)
-    n_head = number("num_attention_heads", 1, 2**16)
-    # (llama says "as many as n_head" by saying nothing; the others have other defaults)
-    default = n_head if kind == "llama" else None
-    n_kv_head = number("num_key_value_heads", 1, 2**16, default)
-    head_dim = config.get("head_dim")
-    if head_dim is not None and number("head_dim", 1, 2**20) * n_head != n_embd:
-        refuse("head_dim", head_dim, f"hidden_size / heads is {n_embd} / {n_head}")
-    tie = config.get("tie_word_embeddings", False)
-    if not isinstance(tie, bool):
-        refuse("tie_word_embeddings", tie, "it should be true or false")
-    longest = number("max_position_embeddings", 2, 2**24)
-    block_size = longest if block_size is None else block_size
-    if not 1 <= block_size <= longest:
+    # transformers makes up what a file lacks and drops what it has too many, and 64
+    # tokens show neither a longer window nor angles that change with the length
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *odd.values()]
+    probe = torch.arange(2 * min(T, 64)).view(2, -1) * 97 % (n_tokens or c.vocab_size)
+    ours, theirs = gpt.eval()(probe), hf.eval()(probe).logits[..., : n_tokens or None]
+    error = ((ours - theirs).abs().max() / theirs.std()).item()
+    window, kind = getattr(c, "sliding_window", None) or T, rotary.rope_type
+    if odd or not error < 1e-3 or window < T or kind in ("dynamic", "longrope"):
         raise ValueError(
-            f"{path}: max_position_embeddings is {longest}; a block_size of "
-            f"{block_size} does not fit"
+            f"it computes what our GPT does not. Its logits differ by {error:.1g} of "
+            f"their standard deviation; tensors without a partner: {odd[:3]}; sliding "
+            f"window: {window} of {T} tokens; rotary positions: {kind}"
         )
-    try:
-        return GPTConfig(
-            block_size=block_size,
-            vocab_size=number("vocab_size", 1, 2**24),
-            n_layer=number("num_hidden_layers", 1, 2**12),
-            n_head=n_head,
-            n_kv_head=n_kv_head,
-            n_embd=n_embd,
-            n_inner=number("intermediate_size", 1, 2**22),
-            rope_theta=float(number("rope_theta", 1.0, 1e12)),
-            norm_eps=float(number("rms_norm_eps", 1e-12, 0.1)),
-            qkv_bias=QKV_BIAS[kind],
-            tie_weights=tie,
-            hf_rounding=True,
-        )
-    except ValueError as error:  # sizes that do not divide
-        message = str(error)
-        message = message if str(path) in message else f"{path}: {message}"
-        raise ValueError(message) from None
-
-
-def tensor_table(config):
-    """Which tensor of a folder is which of ours, for reading and for writing.
-
-    Yields (name, ours, row, shape): the tensor `name` of this shape is what begins at
-    `row` of our parameter `ours`. (We keep q, k and v in one matrix, and gate and up.)
-    """
-    C, V, inner = config.n_embd, config.vocab_size, config.n_inner
-    q, kv = C, C // config.n_head * config.n_kv_head  # rows
-    yield "model.embed_tokens.weight", "wte.weight", 0, (V, C)
-    for i in range(config.n_layer):
-        name, ours = f"model.layers.{i}", f"h.{i}"
-        yield f"{name}.input_layernorm.weight", f"{ours}.ln_1.weight", 0, (C,)
-        for part, row, rows in (("q", 0, q), ("k", q, kv), ("v", q + kv, kv)):
-            part = f"{name}.self_attn.{part}_proj"
-            yield f"{part}.weight", f"{ours}.attn.qkv_proj.weight", row, (rows, C)
-            if config.qkv_bias:
-                yield f"{part}.bias", f"{ours}.attn.qkv_proj.bias", row, (rows,)
-        part = f"{name}.self_attn.o_proj"
-        yield f"{part}.weight", f"{ours}.attn.o_proj.weight", 0, (C, C)
-        yield f"{name}.post_attention_layernorm.weight", f"{ours}.ln_2.weight", 0, (C,)
-        for part, row in (("gate", 0), ("up", inner)):
-            part = f"{name}.mlp.{part}_proj"
-            yield f"{part}.weight", f"{ours}.mlp.gate_up_proj.weight", row, (inner, C)
-        part = f"{name}.mlp.down_proj"
-        yield f"{part}.weight", f"{ours}.mlp.down_proj.weight", 0, (C, inner)
-    yield "model.norm.weight", "ln_f.weight", 0, (C,)
-    if not config.tie_weights:
-        yield "lm_head.weight", "lm_head.weight", 0, (V, C)
-
-
-def open_tensors(path):
-    """A safetensors file, opened; nothing but its header is read yet."""
-    if safetensors is None:
-        raise ValueError(f"{path}: this needs the package: pip install safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    with open(path, "rb") as file:
-        if file.read(100).startswith(b"version https://git-lfs"):
-            raise ValueError(f"{path} is a pointer of Git LFS: run git lfs pull")
-    try:
-        return safetensors.safe_open(path, framework="pt")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is no whole safetensors file: {error}") from None
-
-
-def find_tensors(folder):
-    """Name of a tensor -> (path, opened file) that holds it, for a whole folder."""
-    folder = Path(folder)
-    single, index = (folder / f"model.safetensors{end}" for end in ("", ".index.json"))
-    if single.is_file() or not index.is_file():
-        file = open_tensors(single)
-        return dict.fromkeys(file.keys(), (single, file))
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict) or not listed:
-        raise ValueError(f"{index}: weight_map is no object: name -> file")
-    found, shards = {}, {}
-    for name, shard in listed.items():
-        if not isinstance(shard, str) or shard != Path(shard.replace("\\", "/")).name:
-            raise ValueError(f"{index}: {name}: {shard!r} is no file of this folder")
-        if shard not in shards:
-            file = open_tensors(folder / shard)
-            shards[shard] = (folder / shard, file, set(file.keys()))
-        path, file, names = shards[shard]
-        if name not in names:
-            raise ValueError(f"{path} has no tensor {name}, but {index.name} says so")
-        found[name] = (path, file)
-    for path, _, names in shards.values():
-        for name in sorted(names):
-            if name not in found or found[name][0] != path:
-                raise ValueError(f"{path} has a tensor {name}: {index.name} says no")
-    return found
-
-
-def check_tensors(folder, config):
-    """find_tensors, if the files hold the tensors of the config and no others, each in
-    its shape and in a dtype that we read. Raises: ValueError otherwise."""
-    found, expected = find_tensors(folder), set()
-    for name, _, _, shape in tensor_table(config):
-        if name not in found:
-            raise ValueError(f"{folder}: no safetensors file has a tensor {name}")
-        path, file = found[name]
-        tensor = file.get_slice(name)
-        if tuple(tensor.get_shape()) != shape:
-            raise ValueError(
-                f"{path}: {name} is {tuple(tensor.get_shape())}, and should be {shape} "
-                "by config.json"
-            )
-        if tensor.get_dtype() not in DTYPES:
-            raise ValueError(
-                f"{path}: {name} is {tensor.get_dtype()}; read are {', '.join(DTYPES)}"
-            )
-        expected.add(name)
-    if config.tie_weights:
-        expected.add("lm_head.weight")  # some write it twice; load_folder compares
-    for name, (path, _) in found.items():
-        # (old files hold the frequencies of the positions, which we compute)
-        if name not in expected and not name.endswith(".rotary_emb.inv_freq"):
-            raise ValueError(f"{path}: {name} has no place in our GPT")
-    return found
+    return gpt.train()
 
 
 @torch.no_grad()
-def load_folder(folder, gpt):
-    """Fill a GPT, made from config_from_folder, with the weights of a folder, tensor by
-    tensor and in place. Whatever their dtype is, ours are float32.
+def save_pretrained(gpt, name, folder):
+    """Write a GPT as a folder that transformers loads: float32, with all else from
+    `name`, the model it came from. Each file replaces one of its name; others stay."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    Raises: ValueError that names file and tensor, before anything is filled; OSError.
-    """
-    theirs, ours = (
-        {**asdict(config), "n_tokens": 0}
-        for config in (read_config(folder, gpt.config.block_size), gpt.config)
-    )
-    for key, value in theirs.items():
-        if ours[key] != value:
-            raise ValueError(f"{folder}: {key} is {value}, and {ours[key]} in the GPT")
-    found = check_tensors(folder, gpt.config)
-    if gpt.config.tie_weights and "lm_head.weight" in found:
-        path, file = found["lm_head.weight"]
-        embedding = found["model.embed_tokens.weight"][1]
-        head = file.get_tensor("lm_head.weight")
-        if not head.equal(embedding.get_tensor("model.embed_tokens.weight")):
-            raise ValueError(
-                f"{path}: lm_head.weight is not the embedding, but config.json has "
-                "tie_word_embeddings true"
-            )
-    for name, ours, row, shape in tensor_table(gpt.config):
-        rows = gpt.get_parameter(ours)[row : row + shape[0]]
-        rows.copy_(found[name][1].get_tensor(name))
-
-
-@torch.no_grad()
-def save_folder(gpt, folder, source, dtype=torch.float32):
-    """Write a GPT as a folder that transformers, vLLM and load_folder read: the
-    weights, config.json, and copies of the tokenizer's files.
-
-    The folder is there whole or not at all: it is written beside its place, as
-    <folder>.tmp. One that save_folder wrote earlier is replaced.
-
-    Args: source, the folder that the model came from; dtype of the weights, float32 or
-        bfloat16 (half the size, and 3 significant digits).
-    Raises: FileExistsError for any other folder or file in its place; OSError;
-        ValueError if the source's config.json is that of another model.
-    """
-    folder, source = Path(folder), Path(source)
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    old = folder.with_name(f"{folder.name}.old")
-    config = read_json(source / "config.json")
-    theirs = asdict(read_config(source, gpt.config.block_size))
-    if theirs != {**asdict(gpt.config), "n_tokens": 0}:
-        raise ValueError(f"{source}/config.json is not that of the model to be saved")
-    for place in (folder, temporary, old):
-        if os.path.lexists(place) and not is_ours(place):
-            raise FileExistsError(f"{place} exists and was not written by save_folder")
-    if folder.exists() and folder.resolve() == source.resolve():
-        raise FileExistsError(f"{folder} is the model that this one came from")
-    key = "dtype" if "dtype" in config else "torch_dtype"  # of transformers 5, and 4
-    config[key] = str(dtype).removeprefix("torch.")
-    tensors = {
-        name: gpt.get_parameter(ours)[row : row + shape[0]].to(dtype)
-        for name, ours, row, shape in tensor_table(gpt.config)
-    }
-    if temporary.exists():  # of a save that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    weights = temporary / "model.safetensors"
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (temporary / "config.json").write_text(text, encoding="utf-8")
-    for name in COPIED:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, temporary / name)
-    try:
-        save_file(tensors, weights, metadata=MARK)
-    except safetensors.SafetensorError as error:  # a full disk, say
-        raise OSError(f"{weights} not written: {error}") from None
-    shutil.copymode(temporary / "config.json", weights)  # it was for its owner only
-    for path in temporary.iterdir():
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-    if folder.exists():
-        if old.exists():
-            shutil.rmtree(old)
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def is_ours(folder):
-    """Did save_folder write this, wholly or (*.tmp) in part? So it may be removed."""
-    if folder.is_symlink() or not folder.is_dir():
-        return False
-    names = {path.name for path in folder.iterdir()}
-    if "model.safetensors" in names:
-        try:
-            return open_tensors(folder / "model.safetensors").metadata() == MARK
-        except ValueError:
-            return False
-    # before its weights; the library writes them into a hidden file first
-    names = {name for name in names if not name.startswith(".tmp")}
-    return folder.suffix == ".tmp" and names <= {*COPIED, "config.json"}
+    hf = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+    for ours, theirs in pairs(gpt, hf):
+        theirs.data = ours.cpu()
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        hf.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(name).save_pretrained(temporary)
+        for file in os.listdir(temporary):
+            os.replace(os.path.join(temporary, file), os.path.join(folder, file))

@@ -59,7 +59,7 @@ import data
 import model
 import sdft
 import sft
-from model import GPT, GPTConfig, LazyLogits
+from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
 LOCKS = []  # files that are locked; main lets go of them, whatever ended it
@@ -94,7 +94,6 @@ RANGES = {
     "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
     "gate_margin": (-1, 1), "threads": (0, 1024),
 }  # fmt: skip
-GRADES = ("exact", "contains", "choice", "none")
 CHOICES = {"kl": model.KLS, "teacher": ("ema", "frozen", "live")}
 
 
@@ -122,13 +121,15 @@ def whole_run(args, stop):
     say(f"device {device} ({reason}), activations {name}, seed {args.seed}, "
         f"processes {world_size}, threads {torch.get_num_threads()}, "
         f"torch {torch.__version__}, CPU {torch.backends.cpu.get_cpu_capability()}")
+    if args.init:
+        args.init = first_does(hinted, "model", find_model, args.init)
     if args.sample is not None:
         return show_sample(args, device, dtype)
     check_shard(args, device, world_size)
 
     # what there is to learn, and what there is to forget
     if args.init:
-        tok, config, stages, tasks = read_own(args, world_size)
+        tok, config, stages, tasks = read_own(args, device, world_size)
         if args.check_data:
             return None
         world, base_cfg = None, None
@@ -144,13 +145,9 @@ def whole_run(args, stop):
 
     # whatever can go wrong goes wrong now, and not after minutes of work
     check_run(args, configs, config, base_cfg, stages, tasks, tok, world_size)
-    if args.init:
-        for method, cfg in configs.items():
-            rows = cfg.batch_size // (cfg.micro_batches * world_size)
-            plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype)
     held = []  # a lock lasts as long as its file is open
     first_does(lambda: held.append(lock(Path(args.out))))
-    path = find_base(args, config, base_cfg, world, tok, dtype)
+    path = Path(args.init or find_base(args, config, base_cfg, world, tok, dtype))
     made = "is used" if path.exists() else f"will be made, {base_cfg.steps} updates"
     say(f"plan: base model: {path} {made}")
     resumed, about = {}, {"tokenizer": tok.digest, "template": tok.template}
@@ -169,18 +166,22 @@ def whole_run(args, stop):
     bar = make_bar(work)
 
     # the base model, and what a demonstration adds to it
-    base = GPT(config, data.make_rng(args.seed, "weights"))
+    if args.init:
+        base = hinted("model", model.from_pretrained, args.init, tok.n_tokens)
+        say(f"base model: {base.num_params():,} parameters, from {path}")
+    else:
+        base = GPT(config, data.make_rng(args.seed, "weights"))
     base.dtype, base.checkpointing = dtype, bool(args.checkpointing)
     if not args.shard:
         base = base.to(device)
     if device.type != "cpu":
         check_device(one_block(base, device) if args.shard else base)
-    seconds = get_base(args, path, config, base_cfg, base, world, tok, stop, bar)
+    seconds = 0.0
+    if not args.init:
+        seconds = get_base(args, path, config, base_cfg, base, world, tok, stop, bar)
     if args.shard:
         model.shard(base, device)
-    gate = check_gate(args, base, tasks, tok, next(iter(configs.values())))
-    if args.init and gate and "sdft" in configs:
-        check_sampled(base, tasks, tok, configs["sdft"], gate)
+    gate = check_gate(args, base, tasks, tok, configs)
 
     final = {}
     for method, cfg in configs.items():
@@ -222,8 +223,8 @@ def base_settings(args, world_size):
 
 def find_base(args, config, cfg, world, tok, dtype):
     """Where the base model is, or will be when it is made."""
-    if fixed := args.base or getattr(args, "init", None):
-        return Path(fixed)
+    if args.base:
+        return Path(args.base)
     # the key does not depend on the number of processes, or on what is recorded
     cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
     key = base_key(config, cfg, world, tok, dtype)
@@ -233,10 +234,6 @@ def find_base(args, config, cfg, world, tok, dtype):
 def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took to make, now or earlier."""
-    if getattr(args, "init", None):
-        model.load_folder(path, student)
-        say(f"base model: {student.num_params():,} parameters, from {path}")
-        return 0.0
     held = []
     if not first_does(path.exists):
         first_does(lambda: held.append(lock(path.parent)))
@@ -267,17 +264,25 @@ def get_base(args, path, config, cfg, student, world, tok, stop, bar):
     return run.seconds()
 
 
-def check_gate(args, base, tasks, tok, cfg):
+def check_gate(args, base, tasks, tok, configs):
     """Does a demonstration help the base on the new skills? If not, stop here: SDFT's
     teacher would know no more than its student. None where nothing is graded."""
+    cfg = next(iter(configs.values()))
+    temperature = configs["sdft"].temperature if "sdft" in configs else 1.0
     graded = {name: task for name, task in tasks["new"].items() if task.grade}
     if not graded:
         say("teacher gate: not measured, nothing new is graded (--grade)")
         return None
-    measure = paired_gate if args.init else data.teacher_gate
-    gate = measure(base, graded, tok, cfg.max_new_tokens)
+    n = cfg.max_new_tokens
+    gate = data.teacher_gate(base, graded, tok, n, temperature, cfg.seed)
     say(f"teacher gate: base model on the new skills: accuracy {gate['student']:.2f} "
-        f"without a demonstration, {gate['teacher']:.2f} with one")
+        f"without a demonstration, {gate['teacher']:.2f} with one\n"
+        f"  right only with it: {gate['only_teacher']} queries, only without it: "
+        f"{gate['only_student']}; with it, sampled at temperature {temperature:g} as "
+        f"in training: {gate['sampled']:.2f}")
+    if gate["sampled"] < gate["teacher"] / 2:
+        say("warning: the teacher seldom says what it knows; a lower --temperature, .5 "
+            "or .3, makes it surer")
     hint = "train the base longer (--base-steps), or lower --gate-margin to see why"
     if args.init:
         hint = ("another --template; demonstrations in plain sentences, with their "
@@ -317,7 +322,7 @@ def fine_tune(method, run, cfg, student, stages, tasks, tok):
     evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
     if run.note["init"]:
         path = run.folder / "model"
-        first_does(model.save_folder, whole_gpt(student), path, run.note["base"])
+        first_does(model.save_pretrained, whole_gpt(student), run.note["base"], path)
         say(f"model: {path}, a folder that transformers loads")
     seconds = first_does(write_results, run, method, cfg, evaluations, student)
     rows = stage_ends(evaluations)
@@ -677,20 +682,18 @@ def make_parser():
         "what outgrows one GPU (torch's FSDP2)")
     add("--debug", action="store_true", help="show the traceback of an error")
     add = parser.add_argument_group("a real model and your own data").add_argument
-    add("--init", metavar="FOLDER", help="a Hugging Face folder of Llama's shape "
-        "(Qwen2.5, SmolLM2), in place of the tiny world's base model")
+    add("--init", metavar="MODEL", help="in place of the tiny world's base model: a "
+        "Hugging Face model of Llama's shape (SmolLM2, Qwen2.5, Qwen3, Llama 3), as a "
+        "folder or as its name on the Hub")
     add("--data", nargs="+", metavar="FILE",
         help="JSON lines: each file is a skill, learnt one after the other")
     add("--eval", nargs="+", metavar="FILE", help="held-out rows: a file for each of "
         "--data, or one for all (without it, those of --data)")
     add("--prior", nargs="+", metavar="FILE", help="what may be forgotten")
-    add("--grade", nargs="+", choices=GRADES, help="of --eval: one for all files, or "
-        "one for each (default: contains, if the rows have an answer, else none)")
-    add("--prior-grade", nargs="+", choices=GRADES, help="of --prior, in the same way")
+    add("--grade", choices=(*data.GRADES, "none"), help="what makes a response right, "
+        "in rows that do not name their grade (default: contains)")
     add("--template", metavar="FILE", help="the teacher's prompt, with {prompt} and "
         "{demonstration} in it (default: the paper's)")
-    add("--too-long", choices=("error", "skip"), default="error",
-        help="what becomes of rows that do not fit (default: error)")
     add("--check-data", action="store_true",
         help="no training: read everything, show both contexts of the first rows")
     add = parser.add_argument_group("world and base model").add_argument
@@ -770,7 +773,13 @@ def config_of(method, args):
         for name in (field.name, f"{method}.{field.name}"):
             if getattr(args, name, None) is not None:
                 values[field.name] = getattr(args, name)
-    return config(**values)
+    cfg = config(**values)
+    if args.init and "micro_batches" not in values:  # of 8 rows at most
+        share = max(1, cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
+        cfg.micro_batches = next(
+            n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
+        )
+    return cfg
 
 
 def check_flags(args):
@@ -780,16 +789,13 @@ def check_flags(args):
         flag = "--" + name.replace("_", "-")
         raise UserError(f"{flag} has no effect with {reason}", "leave one of them out")
 
-    of_own = {"data", "eval", "prior", "grade", "prior_grade", "template", "too_long"}
-    of_own |= {"shard"}
+    of_own = {"data", "eval", "prior", "grade", "template", "shard"}
     if args.init:
         world = {"quick", "demos", "eval_size", "base_steps", "base", "distance"}
         for name in sorted(args.given & {*world, *MODEL_FLAGS}):
             refuse(name, "--init")
         if not args.data and args.sample is None:
             raise UserError("--init needs --data", "a file of JSON lines; or --sample")
-        if args.prior_grade and not args.prior:
-            refuse("prior_grade", "no --prior")
     elif wrong := sorted(args.given & {*of_own, "check_data"}):
         flag = "--" + wrong[0].replace("_", "-")
         raise UserError(f"{flag} needs --init", "--init FOLDER, a real model")
@@ -810,7 +816,7 @@ def check_flags(args):
             refuse(name, " and ".join(f"--{each}" for each in own).replace("_", "-"))
     for method in methods:
         cfg = config_of(method, args)
-        if cfg.eval_every >= cfg.steps and not args.init:  # with --init: see read_own
+        if cfg.eval_every >= cfg.steps:
             refuse("eval_every", f"{method}'s {cfg.steps} steps")
     if "base" in args.given and "base_steps" in args.given:
         refuse("base_steps", "--base")
@@ -917,7 +923,8 @@ def plan_method(args, method, settings, path):
 
 def files_in(folder):
     """The names there that a run would write to, whoever wrote them."""
-    names = ("checkpoint.pt", "checkpoint.pt.previous", "metrics.jsonl", "results.json")
+    names = ("checkpoint.pt", "checkpoint.pt.previous", "metrics.jsonl", "results.json",
+             "model")  # fmt: skip
     return [name for name in names if os.path.lexists(folder / name)]
 
 
@@ -930,163 +937,107 @@ def free_name(folder):
 
 # ---- A real model, and users' own data ---------------------------------------------
 
+HINTS = {
+    "model": "--init takes an instruct model of Llama's shape (SmolLM2, Qwen2.5, "
+    "Qwen3, Llama 3), as a folder or as its name on the Hub",
+    "rows": 'see "Your own model and data" in the README',
+    "fit": "shorten these rows, or give a smaller --max-new-tokens",
+}
 
-def read_own(args, world_size):
-    """All files of a user: tokenizer, GPTConfig, and stages and tasks as the tiny world
-    has them. What depends on their number goes into args.defaults. Raises ValueError
-    that names every bad line."""
-    tok, config = read_folder(args.init)
-    tok.template, block_size = read_template(args.template), config.block_size
-    files = args.data if args.eval is None else [*args.data, *args.eval]
-    names = [Path(path).stem for path in args.data]
-    if len(set(names)) < len(names):
-        raise UserError(f"--data: two files of one name: {', '.join(names)}", "rename")
-    evals = args.eval or args.data
-    if args.eval is None:
-        say("no --eval: what is called new is measured on the rows that are trained on")
-    if len(evals) not in (1, len(names)):
-        raise UserError(
-            f"{len(names)} files in --data, {len(evals)} in --eval",
-            "one for each, or one for all",
-        )
-    read, n = {}, config_of(methods_of(args)[0], args).max_new_tokens
-    for path in dict.fromkeys([*files, *(args.prior or ())]):
-        read[path] = read_file(args, path, path in files, tok, n, block_size)
-    stages = dict(zip(names, (read[path] for path in args.data), strict=True))
-    evals = evals * len(names) if len(evals) == 1 else evals
-    tasks = {
-        "new": make_benchmarks(names, evals, args.grade, read, "--grade"),
-        "prior": make_benchmarks(
-            [Path(path).stem for path in args.prior or ()], args.prior or [],
-            args.prior_grade, read, "--prior-grade",
-        ),
-    }  # fmt: skip
-    if args.eval:
-        warn_of_overlap(args, read)
+
+def hinted(hint, action, *args):
+    """action(*args); its error as a UserError with that hint. (A model's files can lead
+    to any kind of error in transformers.)"""
+    try:
+        return action(*args)
+    except ImportError as error:
+        raise UserError(f"--init: {error}", "pip install transformers") from error
+    except Exception as error:
+        text = str(error)
+        if hint == "model":
+            text = f"{args[0]}: {' '.join(text.split())[:500]}"
+        raise UserError(text, HINTS[hint]) from error
+
+
+def find_model(name):
+    """The folder of a model: `name` itself or, for a name on the Hub, that of its files
+    in the cache, into which they are downloaded if they are not there."""
+    from huggingface_hub import snapshot_download
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # of loading; a download shows its own
+    if Path(name).is_dir():
+        return name
+    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+    return snapshot_download(name, allow_patterns=kinds)
+
+
+def read_own(args, device, world_size):
+    """All that a user brings: tokenizer, GPTConfig, and stages and tasks as the tiny
+    world has them. What depends on the number of rows goes into args.defaults."""
+    tok = hinted("model", data.ChatTokenizer, args.init)
+    shell = hinted("model", model.from_pretrained, args.init, tok.n_tokens, False)
+    free, shards = free_memory(device), world_size if args.shard else 1
+    need = 20e-9 * shell.num_params() / shards  # weights, gradients, AdamW's two, base
+    say(f"plan: {need:.3g} GB for weights, gradients, AdamW and the base, and SDFT's "
+        f"teacher and the activations; {free or math.nan:.1f} GB are free")
+    if free is not None and need > free:
+        raise UserError(f"{args.init} needs {need:.3g} GB, {free:.3g} GB are free",
+                        "a smaller model, or --shard on several GPUs")  # fmt: skip
+    if args.template:
+        tok.template = Path(args.template).read_text(encoding="utf-8-sig")
+        for place in ("{prompt}", "{demonstration}"):
+            if place not in tok.template:
+                raise UserError(f"{args.template}: no {place} in it", HINTS["rows"])
+    if not tok.sanitizes:
+        say("warning: a marker in your texts, such as <|im_end|>, acts as one in this "
+            "version of transformers: pip install -U transformers")
+    evals, prior = args.eval or args.data, args.prior or []
+    if len(evals) not in (1, len(args.data)):
+        raise UserError(f"{len(args.data)} files in --data, {len(evals)} in --eval",
+                        "one for each, or one for all")  # fmt: skip
+    with_demos = dict.fromkeys([*args.data, *evals])
+    rows = {
+        path: read_rows(args, path, path in with_demos, tok, shell.config.block_size)
+        for path in {**with_demos, **dict.fromkeys(prior)}
+    }
+    stages = {Path(path).stem: rows[path] for path in args.data}
+    old = {Path(path).stem: data.make_benchmark(rows[path]) for path in prior}
+    if (len(stages), len(old)) != (len(args.data), len(prior)):
+        raise UserError("two files of one name", "a skill has the name of its file")
+    evals = evals * len(stages) if len(evals) == 1 else evals
+    new = {
+        name: data.make_benchmark(rows[path])
+        for name, path in zip(stages, evals, strict=True)
+    }
+    if not args.eval:
+        say("no --eval: the new skills are measured on the rows that are trained on")
+    for name, stage in stages.items():
+        trained = {(e.earlier, e.prompt) for e in stage}
+        held_out = new[name].examples if args.eval else []
+        both = [str(e.id) for e in held_out if (e.earlier, e.prompt) in trained]
+        if both:
+            say(f"warning: {name}: the held-out prompts of lines "
+                f"{', '.join(both[:20])} are in --data, too")
+        show_contexts(name, stage[0], tok)
     batch = min(REAL["batch_size"], *map(len, stages.values()))
     args.defaults["batch_size"] = max(1, batch - batch % world_size)
-    for method in methods_of(args):
-        # micro-batches of 8 rows at most, unless the user says otherwise
-        share = max(1, config_of(method, args).batch_size // world_size)
-        args.defaults["micro_batches"] = next(
-            n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
-        )
-        cfg = config_of(method, args)
-        if cfg.eval_every >= cfg.steps:
-            raise UserError(
-                f"--eval-every has no effect with {method}'s {cfg.steps} steps",
-                "leave it out, or give more --steps",
-            )
-        for name, stage in stages.items():
-            passes = cfg.steps / max(1, len(stage) // cfg.batch_size)
-            say(f"plan: {method}: {name}: {cfg.steps} updates of {cfg.batch_size} are "
-                f"{passes:.1f} passes over its {len(stage)} rows")
-    for name, stage in stages.items():
-        show_contexts(name, stage[0], tok)
-    return tok, config, stages, tasks
+    return tok, shell.config, stages, {"new": new, "prior": old}
 
 
-def check_file(path, kind):
-    """Raises UserError, with the nearest name, if there is no such file."""
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder", f"a file of {kind}")
-    if not Path(path).is_file():
-        folder = Path(path).absolute().parent
-        names = os.listdir(folder) if folder.is_dir() else []
-        near = difflib.get_close_matches(Path(path).name, names, 1, 0.5)
-        raise UserError(
-            f"{path}: no such file in {folder}",
-            f"did you mean {near[0]}?" if near else "is the path right?",
-        )
-
-
-def read_template(path):
-    """The teacher's template: the paper's, or a file with both places in it."""
-    if path is None:
-        return data.TEMPLATE
-    check_file(path, "text")
-    text = Path(path).read_text(encoding="utf-8-sig")
-    for place in ("{prompt}", "{demonstration}"):
-        if place not in text:
-            raise UserError(
-                f"{path}: no {place} in it", "the teacher would not be shown it"
-            )
-    return text
-
-
-def read_file(args, path, needs_demo, tok, max_new_tokens, block_size):
-    """The rows of a file that fit. Says what was found."""
-    check_file(path, "JSON lines")
-    hint = 'the forms of a row stand in the README, "Your own model and data"'
-    examples, remarks = hinted(hint, data.read_examples, path, needs_demo)
-    texts = (f"{e.earlier}{e.prompt}{e.demo}" for e in examples)
-    marked = sum(bool(tok.markers.search(text)) for text in texts)
-    if marked:
-        remarks.append(f"{marked} rows hold the tokenizer's markers, as plain text")
-    too_long = data.check_lengths(path, examples, tok, max_new_tokens, block_size)
-    if too_long and args.too_long == "error":
-        lines = [text for _, text in too_long]
-        if len(lines) > data.MAX_ERRORS:
-            more = f"... and {len(lines) - data.MAX_ERRORS} more"
-            lines = [*lines[: data.MAX_ERRORS], more]
-        raise UserError(
-            "\n".join(lines), "a smaller --max-new-tokens, or --too-long skip"
-        )
-    if too_long:
-        gone = {example.id for example, _ in too_long}
-        examples = [example for example in examples if example.id not in gone]
-        remarks.append(f"{len(gone)} rows that are too long are left out")
-    if not examples:
-        raise UserError(f"{path}: no rows are left", "a smaller --max-new-tokens")
-    longer = sum(len(data.demo_response(e, tok)) > max_new_tokens for e in examples)
-    if longer:
-        remarks.append(
-            f"{longer} demonstrations are longer than --max-new-tokens "
-            f"{max_new_tokens}, where the model's own responses are cut"
-        )
+def read_rows(args, path, needs_demo, tok, block_size):
+    """The rows of a file, which must fit into block_size tokens; prints what a user
+    should know of them."""
+    n = max(config_of(method, args).max_new_tokens for method in methods_of(args))
+    examples, remarks = hinted("rows", data.read_examples, path, needs_demo, args.grade)
+    hinted("fit", data.check_lengths, path, examples, tok, n, block_size)
+    cut = sum(len(data.demo_response(e, tok)) > n for e in examples if e.demo)
+    if cut:
+        remarks.append(f"{cut} demonstrations are longer than --max-new-tokens {n}, "
+                       "where the model's own responses are cut")  # fmt: skip
     for remark in remarks:
         say(f"{path}: {remark}")
     return examples
-
-
-def make_benchmarks(names, paths, grades, read, flag):
-    """{name: Benchmark} of some files, which are read; grades as they were typed."""
-    if grades and len(grades) not in (1, len(paths)):
-        raise UserError(
-            f"{flag}: {len(grades)} for {len(paths)} files",
-            "one for each, or one for all",
-        )
-    benchmarks = {}
-    for i, (name, path) in enumerate(zip(names, paths, strict=True)):
-        if name in benchmarks:
-            raise UserError(f"two files of one name: {name}", "rename one")
-        examples = read[path]
-        grade = grades[i % len(grades)] if grades else None
-        without = [str(e.id) for e in examples if not e.answer]
-        if grade is None:
-            grade = "contains" if len(without) < len(examples) else "none"
-        if grade == "exact":  # without an answer, it is the demonstration
-            examples = [replace(e, answer=e.answer or e.demo) for e in examples]
-            without = [str(e.id) for e in examples if not e.answer]
-        if without and grade != "none":
-            raise UserError(
-                f"{path}: no answer to grade by ({grade}) in lines "
-                f"{', '.join(without[:20])}{' ...' if len(without) > 20 else ''}",
-                f'a key "answer" there, or {flag} none',
-            )
-        benchmarks[name] = data.make_benchmark(examples, grade)
-        say(f"{path}: grade: {grade}")
-    return benchmarks
-
-
-def warn_of_overlap(args, read):
-    """Held-out rows that are trained on, too, say nothing about learning."""
-    trained = {(e.earlier, e.prompt) for path in args.data for e in read[path]}
-    for path in dict.fromkeys(args.eval):
-        lines = [str(e.id) for e in read[path] if (e.earlier, e.prompt) in trained]
-        if lines:
-            say(f"warning: {path}: {len(lines)} prompts are in --data, too: lines "
-                f"{', '.join(lines[:10])}{' ...' if len(lines) > 10 else ''}")
 
 
 def show_contexts(name, example, tok):
@@ -1102,78 +1053,6 @@ def show_contexts(name, example, tok):
     say("---")
 
 
-def hinted(hint, action, *args):
-    """action(*args), with a hint for what is wrong in a user's files."""
-    try:
-        return action(*args)
-    except (ValueError, FileNotFoundError) as error:
-        raise UserError(str(error), hint) from None
-
-
-def read_folder(folder):
-    """Tokenizer and GPTConfig of a folder, with as many tokens as the tokenizer has."""
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such folder", "--init FOLDER, of a real model")
-    hint = ("an instruct model of Llama's shape (SmolLM2, Qwen2.5) with config.json, "
-            "model.safetensors, tokenizer.json and tokenizer_config.json")
-    tok = hinted(hint, data.ChatTokenizer, Path(folder))
-    config = hinted(hint, model.config_from_folder, Path(folder))
-    if tok.n_tokens > config.vocab_size:
-        raise UserError(
-            f"{folder}: tokenizer.json has ids up to {tok.n_tokens - 1}, "
-            f"config.json a vocabulary of {config.vocab_size}",
-            "they are of different models",
-        )
-    return tok, replace(config, n_tokens=tok.n_tokens)
-
-
-def memory_of(config, method, rows, n_tokens, dtype, checkpointing, shards=1):
-    """What training needs at its peak, name -> GB (10^9 bytes), for micro-batches of
-    `rows` sequences of n_tokens: the fixed parts by count, the others by what a block
-    keeps for its backward pass. Measured against it: tests/bench/memory.py.
-
-    With --shard, what one of `shards` processes needs. Its float32 shards are the
-    master of the bfloat16 weights that it gathers. (On one GPU such a pair would save
-    nothing: 2 bytes a weight, 2 its gradient, 4 the master and 8 AdamW are 16, as are
-    float32's 4 + 4 + 8.)
-    """
-    with torch.device("meta"):  # counts, and takes no memory
-        n = GPT(config).num_params()
-    c, wide = config, 4 if dtype == torch.float32 else 2  # bytes of an activation
-    D = c.n_embd // c.n_head
-    fixed = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n}
-    fixed["base, for KL(student || base)"] = 4 * n
-    if method == "sdft":
-        fixed["teacher"] = 4 * n
-    # of a token in a block: inputs and outputs of its norms, products and attention
-    qkv = (c.n_head + 2 * c.n_kv_head) * D
-    block = wide * (4 * c.n_embd + 2 * qkv + 3 * c.n_head * D + 4 * c.n_inner)
-    block += 4 * 2 * c.n_embd  # the norms compute in float32
-    layers = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
-    V = c.n_tokens or c.vocab_size
-    logits = LazyLogits(torch.empty(rows * n_tokens, 0), torch.empty(V, 0))
-    _, chunk = logits.chunks()[0]  # rows
-    moving = {
-        "activations": rows * n_tokens * layers,
-        "logits": 4 * V * (3 * chunk + c.n_embd),  # and the head's own gradient
-        "rollout cache": rows * n_tokens * 2 * c.n_layer * c.n_kv_head * D * wide,
-    }
-    if shards == 1:
-        if wide == 2:
-            moving["weights in bfloat16"] = 2 * n
-        return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
-    fixed = {name: size / shards for name, size in fixed.items()}
-    ends = c.vocab_size * c.n_embd * (1 if c.tie_weights else 2)  # embedding and head
-    # to sample, all is gathered; to train, the ends, their gradient, a head for the
-    # loss, and two blocks: the next one is fetched early
-    sample = {"gathered to sample": 4 * ends + wide * (n - ends)}
-    sample["rollout cache"] = moving.pop("rollout cache")
-    blocks = wide * 2 * (n - ends) / c.n_layer
-    moving["gathered to train"] = 4 * (2 * ends + V * c.n_embd) + blocks
-    moving = max(sample, moving, key=lambda parts: sum(parts.values()))
-    return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
-
-
 def free_memory(device):
     """GB that are free on the device, or None where the system does not say."""
     if device.type == "cuda":
@@ -1184,76 +1063,6 @@ def free_memory(device):
         return None
     found = re.search(r"MemAvailable:\s+(\d+) kB", text)
     return int(found[1]) * 1024 / 1e9 if found and device.type == "cpu" else None
-
-
-def plan_memory(args, method, cfg, rows, config, stages, tok, device, dtype):
-    """Say what the run will need and what is there, before anything is loaded. Raises
-    UserError if the weights and their optimizer alone do not fit."""
-    examples = [example for stage in stages.values() for example in stage]
-    tokens_of = data.teacher_prompt if method == "sdft" else data.student_prompt
-    prompt = max(len(tokens_of(example, tok)) for example in examples)
-    response = max(len(data.demo_response(example, tok)) for example in examples)
-    n_tokens = prompt + (cfg.max_new_tokens if method == "sdft" else response)
-    shards = dist.get_world_size() if args.shard else 1
-    parts = memory_of(
-        config, method, rows, n_tokens, dtype, args.checkpointing, shards
-    )
-    total, free = sum(parts.values()), free_memory(device)
-    here = "" if free is None else f"; {free:.1f} are free here"
-    each = f" of each of {shards} processes" if shards > 1 else ""
-    say(f"plan: {method}: memory in GB{each}, micro-batches of {rows} x {n_tokens} "
-        "tokens: "
-        + ", ".join(f"{name} {size:.1f}" for name, size in parts.items())
-        + f": {total:.1f} in all{here}")
-    if free is None or total <= free:
-        return
-    must = sum(parts[name] for name in ("weights", "gradients", "AdamW"))
-    hint = ("--checkpointing, more --micro-batches, --shard on several GPUs, a smaller "
-            "model or another device")
-    if must > free:
-        raise UserError(
-            f"{method}: weights, gradients and AdamW take {must:.1f} GB, "
-            f"{free:.1f} are free", hint,
-        )
-    say(f"warning: that is more than is free: {hint}")
-
-
-def paired_gate(base, benchmarks, tok, max_new_tokens):
-    """data.teacher_gate, and row by row: which does only the teacher get right?"""
-    gate = {"student": 0.0, "teacher": 0.0}
-    for name, benchmark in benchmarks.items():
-        student, teacher = (
-            data.is_right(base, benchmark, tok, max_new_tokens, prompt)
-            for prompt in (data.student_prompt, data.teacher_prompt)
-        )
-        pairs = list(zip(student, teacher, strict=True))
-        say(f"  {name}: of {len(pairs)} rows, right only with the demonstration "
-            f"{pairs.count((False, True))}, only without {pairs.count((True, False))}, "
-            f"both {pairs.count((True, True))}, neither {pairs.count((False, False))}")
-        gate["student"] += sum(student) / len(pairs) / len(benchmarks)
-        gate["teacher"] += sum(teacher) / len(pairs) / len(benchmarks)
-    return gate
-
-
-def check_sampled(base, tasks, tok, cfg, gate):
-    """The gate is greedy, and training samples: a small model whose best guess is right
-    may hardly ever say it at temperature 1, and what it says is what SDFT teaches."""
-    right, device = [], next(base.parameters()).device
-    for task in tasks["new"].values():
-        if not task.grade:
-            continue
-        few, n = task.examples[:64], cfg.max_new_tokens
-        contexts = [data.teacher_prompt(example, tok) for example in few]
-        u = data.get_uniform(few, n, cfg.seed, "gate", device)
-        texts = data.get_texts(base, contexts, tok, n, u, cfg.temperature)
-        right.append(sum(map(task.grade, few, texts)) / len(few))
-    sampled = sum(right) / len(right)
-    say(f"teacher gate: {sampled:.2f} with a demonstration if sampled at temperature "
-        f"{cfg.temperature:g}, as in training")
-    if sampled < gate["teacher"] / 2:
-        say("warning: the teacher seldom says what it knows; a lower --temperature "
-            "(.5, .3) makes it surer")
-    return sampled
 
 
 # ---- Device and processes ----------------------------------------------------------
@@ -1738,10 +1547,7 @@ def show_sample(args, device, dtype):
     for method in methods:
         paths[method] = Path(args.out) / method / "checkpoint.pt"
     if args.init and not any(path.exists() for path in paths.values()):
-        tok, config = read_folder(args.init)
-        gpt = GPT(config).to(device)
-        gpt.dtype = dtype
-        model.load_folder(Path(args.init), gpt)
+        tok, gpt = load_own(args.init, device, dtype)
         n = args.max_new_tokens or REAL["max_new_tokens"]
         return respond("base", gpt, n, args, tok)
     for method, path in paths.items():
@@ -1758,7 +1564,7 @@ def show_sample(args, device, dtype):
             if n == "seed" or args.given & {n, f"{method}.{n}"} - {"template"}
         }
         unused = {"base_steps", "demos", "eval_size", "gate_margin", "distance"}
-        unused |= {"data", "eval", "prior", "grade", "prior_grade", "template"}
+        unused |= {"data", "eval", "prior", "grade", "template"}
         if unused := sorted(unused & args.given):
             say(f"without effect on --sample: {', '.join(unused)}")
         has = {name: saved["settings"][name] for name in asked}
@@ -1768,13 +1574,13 @@ def show_sample(args, device, dtype):
                 f"{path} holds another run (saved -> asked for): {other}",
                 f"{' '.join(flags)} shows it",
             )
-        base = Path(args.out) / saved["note"]["base"]
-        real = saved["note"].get("init")
-        if args.init and Path(args.init).absolute() != base:
-            raise UserError(f"{path.parent} started from {base}", f"--init {base}")
-        tok = read_folder(base)[0] if real else data.Tokenizer()
-        gpt = GPT(GPTConfig(**saved["config"])).to(device)
-        gpt.dtype = dtype
+        base = Path(args.out) / (args.init or saved["note"]["base"])
+        if saved["note"]["init"]:
+            written = path.parent / "model"  # has the base's shape and tokenizer, too
+            tok, gpt = load_own(base if base.exists() else written, device, dtype)
+        else:
+            tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"])).to(device)
+            gpt.dtype = dtype
         skills = saved["note"].get("skills", data.SKILLS)
         steps = saved["settings"]["steps"] * len(skills)
         say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
@@ -1782,14 +1588,20 @@ def show_sample(args, device, dtype):
         if not base.exists():
             say(f"base   not shown: {base} is gone")
         elif method == methods[0]:
-            if real:
-                model.load_folder(base, gpt)
-            else:
+            if not saved["note"]["init"]:
                 gpt.load_state_dict(read_checkpoint(base)["model"])
             respond("base", gpt, saved["settings"]["max_new_tokens"], args, tok)
         gpt.load_state_dict(saved["models"]["student"])
         respond(method, gpt, saved["settings"]["max_new_tokens"], args, tok)
     return None
+
+
+def load_own(name, device, dtype):
+    """Tokenizer and GPT of a Hugging Face model."""
+    tok = hinted("model", data.ChatTokenizer, name)
+    gpt = hinted("model", model.from_pretrained, name, tok.n_tokens).to(device)
+    gpt.dtype = dtype
+    return tok, gpt
 
 
 def respond(name, gpt, n, args, tok):

@@ -104,22 +104,28 @@ def rotate_by_hand(x, position, theta):
 
 def attention_by_hand(xs, w, layer, config):
     """One query, one head at a time."""
-    D, size = config.n_embd // config.n_head, config.n_head // config.n_kv_head
+    D, size = config.head_dim, config.n_head // config.n_kv_head
     start = f"h.{layer}.attn."
     sizes = [n * D for n in (config.n_head, config.n_kv_head, config.n_kv_head)]
     weights = w[f"{start}qkv_proj.weight"].split(sizes)
     biases = w[f"{start}qkv_proj.bias"].split(sizes)
     q, k, v = ([W @ x + b for x in xs] for W, b in zip(weights, biases, strict=True))
+    def normed(x, part):
+        weight = w.get(f"{start}{part}_norm.weight")
+        return x if weight is None else norm_by_hand(x, weight, config.norm_eps)
+
     ys = []
     for i in range(len(xs)):
         heads = []
         for h in range(config.n_head):
             mine, group = slice(h * D, h * D + D), h // size
             kv = slice(group * D, group * D + D)
-            query = rotate_by_hand(q[i][mine].tolist(), i, config.rope_theta)
+            query = normed(q[i][mine], "q").tolist()
+            query = rotate_by_hand(query, i, config.rope_theta)
             scores = []
             for j in range(i + 1):
-                key = rotate_by_hand(k[j][kv].tolist(), j, config.rope_theta)
+                key = normed(k[j][kv], "k").tolist()
+                key = rotate_by_hand(key, j, config.rope_theta)
                 scores.append(math.exp(float(query @ key) / math.sqrt(D)))
             seen = range(i + 1)
             heads.append(sum(scores[j] / sum(scores) * v[j][kv] for j in seen))
@@ -132,10 +138,11 @@ def mlp_by_hand(x, w, layer):
     return w[f"h.{layer}.mlp.down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
 
 
+@pytest.mark.parametrize("other", ({}, {"head_dim": 6}, {"qk_norm": True}))
 @every_grouping
-def test_logits_equal_the_formulas_written_out(n_kv_head):
+def test_logits_equal_the_formulas_written_out(n_kv_head, other):
     """Norms, rotation, groups, scale, SwiGLU and residuals, token by token."""
-    model = make_model(n_kv_head=n_kv_head)
+    model = make_model(n_kv_head=n_kv_head, **other)
     config, w, tokens = model.config, model.state_dict(), draw_tokens(6).tolist()
     xs = [w["wte.weight"][token] for token in tokens]
     for layer in range(config.n_layer):

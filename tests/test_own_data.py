@@ -37,14 +37,8 @@ def read(tmp_path, *rows, needs_demo=True):
 @pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_a_row_gives_the_same_example(form, tmp_path):
     examples, remarks = read(tmp_path, FORMS[form])
-    assert examples == [Example("Q?", "D.", "", id=1)]
-    assert remarks == [f"1 rows, form: {form}"]
-
-
-def test_forms_may_be_mixed_and_are_counted(tmp_path):
-    examples, remarks = read(tmp_path, *FORMS.values(), FORMS["Alpaca"])
-    assert [example.id for example in examples] == [1, 2, 3, 4, 5, 6, 7]
-    assert len(remarks) == 6 and "2 rows, form: Alpaca" in remarks
+    assert examples == [Example("Q?", "D.", (), id=1)]
+    assert remarks == ["1 rows, grade: none"]
 
 
 def test_lists_of_messages_become_prompt_and_demonstration(tmp_path):
@@ -55,15 +49,17 @@ def test_lists_of_messages_become_prompt_and_demonstration(tmp_path):
         {"prompt": [USER], "privileged_context": [SYSTEM, REPLY]},
         {"prompt": "Q?", "golden_response": ["one", "two"]},
         {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"messages": [{**USER, "name": None}, {**REPLY, "tool_calls": []}]},
     ]
     examples, _ = read(tmp_path, *rows)
     system = (("system", "Be brief."),)
-    assert examples[0] == Example("Q?", "D.", "", id=1, earlier=system)
-    assert examples[1] == Example("Q?", "D.", "", id=2, earlier=system)
+    assert examples[0] == Example("Q?", "D.", (), id=1, earlier=system)
+    assert examples[1] == Example("Q?", "D.", (), id=2, earlier=system)
     assert examples[2].earlier == (("user", "Q?"), ("assistant", "A."))
     assert examples[3].demo == "Be brief.\nD." and examples[3].earlier == ()
     assert examples[4].demo == "one\ntwo"
     assert examples[5].prompt == "Add.\n\n1 and 2" and examples[5].demo == "3"
+    assert (examples[6].prompt, examples[6].demo) == ("Q?", "D.")
 
 
 def test_answers_are_a_text_or_several_and_unknown_keys_are_named(tmp_path):
@@ -71,16 +67,39 @@ def test_answers_are_a_text_or_several_and_unknown_keys_are_named(tmp_path):
     examples, remarks = read(
         tmp_path, {**row, "answer": "x", "id": 7}, {**row, "answer": ["x", "y"], "z": 1}
     )
-    assert [example.answer for example in examples] == ["x", ("x", "y")]
-    assert remarks[1:] == ["key 'z' of 1 rows is not used"]
+    assert [example.answer for example in examples] == [("x",), ("x", "y")]
+    assert remarks == ["2 rows, grade: contains", "key 'z' of 1 rows is not used"]
+
+
+def test_a_row_has_its_own_grade_or_that_of_the_run_or_contains(tmp_path):
+    row = {**FORMS["messages"], "answer": "x"}
+    path = write(tmp_path / "a.jsonl", row, {**row, "grade": "exact"})
+    for grade, wanted in ((None, "contains"), ("choice", "choice")):
+        examples, remarks = data.read_examples(path, grade=grade)
+        assert [example.grade for example in examples] == [wanted, "exact"]
+        assert remarks == [f"2 rows, grade: {', '.join(sorted((wanted, 'exact')))}"]
+    with pytest.raises(ValueError, match="grade: expected exact or contains or choice"):
+        read(tmp_path, {**row, "grade": "word"})
+
+
+def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
+    row = FORMS["prompt and completion"]
+    mixed = write(tmp_path / "a.jsonl", row, {**row, "answer": "x"}, row)
+    with pytest.raises(ValueError, match="have an answer, but not lines 1, 3"):
+        data.read_examples(mixed)
+    examples, _ = data.read_examples(mixed, grade="exact")
+    assert [e.answer for e in examples] == [("D.",), ("x",), ("D.",)]  # the demo, then
+    examples, remarks = data.read_examples(mixed, grade="none")
+    assert not any(e.grade for e in examples) and remarks == ["3 rows, grade: none"]
+    examples, _ = read(tmp_path, row, row)
+    assert not any(e.grade for e in examples)
 
 
 def test_an_old_question_needs_no_demonstration(tmp_path):
     row = {"prompt": "Q?", "answer": "x"}
     examples, remarks = read(tmp_path, row, needs_demo=False)
-    assert examples == [Example("Q?", "", "x", id=1)]
-    assert remarks == ["1 rows, form: prompt and answer"]
-    with pytest.raises(ValueError, match=r"a\.jsonl:1: keys found: answer, prompt"):
+    assert examples == [Example("Q?", "", ("x",), id=1, grade="contains")]
+    with pytest.raises(ValueError, match=r"a\.jsonl:1: .*; found prompt, answer"):
         read(tmp_path, row)
 
 
@@ -98,47 +117,53 @@ def test_a_mark_of_byte_order_and_windows_line_ends_are_accepted(tmp_path):
 
 
 GOOD = '{"prompt": "Q?", "demonstration": "D."}'
+NO_FORM = ": expected prompt or messages or instruction, and a demonstration; found "
+NO_DEMO = ": expected a user's turn and a demonstration; found "
 BAD = {  # a line: what the error says of it, behind the file and the line
-    '{"prompt": "Q?", demonstration: "D."}': "18: Expecting property name",
-    "[1, 2]": " expected an object, found a list",
-    "12": " expected an object, found a number",
-    "null": " expected an object, found null",
-    '"text"': " expected an object, found text",
-    '{"promt": "Q?", "demonstration": "D."}': " keys found: demonstration, promt; no "
-    "known form; 'promt': did you mean 'prompt'?",
-    "{}": " keys found: none; no known form",
-    '{"prompt": "Q?"}': " keys found: prompt; no known form",
-    '{"prompt": 3, "demonstration": "D."}': " prompt: expected text, found a number",
-    '{"prompt": "Q?", "privileged_context": null}': " privileged_context: expected "
+    '{"prompt": "Q?", demonstration: "D."}': ": Expecting property name",
+    '[1, 2]': NO_FORM + "[1, 2]",
+    "12": NO_FORM + "12",
+    "null": NO_FORM + "null",
+    '"text"': NO_FORM + '"text"',
+    '{"promt": "Q?", "demonstration": "D."}': NO_FORM + "promt, demonstration",
+    "{}": NO_FORM,
+    '{"prompt": "Q?"}': NO_DEMO + "prompt",
+    '{"prompt": "Q?", "demonstartion": "D."}': NO_DEMO + "prompt, demonstartion",
+    '{"prompt": "Q?", "output": "D.", "completion": "E."}': NO_FORM + "prompt, output",
+    '{"prompt": "Q?", "messages": []}': NO_FORM + "prompt, messages",
+    '{"prompt": 3, "demonstration": "D."}': ": prompt: expected text, found 3",
+    '{"prompt": "Q?", "privileged_context": null}': ": privileged_context: expected "
     "text, found null",
-    '{"prompt": "Q?", "completion": {}}': " completion: expected text, found an object",
-    '{"prompt": " ", "demonstration": "D."}': " prompt is empty",
-    '{"prompt": "Q?", "demonstration": ""}': " demonstration is empty",
-    '{"prompt": [], "demonstration": "D."}': " prompt is empty",
-    '{"messages": []}': " messages is empty",
-    '{"messages": "Q?"}': " messages: expected a list, found text",
-    '{"messages": [{"role": "user", "content": "Q?"}]}': " messages: the last role is "
-    "user, not assistant",
-    '{"messages": [{"role": "assistant", "content": "D."}]}': " the last role of the "
-    "prompt is none, not user",
-    '{"messages": [{"role": "bot", "content": "D."}]}': " messages[0]: role 'bot', "
-    "expected system, user, assistant",
-    '{"messages": [{"role": "user", "content": null}]}': " messages[0].content: "
+    '{"prompt": "Q?", "completion": {}}': ": completion: expected text, found {}",
+    '{"prompt": " ", "demonstration": "D."}': ': prompt: expected text, found " "',
+    '{"prompt": "Q?", "demonstration": ""}': ': demonstration: expected text, found ""',
+    '{"prompt": [], "demonstration": "D."}': NO_DEMO + "prompt, demonstration",
+    '{"messages": []}': NO_DEMO + "messages",
+    '{"messages": "Q?"}': NO_DEMO + "messages",
+    '{"messages": [{"role": "user", "content": "Q?"}]}': NO_DEMO + "messages",
+    '{"messages": [{"role": "assistant", "content": "D."}]}': NO_DEMO + "messages",
+    '{"messages": [{"role": "bot", "content": "D."}]}': ": messages: expected a role "
+    'and content only, found {"role": "bot"',
+    '{"messages": [{"role": "user", "content": null}]}': ": messages: content: "
     "expected text, found null",
-    '{"messages": ["hi"]}': " messages[0]: expected an object, found text",
-    '{"prompt": "Q?", "demonstration": "\\ud800"}': " demonstration: \\ud800 is half a "
-    "character",
-    '{"prompt": "Q?", "prompt": "R?", "demonstration": "D."}': " key 'prompt' stands "
-    "twice",
-    '{"prompt": "Q?", "demonstration": NaN}': " NaN is no JSON",
-    '{"prompt": "Q?", "demonstration": "D.", "answer": 3}': " answer: expected text, "
-    "found a number",
-    '{"prompt": "Q?", "demonstration": "D.", "answer": [3]}': " answer: expected text, "
-    "found a number",
-    '{"prompt": "Q?", "demonstration": "D.", "answer": []}': " answer is empty",
-    '{"instruction": "Q?", "input": 3, "output": "D."}': " input: expected text, found "
-    "a number",
-    "[" * 100000: " nested too deeply",
+    '{"messages": [{"role": "user", "content": "Q?", "weight": 0.5}]}': ": messages: "
+    'expected a role and content only, found {"role": "user"',
+    '{"messages": [{}, "hi"]}': ": messages: expected a role and content only",
+    '{"prompt": "Q?", "demonstration": "\\ud800"}': ": 'utf-8' codec can't encode "
+    "character '\\ud800'",
+    '{"prompt": "Q?", "prompt": "R?", "demonstration": "D."}': ": a key is there "
+    "twice: prompt, prompt",
+    '{"prompt": "Q?", "demonstration": NaN}': ": demonstration: expected text, found "
+    "NaN",
+    '{"prompt": "Q?", "demonstration": "D.", "answer": 3}': ": answer: expected text, "
+    "found 3",
+    '{"prompt": "Q?", "demonstration": "D.", "answer": [3]}': ": answer: expected "
+    "text, found 3",
+    '{"prompt": "Q?", "demonstration": "D.", "grade": "word"}': ": grade: expected",
+    '{"instruction": "Q?", "input": 3, "output": "D."}': ": input: expected text, "
+    "found 3",
+    '{"prompt": ' + "[" * 100000: ": maximum recursion depth exceeded",
+    '{"prompt": ' + "9" * 5000 + "}": ": Exceeds the limit",
 }
 
 
@@ -147,41 +172,46 @@ def test_a_bad_line_is_named_with_what_is_wrong(line, tmp_path):
     with pytest.raises(ValueError) as caught:
         read(tmp_path, GOOD, line, GOOD)
     (text,) = str(caught.value).splitlines()
-    assert text.startswith(f"{tmp_path / 'a.jsonl'}:2:{BAD[line]}"), text
+    assert text.startswith(f"{tmp_path / 'a.jsonl'}:2{BAD[line]}"), text
 
 
 def test_all_bad_lines_are_named_at_once_and_twenty_at_most(tmp_path):
     with pytest.raises(ValueError) as caught:
-        read(tmp_path, *list(BAD)[:7], GOOD)
+        read(tmp_path, *list(BAD)[2:9], GOOD)
     assert [line.split(":")[1] for line in str(caught.value).splitlines()] == list(
         "1234567"
     )
     with pytest.raises(ValueError) as caught:
-        read(tmp_path, *["[]"] * 100)
+        read(tmp_path, GOOD, *["[]"] * 100)
     lines = str(caught.value).splitlines()
-    assert len(lines) == 21 and lines[-1] == "... and 80 more lines"
+    assert len(lines) == 21 and lines[-1] == "... and 80 more"
 
 
-def test_bytes_that_are_no_utf8_are_named(tmp_path):
+def test_bytes_that_are_no_text_are_named(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_bytes(GOOD.encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(ValueError, match=r"a\.jsonl:2: byte 0xff at 12 is no UTF-8"):
-        data.read_examples(path)
-    path.write_bytes(GOOD.encode("utf-16"))
-    with pytest.raises(ValueError, match="this is UTF-16; save it as UTF-8"):
-        data.read_examples(path)
+    for content in (b'{"prompt": "\xff"}\n', b"\x1f\x8b\x08\x00\xffgzip", b"PAR1\xff"):
+        path.write_bytes(GOOD.encode() + b"\n" + content)
+        with pytest.raises(ValueError, match=r"a\.jsonl:2: not UTF-8: invalid start"):
+            data.read_examples(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-8-sig", "utf-32"])
+def test_other_encodings_of_unicode_are_read(tmp_path, encoding):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(f"{GOOD}\r\n{GOOD}\r\n".encode(encoding))
+    assert [e.id for e in data.read_examples(path)[0]] == [1, 2]
 
 
 def test_a_line_number_counts_empty_lines(tmp_path):
     (tmp_path / "a.jsonl").write_text(f"\n\n{GOOD}\n[1]\n")
-    with pytest.raises(ValueError, match="jsonl:4: expected an object"):
+    with pytest.raises(ValueError, match="jsonl:4: expected prompt or"):
         data.read_examples(tmp_path / "a.jsonl")
 
 
 @pytest.mark.parametrize("content", (f"[{GOOD}]", f"\ufeff[\n {GOOD},\n {GOOD}\n]\n"))
 def test_a_list_of_rows_gets_one_message_and_not_one_a_line(content, tmp_path):
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
-    with pytest.raises(ValueError, match="one list; each row needs a line of its own"):
+    with pytest.raises(ValueError, match="one list; write a row a line"):
         data.read_examples(tmp_path / "a.json")
 
 
@@ -214,9 +244,9 @@ def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
 
 
 def graded(grade, answer, response, others=()):
-    example = Example("Q?", "D.", answer)
-    examples = [example, *(Example("Q?", "D.", other) for other in others)]
-    return data.make_benchmark(examples, grade).grade(example, response)
+    answers = [(each,) if isinstance(each, str) else each for each in (answer, *others)]
+    examples = [Example("Q?", "D.", each, grade=grade) for each in answers]
+    return data.make_benchmark(examples).grade(examples[0], response)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +279,7 @@ def test_a_choice_is_the_first_option_that_is_named():
 
 
 def test_no_grade_is_no_grade():
-    assert data.make_benchmark([Example("Q?", "D.", "")], "none").grade is None
+    assert data.make_benchmark([Example("Q?", "D.", ("x",))]).grade is None
 
 
 def test_the_place_of_an_answer_is_where_its_words_begin():
@@ -298,10 +328,11 @@ def test_braces_of_the_user_s_text_stay_as_they_are():
 
 
 def test_what_does_not_fit_is_named_by_its_line():
-    tok, example = Chat(), Example("Q" * 10, "D" * 5, "", id=7)
+    tok, example = Chat(), Example("Q" * 10, "D" * 5, (), id=7)
     n = len(data.teacher_prompt(example, tok))
-    assert data.check_lengths("a.jsonl", [example], tok, 4, n + 6) == []
-    ((found, text),) = data.check_lengths("a.jsonl", [example], tok, 4, n + 5)
-    assert found is example and text == f"a.jsonl:7: {n} + 6 > {n + 5} tokens"
-    ((_, text),) = data.check_lengths("a.jsonl", [example], tok, 9, n + 8)
-    assert text == f"a.jsonl:7: {n} + 9 > {n + 8} tokens"
+    data.check_lengths("a.jsonl", [example], tok, 4, n + 6)
+    for new, room, needed in ((4, n + 5, 6), (9, n + 8, 9)):
+        with pytest.raises(ValueError) as caught:
+            data.check_lengths("a.jsonl", [example] * 2, tok, new, room)
+        (line, other) = str(caught.value).split("\n")
+        assert line == other == f"a.jsonl:7: {n} + {needed} > {room} tokens"

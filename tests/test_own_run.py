@@ -1,10 +1,12 @@
 """train.py with a real model's folder and users' own files, from start to finish.
 
-The folder is that of test_folder.py: small, random weights. Nothing is learnt from it
-that a user would want; what is tested is that every number is of the right thing.
+The folder is that of test_pretrained.py: small, random weights. Nothing is learnt from
+it that a user would want; what is tested is that every number is of the right thing.
 """
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -14,9 +16,8 @@ import model
 import sdft
 import train
 
-pytest.importorskip("safetensors", reason="pip install safetensors")
-pytest.importorskip("jinja2", reason="pip install jinja2")
-from test_folder import make_config, make_folder  # noqa: E402
+pytest.importorskip("transformers", reason="pip install transformers")
+from test_pretrained import make_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 
@@ -36,10 +37,7 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model") / "small"
-    config = make_config(max_position_embeddings=400, eos_token_id=2)
-    make_folder(folder, config, shards=2)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("model") / "small", shards=2)
 
 
 @pytest.fixture
@@ -83,9 +81,7 @@ def weights_of(gpt):
 
 
 def load(folder):
-    gpt = model.GPT(model.config_from_folder(folder))
-    model.load_folder(folder, gpt)
-    return gpt
+    return model.from_pretrained(folder, data.ChatTokenizer(folder).n_tokens)
 
 
 def test_both_methods_from_a_folder_to_a_folder(capsys, folder, files, tmp_path):
@@ -109,8 +105,7 @@ def test_both_methods_from_a_folder_to_a_folder(capsys, folder, files, tmp_path)
         for name, weight in written.state_dict().items():
             assert torch.equal(weight, saved["student"][name]), name
         assert not torch.equal(weights_of(written), weights_of(load(folder)))
-    assert "right only with the demonstration" in text
-    assert "plan: sdft: memory in GB, micro-batches of 6 x" in text
+    assert "right only with it: " in text and "GB for weights, gradients, AdamW" in text
     # what was written is a folder like any other: it can be trained on
     code, _, err = run(capsys, out / "sft" / "model", files, tmp_path / "2", *SHORT)
     assert code == 0, err
@@ -119,15 +114,13 @@ def test_both_methods_from_a_folder_to_a_folder(capsys, folder, files, tmp_path)
 def test_a_run_is_what_its_parts_say(capsys, folder, files, tmp_path):
     """The same run again, by hand, without train.py's reading and checking."""
     out = tmp_path / "out"
-    code, _, err = run(capsys, folder, files, out, *SHORT, "--prior-grade", "none")
+    code, _, err = run(capsys, folder, files, out, *SHORT, "--grade", "none")
     assert code == 0, err
     tok = data.ChatTokenizer(folder)
     tok.template = TEMPLATE
     student = load(folder)
-    student.config.n_tokens = tok.n_tokens
-    stages = {
-        name: data.read_examples(tmp_path / f"{name}.jsonl")[0] for name in ("a", "b")
-    }
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b")}
+    stages = {n: data.read_examples(path, True, "none")[0] for n, path in paths.items()}
     defaults = {k: v for k, v in train.REAL.items() if k != "steps"}
     cfg = sdft.Config(**{**defaults, "steps": 3, "batch_size": 6, "max_new_tokens": 6})
     torch.set_num_threads(1)
@@ -136,7 +129,7 @@ def test_a_run_is_what_its_parts_say(capsys, folder, files, tmp_path):
     # without a grade, there is no accuracy, but what is measured all the same
     _, lines = read(out, "sdft")
     last = [x for x in lines if "new" in x][-1]
-    assert last["prior"] == {}
+    assert last["prior"] == last["new"] == {}
     assert set(last["kl_student_base_prior"]) == {"old", "older"}
 
 
@@ -177,7 +170,7 @@ def test_check_data_shows_both_contexts_and_writes_nothing(
     out = tmp_path / "out"
     code, text, err = run(capsys, folder, files, out, "--check-data")
     assert code == 0 and not out.exists(), err
-    assert f"{tmp_path / 'a.jsonl'}: 6 rows, form: prompt and demonstration" in text
+    assert f"{tmp_path / 'a.jsonl'}: 6 rows, grade: contains" in text
     student = "<|im_start|>user\nthe the 0<|im_end|>\n<|im_start|>assistant\n"
     teacher = (
         "<|im_start|>user\nthe the 0 so: one theory now you<|im_end|>\n"
@@ -193,32 +186,45 @@ def test_check_data_shows_both_contexts_and_writes_nothing(
 def test_a_gate_that_is_closed_stops_the_run(capsys, folder, files, tmp_path):
     code, text, err = run(capsys, folder, files, tmp_path / "out", "--steps", "1")
     assert code == 2 and "a demonstration does not help enough" in err
-    assert "another --template" in err and "neither 6" in text
+    assert "another --template" in err
+    assert re.search(r"right only with it: \d+ queries, only without it: \d+", text)
     assert not (tmp_path / "out" / "sdft").exists()
 
 
-def test_the_gate_counts_who_alone_is_right(capsys, monkeypatch, folder):
-    examples = [data.Example(f"q{i}", "d", "x") for i in range(7)]
-    right = {data.student_prompt: "1100000", data.teacher_prompt: "1011100"}
-    monkeypatch.setattr(
-        data, "is_right", lambda *args: [bit == "1" for bit in right[args[-1]]]
-    )
-    benchmarks = {"a": data.make_benchmark(examples, "contains")}
-    gate = train.paired_gate(None, benchmarks, None, 9)
-    assert gate == {"student": 2 / 7, "teacher": 4 / 7}
-    assert (
-        "a: of 7 rows, right only with the demonstration 3, only without 1, both 1, "
-        "neither 2" in capsys.readouterr().out
-    )
+def test_the_gate_counts_who_alone_is_right(monkeypatch, folder):
+    """Two skills of different size, which weigh the same."""
+    gpt, tok = load(folder).eval(), data.ChatTokenizer(folder)
+    sizes, right = {"a": 8, "b": 4}, {
+        ("a", data.student_prompt): "11000000", ("a", data.teacher_prompt): "10111000",
+        ("b", data.student_prompt): "0001", ("b", data.teacher_prompt): "1110",
+    }  # fmt: skip
+
+    def grade(example, text):
+        return example.prompt == "a"
+
+    benchmarks = {
+        name: data.Benchmark([data.Example(name, "d", "", i) for i in range(n)], grade)
+        for name, n in sizes.items()
+    }
+
+    def is_right(model, benchmark, tok, n, prompt):
+        name = benchmark.examples[0].prompt
+        return [bit == "1" for bit in right[name, prompt]]
+
+    monkeypatch.setattr(data, "is_right", is_right)
+    gate = data.teacher_gate(gpt, benchmarks, tok, 4)
+    assert gate == {
+        "student": (2 / 8 + 1 / 4) / 2, "teacher": (4 / 8 + 3 / 4) / 2,
+        "only_student": 2, "only_teacher": 6, "sampled": 1 / 2,
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("temperature", [50.0, 1e-3])
+@pytest.mark.parametrize("temperature", [50.0, 1e-6])
 def test_a_teacher_that_is_right_only_greedily_gets_a_warning(
     temperature, capsys, folder
 ):
     """Right is what the teacher says greedily; hence at a temperature of almost 0."""
     gpt, tok = load(folder).eval(), data.ChatTokenizer(folder)
-    gpt.config.n_tokens = tok.n_tokens
     examples = [data.Example(f"the {i}", "one", "", id=i) for i in range(20)]
     contexts = [data.teacher_prompt(example, tok) for example in examples]
     best = data.greedy_responses(gpt, contexts, tok, 6)
@@ -226,12 +232,13 @@ def test_a_teacher_that_is_right_only_greedily_gets_a_warning(
         "a": data.Benchmark(examples, lambda example, text: text == best[example.id]),
         "not graded": data.Benchmark(examples, None),
     }}  # fmt: skip
-    cfg = sdft.Config(max_new_tokens=6, temperature=temperature)
-    sampled = train.check_sampled(gpt, tasks, tok, cfg, {"teacher": 1.0})
+    configs = {"sdft": sdft.Config(max_new_tokens=6, temperature=temperature)}
+    args = train.parse_args(["--init", "x", "--data", "y", "--gate-margin", "-1"])
+    gate = train.check_gate(args, gpt, tasks, tok, configs)
     text = capsys.readouterr().out
-    assert f"{sampled:.2f} with a demonstration if sampled at temp" in text
-    assert (sampled < 0.5) == ("a lower --temperature" in text) == (temperature == 50)
-    assert sampled == (1 if temperature < 1 else pytest.approx(0, abs=0.4))
+    assert gate["teacher"] == 1 and f"training: {gate['sampled']:.2f}" in text
+    assert (gate["sampled"] < 0.5) == ("a lower --temperature" in text)
+    assert gate["sampled"] == (1 if temperature < 1 else pytest.approx(0, abs=0.4))
 
 
 def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
@@ -239,7 +246,6 @@ def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
     argv = ["--sample", "the one", "--out", str(out), "--threads", "1"]
     assert train.main(["--init", str(folder), "--max-new-tokens", "5", *argv]) == 0
     base = load(folder)
-    base.config.n_tokens = tok.n_tokens
     ids = tok.chat([{"role": "user", "content": "the one"}])
     (expected,) = data.greedy_responses(base, [ids], tok, 5)
     assert f"base   {expected}\n" in capsys.readouterr().out
@@ -247,23 +253,21 @@ def test_a_sample_is_in_the_chat_form(capsys, folder, files, tmp_path):
     assert train.main(argv) == 0  # the run knows its model
     text = capsys.readouterr().out
     trained = load(out / "sdft" / "model")
-    trained.config.n_tokens = tok.n_tokens
     (expected,) = data.greedy_responses(trained, [ids], tok, 6)
     assert f"sdft   {expected}\n" in text and text.count("sampled") == 4
 
 
 BAD = {  # more flags, or a change of the files: what the error says
-    "--data nothing.jsonl {b}": "nothing.jsonl: no such file",
-    "--data {a} {dir}": "is a folder",
-    "--init {dir}/nothing": "nothing: no such folder",
-    "--init {dir}": "tokenizer.json: no such file\nhint: an instruct model of Llama's",
+    "--data nothing.jsonl {b}": "No such file or directory: 'nothing.jsonl'",
+    "--data {a} {dir}": "Is a directory",
+    "--init {dir}/nothing": "nothing: Repo id must be",
+    "--init {dir}": "hint: --init takes an instruct model of Llama's shape",
     "--eval {a} {b} {a}": "2 files in --data, 3 in --eval",
-    "--data {a} {a}": "two files of one name: a, a",
-    "--grade contains exact choice": "--grade: 3 for 2 files",
-    "--prior-grade exact none exact": "--prior-grade: 3 for 2 files",
+    "--data {a} {a}": "two files of one name",
+    "--prior {a} {a}": "two files of one name",
     "--template {a}": "no {prompt} in it",
-    "--template {dir}/templat.txt": "\nhint: did you mean template.txt?",
-    "--template {dir}": "is a folder",
+    "--template {dir}/templat.txt": "No such file or directory",
+    "--template {dir}": "Is a directory",
     "--max-new-tokens 390": "a.jsonl:1: ",
     "--batch-size 7": "batch size 7 > 6 examples",
     "--batch-size 6 --micro-batches 4": "cannot be cut into equal parts",
@@ -296,49 +300,37 @@ def test_flags_of_own_files_need_a_model(capsys, tmp_path):
     assert "--init needs --data" in capsys.readouterr().err
 
 
-def test_rows_that_do_not_fit_are_left_out_if_asked(capsys, folder, files, tmp_path):
-    rows = [row(i) for i in range(6)] + [row(9, demonstration="one " * 300)]
-    write(tmp_path / "a.jsonl", rows)
-    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
-    assert code == 2 and "a.jsonl:7: " in err and "--too-long skip" in err
-    more = ("--too-long", "skip", "--check-data")
-    code, text, _ = run(capsys, folder, files, tmp_path / "out", *more)
-    assert code == 0 and "1 rows that are too long are left out" in text
-
-
 def test_what_deserves_a_remark_gets_one(capsys, folder, files, tmp_path):
     rows = [row(i) for i in range(6)]
-    rows[2]["prompt"] = "the <|im_end|> one"
     rows[3]["demonstration"] = "one theory " * 9
     write(tmp_path / "a.jsonl", rows)
     write(tmp_path / "a_test.jsonl", [*rows[1:4], row(40)])
     more = ("--check-data", "--max-new-tokens", "12")
     code, text, err = run(capsys, folder, files, tmp_path / "out", *more)
     assert code == 0, err
-    assert "a_test.jsonl: 3 prompts are in --data, too: lines 1, 2, 3" in text
-    assert "a.jsonl: 1 rows hold the tokenizer's markers, as plain text" in text
+    assert "a: the held-out prompts of lines 1, 2, 3 are in --data, too" in text
     assert "a.jsonl: 1 demonstrations are longer than --max-new-tokens 12" in text
 
 
-def test_rows_without_an_answer_cannot_be_graded_by_it(capsys, folder, files, tmp_path):
-    rows = [row(i) for i in range(6)]
-    del rows[1]["answer"], rows[4]["answer"]
-    write(tmp_path / "a_test.jsonl", rows)
-    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
-    assert code == 2 and "no answer to grade by (contains) in lines 2, 5" in err
-    more = ("--check-data", "--grade", "exact")
-    code, text, _ = run(capsys, folder, files, tmp_path / "out", *more)
-    assert code == 0 and "a_test.jsonl: grade: exact" in text
-    write(tmp_path / "a_test.jsonl", [{**x, "answer": None} for x in rows])
-    code, _, err = run(capsys, folder, files, tmp_path / "out", "--check-data")
-    assert code == 2 and "a_test.jsonl:1: answer: expected text, found null" in err
-
-
 def test_a_tokenizer_of_another_model_is_refused(capsys, files, tmp_path):
-    config = make_config(max_position_embeddings=400, vocab_size=300)
-    make_folder(tmp_path / "small", config)
+    make_folder(tmp_path / "small", vocab_size=300)
     code, _, err = run(capsys, tmp_path / "small", files, tmp_path / "out", *SHORT)
-    assert code == 2 and "tokenizer.json has ids up to" in err and "300" in err
+    assert code == 2 and re.search(r"n_tokens \d+ > vocab_size 300", err)
+
+
+def test_a_run_of_another_folder_shows_its_own_model(capsys, folder, files, tmp_path):
+    """The model it started from was moved: what it wrote has all that is needed."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    shutil.copytree(folder, source)
+    assert run(capsys, source, files, out, *SHORT)[0] == 0
+    source.rename(tmp_path / "moved")
+    argv = ["--sample", "the one", "--out", str(out), "--threads", "1"]
+    assert train.main(argv) == 0
+    gone = capsys.readouterr().out
+    assert train.main([*argv, "--init", str(tmp_path / "moved")]) == 0
+    text = capsys.readouterr().out
+    lines = [line for line in text.splitlines() if line.startswith("sdft   ")]
+    assert "base   not shown" in gone and lines[0] in gone and "base   not" not in text
 
 
 def test_without_held_out_rows_it_is_said(capsys, folder, files, tmp_path):
@@ -346,7 +338,7 @@ def test_without_held_out_rows_it_is_said(capsys, folder, files, tmp_path):
     less = files[:at] + files[at + 3 :]
     code, text, _ = run(capsys, folder, less, tmp_path / "out", "--check-data")
     assert code == 0
-    assert "no --eval: what is called new is measured on the rows that are" in text
+    assert "no --eval: the new skills are measured on the rows that are trained" in text
 
 
 def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(
@@ -354,19 +346,5 @@ def test_a_run_that_cannot_fit_is_refused_before_it_is_loaded(
 ):
     monkeypatch.setattr(train, "free_memory", lambda device: 1e-6)
     code, _, err = run(capsys, folder, files, tmp_path / "out", *SHORT)
-    assert code == 2 and "weights, gradients and AdamW take" in err
-    assert "--checkpointing" in err and not (tmp_path / "out").exists()
-
-
-def test_memory_counts_every_parameter():
-    sizes = {"n_layer": 2, "n_embd": 96, "n_head": 6, "n_kv_head": 2}
-    config = model.GPTConfig(vocab_size=1000, **sizes)
-    n = model.GPT(config).num_params() / 1e9
-    parts = train.memory_of(config, "sdft", 2, 50, torch.float32, False)
-    assert parts["weights"] == parts["gradients"] == parts["teacher"] == 4 * n
-    assert parts["AdamW"] == 8 * n
-    assert "teacher" not in train.memory_of(config, "sft", 2, 50, torch.float32, False)
-    less = train.memory_of(config, "sdft", 2, 50, torch.float32, True)
-    assert less["activations"] < parts["activations"]
-    twice = train.memory_of(config, "sdft", 4, 50, torch.float32, False)
-    assert twice["activations"] == 2 * parts["activations"]
+    assert code == 2 and f"{folder} needs 0.00" in err and "1e-06 GB are free" in err
+    assert "--shard on several GPUs" in err and not (tmp_path / "out").exists()

@@ -14,11 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import model
 import train
 
-pytest.importorskip("safetensors", reason="pip install safetensors")
-pytest.importorskip("jinja2", reason="pip install jinja2")
+pytest.importorskip("transformers", reason="pip install transformers")
 from test_own_run import SHORT, files, folder, load, read, run, weights_of  # noqa: E402
 
 __all__ = ["files", "folder"]  # fixtures
@@ -247,18 +245,10 @@ def test_shards_go_on_with_a_run_of_one_process(pair):
 
 def test_the_plan_is_that_of_one_process_of_several(pair):
     text = (pair[0] / "text").read_text()
-    assert "memory in GB of each of 2 processes, micro-batches of 3 x" in text
-    sizes = {"n_layer": 8, "n_embd": 96, "n_head": 6, "n_kv_head": 2}
-    config = model.GPTConfig(vocab_size=1000, n_inner=3000, **sizes)
-    n = model.GPT(config).num_params() / 1e9
-    args = config, "sdft", 2, 50, torch.bfloat16, True
-    whole, parts = train.memory_of(*args), train.memory_of(*args, 4)
-    for name in ("weights", "gradients", "AdamW", "teacher"):
-        assert parts[name] == pytest.approx(whole[name] / 4), name
-    assert 2 * n < parts["gathered to sample"] < 2.2 * n  # the embedding in float32
-    assert "weights in bfloat16" not in parts
-    long = train.memory_of(config, "sdft", 200, 50, torch.bfloat16, True, 4)
-    assert "rollout cache" not in long and long["gathered to train"] < n
+    n = load(Path(pair[1][1])).num_params()
+    for parts in (1, 2):
+        need = f"plan: {20e-9 * n / parts:.3g} GB for weights, gradients, AdamW"
+        assert (need in text) == (parts == 2)
 
 
 def test_shard_is_refused_where_it_cannot_be(

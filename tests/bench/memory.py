@@ -1,10 +1,10 @@
-"""What a real model needs of memory: train.py's plan for some sizes, and a measurement.
+"""What a real model needs of memory: a plan for some sizes, and a measurement.
 
     python tests/bench/memory.py                  # the plan, from 135M to 7B
     python tests/bench/memory.py --measure        # two updates of each method, on a CPU
     torchrun --standalone --nproc_per_node=2 tests/bench/memory.py --measure  # --shard
 
-The plan (train.memory_of) counts weights, gradients, optimizer, teacher and base, and
+The plan (memory_of) counts weights, gradients, optimizer, teacher and base, and
 estimates activations. The measurement makes two updates with random weights in a
 process of its own and reads the peak of its memory from the system, less that of a
 process that has only loaded torch.
@@ -15,7 +15,6 @@ import os
 import resource
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,34 +25,69 @@ sys.path.insert(0, str(ROOT))
 
 import sdft  # noqa: E402
 import sft  # noqa: E402
-import train  # noqa: E402
 from data import Example  # noqa: E402
-from model import GPT, GPTConfig, shard  # noqa: E402
+from model import GPT, GPTConfig, LazyLogits, shard  # noqa: E402
 
-BASE = GPTConfig(block_size=4096, vocab_size=151936, norm_eps=1e-6, rope_theta=1e6)
-SHAPES = {  # as in their config.json
-    "SmolLM2-135M": replace(
-        BASE, vocab_size=49152, n_layer=30, n_head=9, n_kv_head=3, n_embd=576,
-        n_inner=1536, qkv_bias=False,
-    ),
-    "SmolLM2-360M": replace(
-        BASE, vocab_size=49152, n_layer=32, n_head=15, n_kv_head=5, n_embd=960,
-        n_inner=2560, qkv_bias=False,
-    ),
-    "Qwen2.5-0.5B": replace(
-        BASE, n_layer=24, n_head=14, n_kv_head=2, n_embd=896, n_inner=4864
-    ),
-    "Qwen2.5-1.5B": replace(
-        BASE, n_layer=28, n_head=12, n_kv_head=2, n_embd=1536, n_inner=8960
-    ),
-    "Qwen2.5-3B": replace(
-        BASE, n_layer=36, n_head=16, n_kv_head=2, n_embd=2048, n_inner=11008
-    ),
-    "Qwen2.5-7B": replace(
-        BASE, vocab_size=152064, n_layer=28, n_head=28, n_kv_head=4, n_embd=3584,
-        n_inner=18944, tie_weights=False,
-    ),
-}  # fmt: skip
+
+def shape(*sizes, **others):
+    return GPTConfig(4096, *sizes, norm_eps=1e-6, rope_theta=1e6, **others)
+
+
+SHAPES = {  # vocab_size, n_tokens (0: all), n_layer, n_head, n_kv_head, n_embd, n_inner
+    "SmolLM2-135M": shape(49152, 0, 30, 9, 3, 576, 1536, qkv_bias=False),
+    "SmolLM2-360M": shape(49152, 0, 32, 15, 5, 960, 2560, qkv_bias=False),
+    "Qwen2.5-0.5B": shape(151936, 0, 24, 14, 2, 896, 4864),
+    "Qwen2.5-1.5B": shape(151936, 0, 28, 12, 2, 1536, 8960),
+    "Qwen2.5-3B": shape(151936, 0, 36, 16, 2, 2048, 11008),
+    "Qwen2.5-7B": shape(152064, 0, 28, 28, 4, 3584, 18944, tie_weights=False),
+}
+
+
+def memory_of(config, method, rows, n_tokens, dtype, checkpointing, shards=1):
+    """What training needs at its peak, name -> GB (10^9 bytes), for micro-batches of
+    `rows` sequences of n_tokens: the fixed parts by count, the others by what a block
+    keeps for its backward pass.
+
+    With --shard, what one of `shards` processes needs. Its float32 shards are the
+    master of the bfloat16 weights that it gathers. (On one GPU such a pair would save
+    nothing: 2 bytes a weight, 2 its gradient, 4 the master and 8 AdamW are 16, as are
+    float32's 4 + 4 + 8.)
+    """
+    with torch.device("meta"):  # counts, and takes no memory
+        n = GPT(config).num_params()
+    c, wide = config, 4 if dtype == torch.float32 else 2  # bytes of an activation
+    D = c.head_dim
+    fixed = {"weights": 4 * n, "gradients": 4 * n, "AdamW": 8 * n}
+    fixed["base, for KL(student || base)"] = 4 * n
+    if method == "sdft":
+        fixed["teacher"] = 4 * n
+    # of a token in a block: inputs and outputs of its norms, products and attention
+    qkv = (c.n_head + 2 * c.n_kv_head) * D
+    block = wide * (4 * c.n_embd + 2 * qkv + 3 * c.n_head * D + 4 * c.n_inner)
+    block += 4 * 2 * c.n_embd  # the norms compute in float32
+    layers = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
+    V = c.n_tokens or c.vocab_size
+    logits = LazyLogits(torch.empty(rows * n_tokens, 0), torch.empty(V, 0))
+    _, chunk = logits.chunks()[0]  # rows
+    moving = {
+        "activations": rows * n_tokens * layers,
+        "logits": 4 * V * (3 * chunk + c.n_embd),  # and the head's own gradient
+        "rollout cache": rows * n_tokens * 2 * c.n_layer * c.n_kv_head * D * wide,
+    }
+    if shards == 1:
+        if wide == 2:
+            moving["weights in bfloat16"] = 2 * n
+        return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
+    fixed = {name: size / shards for name, size in fixed.items()}
+    ends = c.vocab_size * c.n_embd * (1 if c.tie_weights else 2)  # embedding and head
+    # to sample, all is gathered; to train, the ends, their gradient, a head for the
+    # loss, and two blocks: the next one is fetched early
+    sample = {"gathered to sample": 4 * ends + wide * (n - ends)}
+    sample["rollout cache"] = moving.pop("rollout cache")
+    blocks = wide * 2 * (n - ends) / c.n_layer
+    moving["gathered to train"] = 4 * (2 * ends + V * c.n_embd) + blocks
+    moving = max(sample, moving, key=lambda parts: sum(parts.values()))
+    return {name: size / 1e9 for name, size in {**fixed, **moving}.items()}
 
 
 class Numbers:
@@ -128,7 +162,7 @@ def measure_shard(shape):
     torch.set_num_threads(1)
     empty = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     n, rows, prompt, response = dist.get_world_size(), 4, 300, 100
-    plan = train.memory_of(
+    plan = memory_of(
         SHAPES[shape], "sdft", rows, prompt + response, torch.float32, False, n
     )
     peak = two_updates(shape, "sdft", rows, prompt, response, False)
@@ -148,7 +182,7 @@ def main():
               "SDFT, --checkpointing |\n|---|---|---|---|")  # fmt: skip
         for name, config in SHAPES.items():
             cells = [
-                sum(train.memory_of(config, *rest).values())
+                sum(memory_of(config, *rest).values())
                 for rest in (
                     ("sft", 4, 1024, torch.bfloat16, False),
                     ("sdft", 4, 1024, torch.bfloat16, False),
@@ -160,9 +194,7 @@ def main():
               "|---|---|---|---|")  # fmt: skip
         for name, config in SHAPES.items():
             rest = "sdft", 4, 1024, torch.bfloat16, True
-            cells = [
-                sum(train.memory_of(config, *rest, n).values()) for n in (2, 4, 8)
-            ]
+            cells = [sum(memory_of(config, *rest, n).values()) for n in (2, 4, 8)]
             print(f"| {name} | " + " | ".join(f"{x:.0f}" for x in cells) + " |")
         return
     if "RANK" in os.environ:  # torchrun
@@ -171,7 +203,7 @@ def main():
     print("| two updates, float32 | planned, GB | measured, GB |\n|---|---|---|")
     for method, checkpointing in (("sft", False), ("sdft", False), ("sdft", True)):
         rows, prompt, response = 4, 300, 100
-        plan = train.memory_of(
+        plan = memory_of(
             SHAPES[args.shape], method, rows, prompt + response, torch.float32,
             checkpointing,
         )  # fmt: skip

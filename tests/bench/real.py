@@ -25,7 +25,6 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -168,19 +167,22 @@ def run_cell(folder, task, label, seed, args):
 # ---- Measuring ---------------------------------------------------------------------
 
 
-def load(folder, tokenizer=None):
-    tok = data.ChatTokenizer(tokenizer or folder)
-    config = model.config_from_folder(folder, 1024)
-    gpt = model.GPT(replace(config, n_tokens=tok.n_tokens)).eval()
-    model.load_folder(folder, gpt)
-    return gpt, tok
+def load(folder):
+    tok = data.ChatTokenizer(folder)
+    return model.from_pretrained(folder, tok.n_tokens).eval(), tok
 
 
 def examples_of(rows):
-    return [
-        data.Example(row["prompt"], row.get("demonstration", ""), row["answer"], i)
-        for i, row in enumerate(rows)
-    ]
+    examples = []
+    for i, row in enumerate(rows):
+        demo, right = row.get("demonstration", ""), row["answer"]
+        right = (right,) if isinstance(right, str) else tuple(right)
+        examples.append(data.Example(row["prompt"], demo, right, i, grade="contains"))
+    return examples
+
+
+def is_right(example, text):
+    return data.grade_answer(example, text, options=())
 
 
 def respond(gpt, tok, rows, prompt=data.student_prompt):
@@ -189,8 +191,7 @@ def respond(gpt, tok, rows, prompt=data.student_prompt):
     contexts = [prompt(example, tok) for example in examples]
     for i in range(0, len(contexts), 48):  # short batches: little to compute at once
         texts += data.greedy_responses(gpt, contexts[i : i + 48], tok, N_TOKENS)
-    pairs = zip(examples, texts, strict=True)
-    return texts, [data.grade_contains(*pair) for pair in pairs]
+    return texts, list(map(is_right, examples, texts))
 
 
 def share(right):
@@ -320,13 +321,13 @@ def tokens(folder, args):
                 examples, response.tolist(), mask.sum(1).tolist(), strict=True
             ):
                 cells = [
-                    f"{tok.encoding.decode([t])!r} {kl[at + i]:.1f}"
+                    f"{tok.hf.decode([t])!r} {kl[at + i]:.1f}"
                     + ("" if best[at + i] == t else
-                       f" ({tok.encoding.decode([best[at + i]])!r})")
+                       f" ({tok.hf.decode([best[at + i]])!r})")
                     for i, t in enumerate(row[:n])
                 ]
                 at += n
-                print(f"{task}, {name}: {example.prompt} [{example.answer}]\n   "
+                print(f"{task}, {name}: {example.prompt} [{example.answer[0]}]\n   "
                       + " | ".join(cells), flush=True)
 
 
@@ -343,7 +344,7 @@ def sampled(folder, args):
             for prompt in (data.student_prompt, data.teacher_prompt):
                 contexts = [prompt(example, tok) for example in examples]
                 texts = data.get_texts(gpt, contexts, tok, N_TOKENS, u, temperature)
-                right = list(map(data.grade_contains, examples, texts))
+                right = list(map(is_right, examples, texts))
                 print(f"{task}, temperature {temperature:g}, {prompt.__name__}: right "
                       f"{share(right):.2f} of {len(right)}", flush=True)
 

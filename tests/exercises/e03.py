@@ -25,7 +25,7 @@ channels each; they are self.H, self.G, self.D.
    - T == 1 with a longer cache: the token sees every column of it, but for the pads of
      the prompts: cache.mask[..., :cache.used], (B, 1, 1, used), is 0 or -inf and is
      added to the scores.
-6. Heads side by side again, (B, T, C), through self.o_proj.
+6. Heads side by side again, (B, T, H * D), through self.o_proj: (B, T, C).
 
 What to look at when it runs: time 100 tokens with the cache, and with a whole forward
 pass for each. Then print cache.mask for prompts of 2, 5 and 7 tokens.
@@ -85,8 +85,8 @@ MUTANTS = (
     ("one layer for all", ((WRITE, WRITE.replace("layer", "0")),), "layer"),
     ("cache not used", ((WRITE, WRITE.replace("k, v =", "_ =")),),
      "sees nothing but itself"),
-    ("heads not side by side", ((".transpose(1, 2).reshape(B, T, C)",
-     ".reshape(B, T, C)"),), "side by side"),
+    ("heads not side by side", ((".transpose(1, 2).reshape(B, T, H * D)",
+     ".reshape(B, T, H * D)"),), "side by side"),
     ("cached heads tiled", (
         ("q.reshape(B, G, H // G, D)", "q.reshape(B, H // G, G, D).transpose(1, 2)"),
         ("y = y.reshape(B, H, T, D)", "y = (y if k.size(2) == T else "
