@@ -47,7 +47,7 @@ import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import LazyLogits, fused_linear_nll, generate, kl_models, response_hidden
+from model import chunked_nll, generate, kl_models, response_hidden
 
 # ---- The words ---------------------------------------------------------------------
 
@@ -739,8 +739,7 @@ def demo_nll(model, examples, tok):
         mask = loss_mask(rows, lengths)  # (B, R)
         hidden = response_hidden(model, *bare, response, mask)  # (N, C)
         weight = (mask / lengths[:, None])[mask]  # (N,)
-        logits = LazyLogits(hidden, model.head())  # (N, V)
-        total += fused_linear_nll(logits, response[mask], weight).item()
+        total += chunked_nll(hidden, model.head(), response[mask], weight).item()
     return total / len(examples)
 
 

@@ -3,19 +3,16 @@
     hidden   = GPT.hidden(tokens)                           # last block, final norm
     logits   = hidden @ head.T                              # of the next token
     response ~ generate(model, prompts)                     # token by token, cached
-    loss     = fused_linear_nll(logits, tokens, weight)     # SFT's loss
     KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
-             = fused_kl(student_logits, teacher_logits)     # the same, less memory
-    loss     = fused_linear_kl(student_logits, ..., weight) # SDFT's loss
+    loss     = chunked_nll(hidden, head, tokens, weight)    # SFT's loss
+    loss     = chunked_kl(hidden, head, teacher's, weight)  # SDFT's loss
+    KL       = fused_kl(student_logits, ...)                # its row kernel
 
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
          H query heads   G key/value heads   D head size   S columns of the cache
          N rows of a loss: the response tokens of a batch that count
 Padding is on the right, positions are per row, masks come from lengths and never from
 comparing a token with a pad id. Logits that enter a loss or a sample are float32.
-
-A first reading may stop at the rule "The same, faster": what stands below it computes
-the losses chunk by chunk, and tests compare it with the formulas above.
 
 The layout is that of Qwen2.5 (RMSNorm, rotary positions, SwiGLU, grouped queries, bias
 on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
@@ -27,7 +24,6 @@ import math
 import os
 import tempfile
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -331,8 +327,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden):
         """float32 (..., V), whatever the dtype of hidden (..., C)."""
-        head = self.head()
-        return F.linear(hidden.to(head.dtype), head)
+        return make_logits(hidden, self.head())
 
     def forward(self, idx, positions=None, cache=None):
         return self.logits(self.hidden(idx, positions, cache))
@@ -469,57 +464,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     return response[:, :R], mask
 
 
-# ---- The losses --------------------------------------------------------------------
-
-
-class LazyLogits(NamedTuple):
-    """Logits (N, V) = hidden @ head.T / temperature that are not made yet. With a large
-    vocabulary they would not fit into memory: the losses make some rows at a time."""
-
-    hidden: torch.Tensor  # (N, C), in any dtype
-    head: torch.Tensor  # (V, C), float32
-    temperature: float = 1.0
-
-    def rows(self, i, j, out=None):
-        """Rows i to j - 1, float32 (j - i, V); into `out`, if given. The logits are
-        divided, in float32, as the sampler divides them: the same distribution."""
-        hidden = self.hidden[i:j].to(self.head.dtype)  # (j - i, C)
-        logits = torch.mm(hidden, self.head.T, out=out)  # (j - i, V)
-        return logits if self.temperature == 1 else logits.div_(self.temperature)
-
-    def chunks(self):
-        """(i, j) of the rows that are made at a time: few enough to bound the memory,
-        many enough for an efficient product."""
-        N, V = len(self.hidden), len(self.head)
-        size = 2**27 // V if self.head.is_cuda else min(1024, 2**23 // V)
-        size = max(1, size)  # 512 MB of logits on a GPU, at most 32 MB on a CPU
-        return [(i, min(N, i + size)) for i in range(0, N, size)]
-
-
-def check_rows(logits, weight):
-    """Raise ValueError unless weight holds one float for each row. (A wrong shape would
-    be broadcast in silence, and an integer weight would round the losses.)"""
-    if weight.shape != logits.hidden.shape[:1] or not weight.is_floating_point():
-        raise ValueError(
-            f"weight is {weight.dtype} {tuple(weight.shape)}, and should be one float "
-            f"for each of {len(logits.hidden)} rows"
-        )
-
-
-def fused_linear_nll(logits, tokens, weight):
-    """SFT's loss, sum_n weight_n * -log p_n(token_n), in nats: the same as
-
-        -(weight * torch.log_softmax(logits, -1)[range(N), tokens]).sum()
-
-    Args: logits, LazyLogits of N rows; tokens, int64 (N,); weight, float32 (N,).
-    Returns: a scalar, differentiable in logits.hidden and logits.head.
-    """
-    check_rows(logits, weight)
-    assert tokens.shape == weight.shape, (tokens.shape, weight.shape)
-    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
-    return FusedLinearNLL.apply(*logits, tokens, weight, grad)
-
-
+# ---- The losses, on paper ------------------------------------------------------------
+#
 # s and t are the logits of student and teacher at one token, p_s and p_t their softmax;
 # m = 1/2 p_t + 1/2 p_s.
 #
@@ -538,16 +484,12 @@ KLS = ("forward", "reverse", "jsd")
 LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
 
 
-def check_kl(student_shape, teacher_shape, kl):
-    """Raise ValueError for an unknown kl, or for shapes that differ. (Those would be
-    broadcast or, on a GPU, read beyond the end of a row.)"""
-    if kl not in KLS:
-        raise ValueError(f"kl {kl!r} is not one of {KLS}")
-    if student_shape != teacher_shape:
-        raise ValueError(
-            f"logits of the student {tuple(student_shape)} and of the teacher "
-            f"{tuple(teacher_shape)} differ in shape"
-        )
+def check_kl(student_logits, teacher_logits, kl):
+    """Raise ValueError for another kl, or for shapes that differ: those would be
+    broadcast or, on a GPU, read beyond the end of a row."""
+    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
+    if kl not in KLS or shapes[0] != shapes[1]:
+        raise ValueError(f"{kl!r}, one of {KLS}? logits {shapes[0]} and {shapes[1]}")
 
 
 def kl_reference(student_logits, teacher_logits, kl="forward"):
@@ -560,7 +502,7 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
     Returns: (...), differentiable in student_logits.
     Raises: ValueError if the shapes differ, or for another kl.
     """
-    check_kl(student_logits.shape, teacher_logits.shape, kl)
+    check_kl(student_logits, teacher_logits, kl)
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_s = torch.log_softmax(student_logits, -1, dtype).clamp(min=LOG_ZERO)
     with torch.no_grad():
@@ -576,65 +518,103 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
     return 0.5 * teacher_m + 0.5 * student_m
 
 
-class FusedKL(torch.autograd.Function):
-    """Autograd would keep five tensors (..., V) of kl_reference for its backward pass.
-    The gradient stands in the table above, so one will do: a private copy of the
-    student's logits, which kl_rows overwrites with their gradient."""
+# ---- The same losses, in chunks of rows ----------------------------------------------
+#
+# With a large vocabulary, logits (N, V) do not fit into memory, and autograd would keep
+# several such tensors. So the losses start from hidden states (N, C). They make the
+# logits of some rows at a time, and at once their gradient.
+
+
+def chunk_rows(head):
+    """How many rows of logits are made at a time: few enough to bound the memory (512
+    MB on a GPU, at most 32 MB on a CPU), many enough for an efficient product."""
+    V = len(head)
+    return max(1, 2**27 // V if head.is_cuda else min(1024, 2**23 // V))
+
+
+def make_logits(hidden, head, temperature=1.0):
+    """float32 (N, V) of hidden states (N, C), in any dtype, and a head (V, C). They are
+    divided, in float32, as the sampler divides them: the same distribution."""
+    logits = hidden.to(head.dtype) @ head.T
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """sum_n weight_n * loss_n in nats, a scalar, differentiable in hidden and head.
+
+    Args: hidden (N, C), head (V, C), temperature: see make_logits; weight, (N,), of the
+        head's dtype; row_loss(s, w, rows), the loss itself: from the logits s (chunk,
+        V) of some rows, a slice, it returns their losses (chunk,) and w * the gradient
+        of each over its logits, (chunk, V). It may overwrite s.
+    """
 
     @staticmethod
-    def forward(ctx, student_logits, teacher_logits, kl):
-        V = student_logits.size(-1)
-        dtype = torch.promote_types(student_logits.dtype, torch.float32)
-        layout = torch.contiguous_format  # rows of V, whatever the caller's are
-        s = student_logits.reshape(-1, V)  # (N, V)
-        s = s.to(dtype, copy=True, memory_format=layout)
-        t = teacher_logits.reshape(-1, V).to(dtype).contiguous()  # (N, V)
-        value = kl_rows(s, t, s.new_ones(len(s)), kl, ctx.needs_input_grad[0])  # (N,)
-        ctx.save_for_backward(s)  # now the gradient
-        ctx.dtype = student_logits.dtype
-        return value.view(student_logits.shape[:-1])  # (...)
+    def forward(ctx, hidden, head, weight, temperature, row_loss):
+        assert weight.shape == hidden.shape[:1] and weight.dtype == head.dtype, weight
+        h, losses = hidden.to(head.dtype), torch.zeros_like(weight)  # (N, C), (N,)
+        dh, dW = torch.empty_like(h), torch.zeros_like(head)  # (N, C), (V, C)
+        for i in range(0, len(h), chunk_rows(head)):
+            rows = slice(i, i + chunk_rows(head))
+            s = make_logits(h[rows], head, temperature)  # (chunk, V)
+            losses[rows], ds = row_loss(s, weight[rows] / temperature, rows)
+            torch.mm(ds, head, out=dh[rows])
+            dW.addmm_(ds.T, h[rows])
+        ctx.save_for_backward(dh, dW)
+        ctx.dtype = hidden.dtype
+        return (losses * weight).sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        (s,) = ctx.saved_tensors
-        ds = s.view(*grad.shape, s.size(-1)) * grad[..., None]  # (..., V)
-        return ds.to(ctx.dtype), None, None
+        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
+        return (dh * grad).to(ctx.dtype), dW * grad, None, None, None
 
 
-def fused_kl(student_logits, teacher_logits, kl="forward"):
-    """The fused log-softmax KL kernel: values and gradients of kl_reference (where a
-    logit is -inf in both or in neither), but one tensor (..., V) is kept, not five."""
-    check_kl(student_logits.shape, teacher_logits.shape, kl)
-    return FusedKL.apply(student_logits, teacher_logits, kl)
+def chunked_nll(hidden, head, tokens, weight):
+    """SFT's loss, in nats, for tokens int64 (N,); else see ChunkedLoss: the same as
+
+        -(weight * log_softmax(hidden @ head.T)[range(N), tokens]).sum()
+    """
+    assert tokens.shape == weight.shape, (tokens.shape, weight.shape)
+
+    def row_loss(s, w, rows):
+        with torch.enable_grad():
+            loss = F.cross_entropy(s.requires_grad_(), tokens[rows], reduction="none")
+        return loss.detach(), *torch.autograd.grad(loss, s, w)
+
+    return ChunkedLoss.apply(hidden, head, weight, 1.0, row_loss)
 
 
-def fused_linear_kl(student_logits, teacher_logits, weight, kl="forward"):
-    """SDFT's loss, sum_n weight_n * divergence_n, in nats: the same as
+def chunked_kl(
+    hidden, teacher_hidden, head, teacher_head, weight, kl="forward", temperature=1.0,
+    watch=False,
+):  # fmt: skip
+    """SDFT's loss, in nats, with make_logits of both; else see ChunkedLoss: the same as
 
         (weight * kl_reference(student_logits, teacher_logits, kl)).sum()
 
-    but from LazyLogits: logits [tokens, vocabulary] never exist whole, and the gradient
-    of a chunk overwrites its logits. Memory: two chunks, for any number of rows, and
-    the gradients of hidden states and head.
-
-    Args: student_logits, teacher_logits, LazyLogits of the N tokens that carry loss, no
-        others; weight, float32 (N,), what each counts in the loss; kl, one of KLS.
-    Returns: a scalar, differentiable in the student's hidden states and head.
-    Raises: ValueError if the two have other numbers of rows or tokens, or another kl.
+    Returns: the loss, without a gradient for the teacher; and a dict of what else to
+        watch, sums by weight: KL(student || teacher), both entropies; {} if not watch.
     """
-    check_rows(student_logits, weight)
-    grad = torch.is_grad_enabled()  # it is off inside forward, so ask here
-    return FusedLinearKL.apply(*student_logits, teacher_logits, weight, kl, grad)[0]
+    assert len(teacher_hidden) == len(hidden), (len(teacher_hidden), len(hidden))
+    names = ("kl_student_teacher", "student_entropy", "teacher_entropy")
+    sums = {name: weight.new_zeros(()) for name in names} if watch else {}
+
+    def row_loss(s, w, rows):
+        t = make_logits(teacher_hidden[rows], teacher_head, temperature)  # (chunk, V)
+        if watch:
+            reverse = kl_reference(s, t, "reverse")
+            for name, x in zip(names, (reverse, entropy(s), entropy(t)), strict=True):
+                sums[name] += weight[rows] @ x
+        return fused_kl(s, t, w, kl), s
+
+    return ChunkedLoss.apply(hidden, head, weight, temperature, row_loss), sums
 
 
-@torch.no_grad()
-def kl_of_rows(student_logits, teacher_logits, kl="forward"):
-    """The divergence of each row (N,) in nats, of two LazyLogits; without gradient."""
-    weight = torch.ones(len(student_logits.hidden), device=student_logits.head.device)
-    weight = weight.to(student_logits.head.dtype)
-    args = *student_logits, teacher_logits, weight, kl, False
-    return FusedLinearKL.apply(*args)[1]
+def entropy(logits):
+    """The entropy of softmax(logits) in nats, (...) of logits (..., V)."""
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).sum(-1)
 
 
 @torch.no_grad()
@@ -643,172 +623,72 @@ def kl_models(p, p_prompts, q, q_prompts, response, mask):
     each after (prompts, lengths) of its own; 0 where the mask is false."""
     p_hidden = response_hidden(p, *p_prompts, response, mask)  # (N, C)
     q_hidden = response_hidden(q, *q_prompts, response, mask)  # (N, C)
-    p_logits, q_logits = LazyLogits(p_hidden, p.head()), LazyLogits(q_hidden, q.head())
-    values = p_logits.head.new_zeros(mask.shape)  # (B, R)
-    values[mask] = kl_of_rows(q_logits, p_logits, "forward")  # p: the teacher's place
+    p_head, q_head = p.head(), q.head()  # once: shards are gathered by all processes
+    values, n = p_head.new_zeros(mask.shape), chunk_rows(p_head)  # (B, R)
+    values[mask] = torch.cat([  # q is in the student's place
+        kl_reference(make_logits(b, q_head), make_logits(a, p_head), "forward")
+        for a, b in zip(p_hidden.split(n), q_hidden.split(n), strict=True)
+    ])  # fmt: skip
     return values
 
 
-@torch.no_grad()
-def entropy(logits, weight):
-    """sum_n weight_n * entropy_n in nats, of LazyLogits; weight (N,)."""
-    check_rows(logits, weight)
-    total = weight.new_zeros(())
-    for i, j in logits.chunks():
-        log_p = torch.log_softmax(logits.rows(i, j), dim=-1)  # (j - i, V)
-        total -= ((log_p.exp() * log_p).sum(-1) * weight[i:j]).sum()
-    return total
+# ---- The fused log-softmax KL kernel -------------------------------------------------
 
 
-@torch.no_grad()
-def kl_stats(student_logits, teacher_logits, weight):
-    """What to watch beside the loss, in nats, from the arguments of fused_linear_kl:
-    KL(student || teacher), and the entropies of both; sums over rows, by weight."""
-    reverse = fused_linear_kl(student_logits, teacher_logits, weight, "reverse")
-    return {
-        "kl_student_teacher": reverse,
-        "student_entropy": entropy(student_logits, weight),
-        "teacher_entropy": entropy(teacher_logits, weight),
-    }
-
-
-# ---- The same, faster: skip this on a first reading ----------------------------------
-
-
-class FusedLinearNLL(torch.autograd.Function):
-    """Head and log-likelihood together, a chunk of rows at a time."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, temperature, tokens, weight, grad):
-        logits = LazyLogits(hidden.to(head.dtype), head, temperature)
-        loss = weight.new_zeros(())
-        dh = torch.zeros_like(logits.hidden) if grad else None  # (N, C)
-        dW = torch.zeros_like(head) if grad else None  # (V, C)
-        for i, j in logits.chunks():
-            with torch.set_grad_enabled(grad):  # the loss of a chunk, as on paper
-                s = logits.rows(i, j).requires_grad_(grad)  # (chunk, V)
-                log_p = torch.log_softmax(s, dim=-1).gather(1, tokens[i:j, None])[:, 0]
-                share = -(weight[i:j] * log_p).sum()
-            loss += share.detach()
-            if grad:
-                (ds,) = torch.autograd.grad(share, s)  # (chunk, V)
-                ds = ds if temperature == 1 else ds / temperature
-                torch.mm(ds, head, out=dh[i:j])
-                dW.addmm_(ds.T, logits.hidden[i:j])
-        ctx.save_for_backward(dh, dW)
-        ctx.hidden_dtype = hidden.dtype
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
-        return (dh * grad).to(ctx.hidden_dtype), dW * grad, *[None] * 4
-
-
-class FusedLinearKL(torch.autograd.Function):
-    """Head and divergence together, a chunk of rows at a time: see fused_linear_kl."""
-
-    @staticmethod
-    def forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad):
-        student = LazyLogits(hidden.to(head.dtype), head, temperature)
-        teacher = teacher_logits
-        teacher = teacher._replace(hidden=teacher.hidden.to(teacher.head.dtype))
-        shapes = [(len(x.hidden), len(x.head)) for x in (student, teacher)]  # (N, V)
-        check_kl(*shapes, kl)
-        chunks = student.chunks()
-        # logits of a chunk, private, so they may be overwritten, and used again
-        rows = max((j - i for i, j in chunks), default=0)
-        s_buffer, t_buffer = (head.new_empty(rows, len(head)) for _ in range(2))
-        values = torch.zeros_like(weight)  # (N,)
-        dh = torch.zeros_like(student.hidden) if grad else None  # (N, C)
-        dW = torch.zeros_like(head) if grad else None  # (V, C)
-        for i, j in chunks:
-            s = student.rows(i, j, out=s_buffer[: j - i])  # (chunk, V)
-            t = teacher.rows(i, j, out=t_buffer[: j - i])  # (chunk, V)
-            values[i:j] = kl_rows(s, t, weight[i:j] / temperature, kl, grad)
-            if grad:  # s now holds weight / temperature * dKL/ds
-                torch.mm(s, head, out=dh[i:j])
-                dW.addmm_(s.T, student.hidden[i:j])
-        loss = (values * weight).sum()
-        ctx.save_for_backward(dh, dW)
-        ctx.hidden_dtype = hidden.dtype
-        ctx.mark_non_differentiable(values)
-        return loss, values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, _):
-        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
-        return (dh * grad).to(ctx.hidden_dtype), dW * grad, *[None] * 5
-
-
-def kl_rows(s, t, weight, kl, grad=True):
-    """The row kernel: the divergence of each row, and its gradient over s.
+def fused_kl(s, t, weight, kl="forward"):
+    """Both log-softmaxes, the divergence and its gradient at once: see the table above.
 
     Args:
-        s, t: logits of student and teacher, (N, V), contiguous; s is *overwritten* with
-            weight * gradient (or left in no useful state if not grad).
-        weight: (N,); a row of weight 0 gets value 0 and gradient 0, whatever it holds.
-    Returns: the values (N,), not weighted.
+        s, t: logits of student and teacher, (N, V), contiguous. s is *overwritten* with
+            weight * gradient over s.
+        weight: (N,), of the dtype of the logits; kl, one of KLS.
+    Returns: the divergences (N,), not weighted.
+    Raises: ValueError if the shapes differ, or for another kl.
     """
-    check_kl(s.shape, t.shape, kl)
-    assert weight.shape == s.shape[:1], (weight.shape, s.shape)
-    assert weight.is_floating_point(), weight.dtype  # value is of its dtype
-    on_gpu = s.is_cuda and s.dtype == torch.float32 and triton is not None
-    return (kl_rows_triton if on_gpu else kl_rows_torch)(s, t, weight, kl, grad)
+    check_kl(s, t, kl)
+    assert weight.shape == s.shape[:1] and weight.dtype == s.dtype, weight
+    if s.is_cuda and s.dtype == torch.float32 and triton is not None:
+        return kl_rows_triton(s, t, weight, kl)
+    # Some rows at a time stay in the processor's cache (2^17 floats are 0.5 MB): main
+    # memory gives s and t once and takes the gradient once. On a GPU all at once.
+    n = max(1, len(s) if s.is_cuda else 2**17 // s.size(-1))
+    parts = zip(s.split(n), t.split(n), weight.split(n), strict=True)
+    return torch.cat([kl_rows_torch(*part, kl) for part in parts] or [s.new_empty(0)])
 
 
-def kl_rows_torch(s, t, weight, kl, grad):
-    """kl_rows with torch alone, for a CPU: the whole formula is run on one block of
-    rows, in place, before the next is read. Blocks stay in the processor's cache, so
-    main memory gives s and t once and takes the gradient once.
+def kl_rows_torch(s, t, weight, kl):
+    """fused_kl with torch alone: two softmaxes, since a torch.exp costs more than one.
 
-    With diff = s - t and log_ratio = lse_s - lse_t (lse: log of the sum of exp), both
-    of logits that are relative to the largest of their row,
+    With lse the log of a sum of exp, diff = s - t and log_ratio = lse_s - lse_t,
 
         forward = log_ratio - E_t[diff]     E_t, E_s: the means under p_t and p_s
         reverse = E_s[diff] - log_ratio
 
-    so that a block costs two softmaxes; one torch.exp takes longer than a softmax. The
-    largest probability of a row is exp(0 - lse), which gives lse.
+    where s and t are relative to the largest of their row. The largest probability is
+    exp(0 - lse), which gives lse.
     """
-    N, V = s.size()
-    value = torch.zeros_like(weight)
-    block = max(1, 2**17 // V)  # rows; 2^17 floats are 0.5 MB, which stay in the cache
-    scratch = [torch.empty(block, V, dtype=s.dtype, device=s.device) for _ in range(3)]
-    for i in range(0, N, block):
-        x, w = s[i : i + block].clamp_(min=LOG_ZERO), weight[i : i + block]
-        p_s, p_t, diff = (buffer[: len(x)] for buffer in scratch)
-        torch.clamp(t[i : i + block], min=LOG_ZERO, out=diff)  # the caller's t stays
-        torch.softmax(x, dim=-1, out=p_s)
-        torch.softmax(diff, dim=-1, out=p_t)
-        log_ratio = (p_t.amax(-1) / p_s.amax(-1)).log()
-        largest = x.amax(-1) - diff.amax(-1)  # of s and of t, so far apart
-        torch.sub(x, diff, out=diff).sub_(largest[:, None])
-        if kl == "forward":
-            v = log_ratio - torch.linalg.vecdot(p_t, diff)
-            if grad:
-                torch.sub(p_s, p_t, out=x)
-        elif kl == "reverse":
-            mean = torch.linalg.vecdot(p_s, diff)  # E_s[diff]
-            v = mean - log_ratio
-            if grad:
-                torch.mul(p_s, diff.sub_(mean[:, None]), out=x)
-        else:
-            log_p = diff.sub_(log_ratio[:, None])  # log p_s - log p_t; from it, to m:
-            over_m = math.log(2) - F.softplus(log_p)  # log p_t - log m
-            teacher_m = torch.linalg.vecdot(p_t, over_m)
-            over_m = math.log(2) - F.softplus(log_p.neg_())  # log p_s - log m
-            student_m = torch.linalg.vecdot(p_s, over_m)
-            v = 0.5 * teacher_m + 0.5 * student_m
-            if grad:
-                torch.mul(p_s, over_m.sub_(student_m[:, None]), out=x).mul_(0.5)
-        value[i : i + block] = torch.where(w == 0, 0, v)
-        if grad:
-            x.mul_(w[:, None])
-            if not w.all():
-                x[w == 0] = 0  # not by the product: 0 * inf is not 0
+    s.clamp_(min=LOG_ZERO)
+    t = t.clamp(min=LOG_ZERO)
+    p_s, p_t = s.softmax(-1), t.softmax(-1)
+    log_ratio = (p_t.amax(-1) / p_s.amax(-1)).log()
+    largest = s.amax(-1) - t.amax(-1)  # difference of the two row maxima
+    diff = torch.sub(s, t, out=t).sub_(largest[:, None])
+    if kl == "forward":
+        value = log_ratio - torch.linalg.vecdot(p_t, diff)
+        torch.sub(p_s, p_t, out=s)
+    elif kl == "reverse":
+        mean = torch.linalg.vecdot(p_s, diff)  # E_s[diff]
+        value = mean - log_ratio
+        torch.mul(p_s, diff.sub_(mean[:, None]), out=s)
+    else:
+        log_p = diff.sub_(log_ratio[:, None])  # log p_s - log p_t; from it, to m:
+        over_m = math.log(2) - F.softplus(log_p)  # log p_t - log m
+        teacher_m = torch.linalg.vecdot(p_t, over_m)
+        over_m = math.log(2) - F.softplus(log_p.neg_())  # log p_s - log m
+        student_m = torch.linalg.vecdot(p_s, over_m)
+        value = 0.5 * teacher_m + 0.5 * student_m
+        torch.mul(p_s, over_m.sub_(student_m[:, None]), out=s).mul_(0.5)
+    s.mul_(weight[:, None])
     return value
 
 
@@ -831,7 +711,7 @@ if triton is not None:
     @triton.jit
     def kl_kernel(
         s_ptr, t_ptr, weight_ptr, value_ptr, V: tl.constexpr, KL: tl.constexpr,
-        GRAD: tl.constexpr, BLOCK: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program is one row; diff and log_ratio are those of kl_rows_torch.
 
@@ -845,76 +725,67 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)  # row * V can be more than 2^31
         s_ptr, t_ptr = s_ptr + row * V, t_ptr + row * V
         w = tl.load(weight_ptr + row)
-        if w == 0:  # nothing is read: the row may hold anything
-            tl.store(value_ptr + row, 0.0)
-            for i in range(0, V, BLOCK):
-                cols = i + tl.arange(0, BLOCK)
-                tl.store(s_ptr + cols, tl.zeros([BLOCK], tl.float32), mask=cols < V)
-        else:
-            # pass 1: log-sum-exp of both rows and E[diff], online: sums are relative to
-            # the largest logit so far and shrink when a larger one comes
-            max_s, max_t = -float("inf"), -float("inf")
-            sum_s, sum_t, sum_diff = 0.0, 0.0, 0.0
+        # pass 1: log-sum-exp of both rows and E[diff], online: sums are relative to the
+        # largest logit so far and shrink when a larger one comes
+        max_s, max_t = -float("inf"), -float("inf")
+        sum_s, sum_t, sum_diff = 0.0, 0.0, 0.0
+        for i in range(0, V, BLOCK):
+            s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
+            new_s = tl.maximum(max_s, tl.max(s, 0))
+            new_t = tl.maximum(max_t, tl.max(t, 0))
+            p_s, p_t = tl.exp(s - new_s), tl.exp(t - new_t)  # not yet normalized
+            shrink_s, shrink_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
+            sum_s = sum_s * shrink_s + tl.sum(p_s, 0)
+            sum_t = sum_t * shrink_t + tl.sum(p_t, 0)
+            if KL == "forward":
+                sum_diff = sum_diff * shrink_t + tl.sum(p_t * (s - t), 0)
+            else:
+                sum_diff = sum_diff * shrink_s + tl.sum(p_s * (s - t), 0)
+            max_s, max_t = new_s, new_t
+        lse_s, lse_t = max_s + tl.log(sum_s), max_t + tl.log(sum_t)
+        # not lse_s - lse_t, the difference of two rounded numbers
+        log_ratio = (max_s - max_t) + tl.log(sum_s / sum_t)
+        mean = sum_diff / (sum_t if KL == "forward" else sum_s)  # E_t or E_s[diff]
+        if KL == "forward":
+            value = log_ratio - mean
+        elif KL == "reverse":
+            value = mean - log_ratio
+        else:  # pass 2 of jsd: both divergences from the mixture
+            teacher_m, mean = 0.0, 0.0
             for i in range(0, V, BLOCK):
                 s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
-                new_s = tl.maximum(max_s, tl.max(s, 0))
-                new_t = tl.maximum(max_t, tl.max(t, 0))
-                p_s, p_t = tl.exp(s - new_s), tl.exp(t - new_t)  # not yet normalized
-                shrink_s, shrink_t = tl.exp(max_s - new_s), tl.exp(max_t - new_t)
-                sum_s = sum_s * shrink_s + tl.sum(p_s, 0)
-                sum_t = sum_t * shrink_t + tl.sum(p_t, 0)
-                if KL == "forward":
-                    sum_diff = sum_diff * shrink_t + tl.sum(p_t * (s - t), 0)
-                else:
-                    sum_diff = sum_diff * shrink_s + tl.sum(p_s * (s - t), 0)
-                max_s, max_t = new_s, new_t
-            lse_s, lse_t = max_s + tl.log(sum_s), max_t + tl.log(sum_t)
-            # not lse_s - lse_t, the difference of two rounded numbers
-            log_ratio = (max_s - max_t) + tl.log(sum_s / sum_t)
-            mean = sum_diff / (sum_t if KL == "forward" else sum_s)  # E_t or E_s[diff]
-            if KL == "forward":
-                value = log_ratio - mean
+                x = s - t - log_ratio  # log p_s - log p_t
+                teacher_m += tl.sum(tl.exp(t - lse_t) * log_over_mixture(-x), 0)
+                mean += tl.sum(tl.exp(s - lse_s) * log_over_mixture(x), 0)
+            value = 0.5 * teacher_m + 0.5 * mean
+        tl.store(value_ptr + row, value)
+        for i in range(0, V, BLOCK):  # the last pass: the gradient
+            cols = i + tl.arange(0, BLOCK)
+            s, t = load_logits(s_ptr, t_ptr, cols, V)
+            x, p_s = s - t - log_ratio, tl.exp(s - lse_s)
+            if KL == "forward":  # p_s - p_t; where near, p_t (p_s/p_t - 1)
+                p_t = tl.exp(t - lse_t)
+                g = tl.where(tl.abs(x) < 1, p_t * (tl.exp(x) - 1), p_s - p_t)
             elif KL == "reverse":
-                value = mean - log_ratio
-            else:  # pass 2 of jsd: both divergences from the mixture
-                teacher_m, mean = 0.0, 0.0
-                for i in range(0, V, BLOCK):
-                    s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
-                    x = s - t - log_ratio  # log p_s - log p_t
-                    teacher_m += tl.sum(tl.exp(t - lse_t) * log_over_mixture(-x), 0)
-                    mean += tl.sum(tl.exp(s - lse_s) * log_over_mixture(x), 0)
-                value = 0.5 * teacher_m + 0.5 * mean
-            tl.store(value_ptr + row, value)
-            if GRAD:  # the last pass
-                for i in range(0, V, BLOCK):
-                    cols = i + tl.arange(0, BLOCK)
-                    s, t = load_logits(s_ptr, t_ptr, cols, V)
-                    x, p_s = s - t - log_ratio, tl.exp(s - lse_s)
-                    if KL == "forward":  # p_s - p_t; where near, p_t (p_s/p_t - 1)
-                        p_t = tl.exp(t - lse_t)
-                        g = tl.where(tl.abs(x) < 1, p_t * (tl.exp(x) - 1), p_s - p_t)
-                    elif KL == "reverse":
-                        g = p_s * (s - t - mean)
-                    else:
-                        g = 0.5 * p_s * (log_over_mixture(x) - mean)
-                    tl.store(s_ptr + cols, w * g, mask=cols < V)
+                g = p_s * (s - t - mean)
+            else:
+                g = 0.5 * p_s * (log_over_mixture(x) - mean)
+            tl.store(s_ptr + cols, w * g, mask=cols < V)
 
 
-def launch_options(V):
-    """Columns that a program takes at a time, and its warps (32 threads each). A large
-    row in one block would not fit into the registers, and would spill to memory."""
-    block = min(4096, triton.next_power_of_2(V))
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
-
-
-def kl_rows_triton(s, t, weight, kl, grad):
-    """kl_rows in one kernel, for a GPU; logits float32."""
+def kl_rows_triton(s, t, weight, kl):
+    """fused_kl in one kernel, for a GPU; logits float32."""
     assert all(x.is_contiguous() for x in (s, t, weight)), "a row is found at row * V"
-    value = torch.empty_like(weight)
+    value, V = torch.empty_like(weight), s.size(-1)
+    # columns that a program takes at a time, and its warps (32 threads each): a large
+    # row in one block would not fit into the registers, and would spill to memory
+    block = min(4096, triton.next_power_of_2(V))
+    warps = 8 if block >= 2048 else 4
     if len(s):
-        options = launch_options(s.size(-1))
         with torch.cuda.device_of(s):  # Triton would take the current one
-            kl_kernel[(len(s),)](s, t, weight, value, s.size(-1), kl, grad, **options)
+            kl_kernel[(len(s),)](
+                s, t, weight, value, V, kl, BLOCK=block, num_warps=warps
+            )
     return value
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import LazyLogits, fused_linear_kl, generate, kl_stats, response_hidden
+from model import chunked_kl, generate, response_hidden
 
 
 @dataclass
@@ -92,12 +92,11 @@ def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
     weight = weight[mask]  # (N,)
 
     # loss = (weight * kl_reference(student_logits, teacher_logits, cfg.kl)).sum()
-    student_logits = LazyLogits(hidden, student.head(), cfg.temperature)  # (N, V)
-    teacher_logits = LazyLogits(teacher_hidden, teacher.head(), cfg.temperature)
-    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)
-    if step % cfg.log_every == 0:  # a step that is recorded
-        return loss, kl_stats(student_logits, teacher_logits, weight)
-    return loss, {}
+    heads = student.head(), teacher.head()
+    watch = step % cfg.log_every == 0  # a step that is recorded
+    return chunked_kl(
+        hidden, teacher_hidden, *heads, weight, cfg.kl, cfg.temperature, watch
+    )
 
 
 # ---- 3. What happens to the teacher --------------------------------------------------

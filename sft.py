@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 import data
-from model import LazyLogits, fused_linear_nll, response_hidden
+from model import chunked_nll, response_hidden
 
 
 @dataclass
@@ -72,8 +72,7 @@ def compute_loss(student, batch, response, mask, tok, cfg):
     weight = weight[mask]  # (N,)
 
     # loss = -(weight * log_softmax(student_logits)[response token]).sum()
-    student_logits = LazyLogits(hidden, student.head())  # (N, V), made chunk by chunk
-    loss = fused_linear_nll(student_logits, response[mask], weight)
+    loss = chunked_nll(hidden, student.head(), response[mask], weight)
     return loss, {}
 
 

@@ -33,7 +33,7 @@ import model
 import sdft
 import sft
 import train
-from model import GPT, GPTConfig, LazyLogits
+from model import GPT, GPTConfig, chunked_kl, chunked_nll
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = shlex.split(
@@ -1458,8 +1458,8 @@ def test_the_loss_is_of_the_distribution_that_was_sampled(dtype, temperature):
         hidden = gpt.hidden(tokens)[:, -1]
         logits = gpt.logits(hidden)  # what the sampler divides
         p = torch.softmax(logits / temperature, -1)
-        mine = LazyLogits(hidden, gpt.head(), temperature)
-        assert torch.equal(torch.softmax(mine.rows(0, 4), -1), p)
+        mine = model.make_logits(hidden, gpt.head(), temperature)
+        assert torch.equal(torch.softmax(mine, -1), p)
 
 
 @kind(SILENT)
@@ -1506,39 +1506,35 @@ def test_rows_of_two_lengths_never_reach_a_kernel(shape, on_gpu, monkeypatch):
     s, t = torch.randn(2, 64), torch.randn(*shape)
     if on_gpu:
         s = s.as_subclass(OnGPU)
-    with pytest.raises(ValueError, match="differ in shape"):
-        model.kl_rows(s, t, torch.ones(2), "forward")
+    with pytest.raises(ValueError, match=rf"logits \(2, 64\) and \({shape[0]}, "):
+        model.fused_kl(s, t, torch.ones(2), "forward")
 
 
 ZEROS = torch.zeros(2, 3, dtype=torch.int64)
 
 
-def lazy(n=3, v=8):
-    return LazyLogits(torch.randn(n, 4), torch.randn(v, 4))
-
+HIDDEN, HEAD, ONES = torch.randn(3, 4), torch.randn(8, 4), torch.ones(3)
 
 BAD_CALLS = {
-    "one weight for all rows, KL": lambda: model.fused_linear_kl(
-        lazy(), lazy(), torch.ones(1)),
-    "more weights than rows, KL": lambda: model.fused_linear_kl(
-        lazy(), lazy(), torch.ones(4)),
-    "a mask as weights, KL": lambda: model.fused_linear_kl(
-        lazy(), lazy(), torch.ones(3, dtype=torch.bool)),
-    "another number of teacher rows": lambda: model.fused_linear_kl(
-        lazy(), lazy(4), torch.ones(3)),
-    "another vocabulary of the teacher": lambda: model.fused_linear_kl(
-        lazy(), lazy(v=9), torch.ones(3)),
-    "a divergence that is none": lambda: model.fused_linear_kl(
-        lazy(), lazy(), torch.ones(3), "forwards"),
+    "one weight for all rows, KL": lambda: chunked_kl(
+        HIDDEN, HIDDEN, HEAD, HEAD, torch.ones(1)),
+    "more weights than rows, KL": lambda: chunked_kl(
+        HIDDEN, HIDDEN, HEAD, HEAD, torch.ones(4)),
+    "a mask as weights, KL": lambda: chunked_kl(HIDDEN, HIDDEN, HEAD, HEAD, ONES > 0),
+    "another number of teacher rows": lambda: chunked_kl(
+        HIDDEN, torch.randn(4, 4), HEAD, HEAD, ONES),
+    "another vocabulary of the teacher": lambda: chunked_kl(
+        HIDDEN, HIDDEN, HEAD, torch.randn(9, 4), ONES),
+    "a divergence that is none": lambda: chunked_kl(
+        HIDDEN, HIDDEN, HEAD, HEAD, ONES, "forwards"),
     "a single row that would be broadcast": lambda: model.kl_reference(
         torch.randn(3, 8), torch.randn(1, 8)),
-    "one weight for all rows, likelihood": lambda: model.fused_linear_nll(
-        lazy(), torch.zeros(3, dtype=torch.int64), torch.ones(1)),
-    "one token for all rows": lambda: model.fused_linear_nll(
-        lazy(), torch.zeros(1, dtype=torch.int64), torch.ones(3)),
-    "more tokens than rows": lambda: model.fused_linear_nll(
-        lazy(), torch.zeros(4, dtype=torch.int64), torch.ones(3)),
-    "one weight for all rows, entropy": lambda: model.entropy(lazy(), torch.ones(1)),
+    "one weight for all rows, likelihood": lambda: chunked_nll(
+        HIDDEN, HEAD, ZEROS[0], torch.ones(1)),
+    "a mask as weights, likelihood": lambda: chunked_nll(
+        HIDDEN, HEAD, ZEROS[0], ONES > 0),
+    "one token for all rows": lambda: chunked_nll(HIDDEN, HEAD, ZEROS[0, :1], ONES),
+    "more tokens than rows": lambda: chunked_nll(HIDDEN, HEAD, ZEROS.view(-1), ONES),
     "an empty prompt, hidden": lambda: model.response_hidden(
         device_test(0), ZEROS, torch.tensor([3, 0]),
         torch.zeros(2, 2, dtype=torch.int64), torch.ones(2, 2, dtype=torch.bool)),

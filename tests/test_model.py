@@ -20,12 +20,12 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
-    LazyLogits,
-    fused_linear_kl,
-    fused_linear_nll,
+    chunked_kl,
+    chunked_nll,
     generate,
     kl_models,
     make_dropout,
+    make_logits,
     response_hidden,
     rotate,
     rotation_tables,
@@ -421,13 +421,19 @@ def test_what_does_not_fit_is_refused_with_its_lengths():
     assert response.shape == (2, 3)
 
 
-def test_kl_models_is_of_the_first_from_the_second_each_after_its_own_prompt():
-    """Where the mask is true; elsewhere it is 0."""
+def test_kl_models_is_of_the_first_from_the_second_each_after_its_own_prompt(
+    monkeypatch,
+):
+    """Where the mask is true; elsewhere it is 0. In several chunks, but the head is
+    asked for once: a head in shards is gathered, by all processes together."""
+    monkeypatch.setattr(model_py, "chunk_rows", lambda head: 2)
     p, q = make_model(seed=0), make_model(seed=1)
     p_prompts, q_prompts = draw_prompts((7, 4)), draw_prompts((2, 3), seed=5)
     response = draw_tokens(2, 3, seed=9)
     mask = torch.tensor([[1, 1, 1], [1, 0, 1]]).bool()
+    heads = record(monkeypatch, p, "head"), record(monkeypatch, q, "head")
     kl = kl_models(p, pad(p_prompts), q, pad(q_prompts), response, mask)
+    assert [len(calls) for calls in heads] == [1, 1]
     assert not kl.requires_grad and kl[1, 1] == 0
     for i, row in enumerate(response.tolist()):
         # q has the place of the student: forward is KL(teacher || student)
@@ -626,9 +632,9 @@ def test_sampler_and_trainer_agree_on_the_log_probability_of_each_token(
     prompts, u = pad(draw_prompts((1, 6, 3, 1, 9))), draw_uniform(5, 10, seed=2)
     response, mask = generate(model, *prompts, 10, END, u, temperature)
     hidden = response_hidden(model, *prompts, response, mask)
-    logits = LazyLogits(hidden, model.head(), temperature)
+    logits = make_logits(hidden, model.head(), temperature)
     trainer = torch.zeros(*mask.shape, V, dtype=dtype)
-    trainer[mask] = logits.rows(0, len(hidden)).log_softmax(-1)
+    trainer[mask] = logits.log_softmax(-1)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
     assert not mask.all()
     for t, (sampler, *_) in enumerate(calls):
@@ -651,7 +657,8 @@ def test_in_bfloat16_sampler_and_trainer_have_the_same_logits_to_the_bit(
     assert len(hiddens) == len(divided) == 4
     for (hidden,), (sampler, *_) in zip(hiddens, divided, strict=True):
         assert hidden.dtype == torch.bfloat16
-        trainer = LazyLogits(hidden, model.head(), temperature).rows(0, 64)
+        trainer = make_logits(hidden, model.head(), temperature)
+        assert trainer.dtype == torch.float32
         assert torch.equal(trainer, sampler)
     # and the hidden states of the trainer are those of the sampler, up to rounding
     hidden = response_hidden(model, *prompts, response, mask)  # (64 * 4, C)
@@ -782,14 +789,13 @@ def test_rows_that_are_no_tokens_are_in_no_loss_and_get_no_gradient(tie_weights)
         losses, slopes = [], []
         for model, other in ((padded, teacher), (cut, cut_teacher)):
             hidden = response_hidden(model, *prompts, response, mask)
-            logits = LazyLogits(hidden, model.head(), 0.7)
             if kl is None:
-                loss = fused_linear_nll(logits, response[mask], weight)
+                loss = chunked_nll(hidden, model.head(), response[mask], weight)
             else:
                 with torch.no_grad():
-                    hidden = response_hidden(other, *prompts, response, mask)
-                taught = LazyLogits(hidden, other.head(), 0.7)
-                loss = fused_linear_kl(logits, taught, weight, kl)
+                    shown = response_hidden(other, *prompts, response, mask)
+                heads = model.head(), other.head()
+                loss, _ = chunked_kl(hidden, shown, *heads, weight, kl, 0.7)
             losses.append(loss.detach())
             slopes.append(gradients(model, loss))
         close(*losses)

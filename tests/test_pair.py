@@ -458,6 +458,7 @@ def test_tasks_of_one_s_own_run_in_both(module, tmp_path, capsys):
     assert evaluations[0]["responses"][1]["prompt"] == sums[1].prompt
 
 
+@pytest.mark.usefixtures("float64")
 @BOTH
 def test_the_loop_evaluates_when_it_is_due_and_returns_the_ends_of_stages(
     module, tmp_path
@@ -478,6 +479,7 @@ def test_the_loop_evaluates_when_it_is_due_and_returns_the_ends_of_stages(
     ]  # fmt: skip
 
 
+@pytest.mark.usefixtures("float64")
 @BOTH
 def test_a_step_whose_loss_is_not_finite_is_not_made(module, tmp_path):
     """Weights stay what they were; the error names the step and the examples."""
@@ -492,6 +494,7 @@ def test_a_step_whose_loss_is_not_finite_is_not_made(module, tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+@pytest.mark.usefixtures("float64")
 @BOTH
 def test_a_step_whose_gradient_is_not_finite_is_not_made(module, tmp_path, monkeypatch):
     """Though its loss is: step 1, after a good one, which is what stays."""

@@ -4,7 +4,7 @@
     python tests/bench/kernel.py --kl reverse --quick
 
 Two tables. "logits": a divergence of given logits (N, V). "head": from hidden states,
-two heads included (fused_linear_kl beside eager matmul + formula and TRL's
+two heads included (chunked_kl beside eager matmul + formula and TRL's
 chunked_divergence). Every entry is checked against float64 on a few rows before it is
 timed. The roof of "logits" is a copy: both logits read once and the gradient written,
 12 bytes an entry; that of "head" a large matrix product: 8 N V C flop. How time and
@@ -22,14 +22,7 @@ import torch.nn.functional as F
 from measure import DEVICE, ROOT
 
 sys.path.insert(0, str(ROOT))
-from model import (  # noqa: E402
-    KLS,
-    LazyLogits,
-    fused_kl,
-    fused_linear_kl,
-    kl_reference,
-    kl_rows,
-)
+from model import KLS, chunked_kl, fused_kl, kl_reference  # noqa: E402
 
 BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's name for it
 
@@ -51,9 +44,9 @@ compiled = torch.compile(kl_reference, dynamic=False)
 
 
 def in_place(s, t, kl):
-    """The row kernel as fused_linear_kl uses it: on logits that it may overwrite."""
+    """The row kernel as chunked_kl uses it: on logits that it may overwrite."""
     weight = s.new_full((len(s),), 1 / len(s))
-    values = kl_rows(s.detach(), t, weight, kl)
+    values = fused_kl(s.detach(), t, weight, kl)
     s.grad = s.detach()
     return values
 
@@ -73,8 +66,7 @@ LOGITS = {
     "F.kl_div": lambda s, t, kl: backward_mean(torch_kl_div(s, t, kl)),
     "torch.compile": lambda s, t, kl: backward_mean(compiled(s, t, kl)),
     "Liger JSD": liger,  # Triton: for a GPU only
-    "ours, fused_kl": lambda s, t, kl: backward_mean(fused_kl(s, t, kl)),
-    "ours, in place": in_place,
+    "ours, fused_kl": in_place,
 }
 
 
@@ -96,7 +88,7 @@ def trl_head(h, W, t, U, kl):
 
 def our_head(h, W, t, U, kl):
     weight = h.new_full((len(h),), 1 / len(h))
-    loss = fused_linear_kl(LazyLogits(h, W), LazyLogits(t, U), weight, kl)
+    loss, _ = chunked_kl(h, t, W, U, weight, kl)
     loss.backward()
     return loss.detach()  # the mean of the rows
 
@@ -105,7 +97,7 @@ HEADS = {
     "eager formula": eager_head,
     "torch.compile": compiled_head,
     "TRL chunked_divergence": trl_head,
-    "ours, fused_linear_kl": our_head,
+    "ours, chunked_kl": our_head,
 }
 
 
@@ -186,7 +178,7 @@ def measure_cell(level, N, V, C, kl, turns, memory, roof):
             print(f"  {name}: {reason}")
             continue
         # one entry overwrites its logits: it gets a copy, which soon is a gradient
-        own = [inputs[0].detach().clone()] if name == "ours, in place" else inputs[:1]
+        own = [inputs[0].detach().clone()] if name == "ours, fused_kl" else inputs[:1]
         runs[name] = runner(level, name, [*own, *inputs[1:]], kl)
         runs[name]()  # compiles, fills caches
     times = measure.in_turns(runs, turns)
@@ -203,7 +195,7 @@ def measure_cell(level, N, V, C, kl, turns, memory, roof):
             "extra_mb": measure.fresh(*job) if memory else None,
         }
         r, rate = rows[name], ""
-        if DEVICE == "cuda" and name == "ours, in place":  # passes: see kl_kernel
+        if DEVICE == "cuda" and name == "ours, fused_kl":  # passes: see kl_kernel
             passes = 3 if V <= 4096 else 7 if kl == "jsd" else 5
             r["moved_gb_per_s"] = passes * 4 * N * V / min(seconds) / 1e9
             rate = f"  {r['moved_gb_per_s']:.0f} GB/s of what it moves"

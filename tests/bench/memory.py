@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 import sdft  # noqa: E402
 import sft  # noqa: E402
 from data import Example  # noqa: E402
-from model import GPT, GPTConfig, LazyLogits, shard  # noqa: E402
+from model import GPT, GPTConfig, chunk_rows, shard  # noqa: E402
 
 
 def shape(*sizes, **others):
@@ -67,8 +67,7 @@ def memory_of(config, method, rows, n_tokens, dtype, checkpointing, shards=1):
     block += 4 * 2 * c.n_embd  # the norms compute in float32
     layers = c.n_layer * 4 * c.n_embd + block if checkpointing else c.n_layer * block
     V = c.n_tokens or c.vocab_size
-    logits = LazyLogits(torch.empty(rows * n_tokens, 0), torch.empty(V, 0))
-    _, chunk = logits.chunks()[0]  # rows
+    chunk = min(rows * n_tokens, chunk_rows(torch.empty(V, 0)))
     moving = {
         "activations": rows * n_tokens * layers,
         "logits": 4 * V * (3 * chunk + c.n_embd),  # and the head's own gradient

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import data
 from data import student_prompt, teacher_prompt
-from model import LazyLogits, generate, kl_models, response_hidden
+from model import generate, kl_models, response_hidden
 
 TERMS = {word for name, (term, _) in data.OPERATIONS.items() for word in (name, term)}
 
@@ -94,8 +94,8 @@ def mass(model, base, examples, tok, n):
     a whole: the mean over examples, in [0, 1]."""
     response, mask = respond(base, examples, student_prompt, tok, n)
     both = data.pad_batch(student_prompt, examples, tok, response.device)
-    logits = LazyLogits(response_hidden(model, *both, response, mask), model.head())
-    rows = logits.rows(0, len(logits.hidden)).log_softmax(-1)  # (N, V)
+    hidden = response_hidden(model, *both, response, mask)  # (N, C)
+    rows = model.logits(hidden).log_softmax(-1)  # (N, V)
     log_p = rows.new_zeros(mask.shape)  # (B, R)
     log_p[mask] = rows.gather(1, response[mask][:, None])[:, 0]
     return log_p.sum(1).exp().mean().item()

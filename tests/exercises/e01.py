@@ -114,11 +114,10 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        (
-            "model.py",
-            "                log_p = torch.log_softmax(s, dim=-1).gather(",
-            "                import extra\n\n"
-            "                log_p = extra.log_softmax(s).gather(",
-        ),
+        ("model.py",
+         'loss = F.cross_entropy(s.requires_grad_(), tokens[rows], reduction="none")',
+         "import extra\n\n"
+         "            log_p = extra.log_softmax(s.requires_grad_())\n"
+         "            loss = -log_p.gather(1, tokens[rows, None])[:, 0]"),
     ),
-)
+)  # fmt: skip

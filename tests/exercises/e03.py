@@ -9,7 +9,7 @@ else: token by token with the cache gives the numbers of one pass over the whole
 
 Write CausalSelfAttention.forward(x, cos, sin, cache, layer) of model.py. x is
 (B, T, C), the result too. H query heads, G key/value heads (H is a multiple of G), D
-channels each; they are self.H, self.G, self.D.
+channels each; they are self.H, self.G, self.D. (self.qk_norm, for Qwen3, is false.)
 
 1. self.qkv_proj(x) is (B, T, (H + 2 G) D): H queries, then G keys, then G values, each
    D channels. Bring them to (B, heads, T, D).

@@ -57,7 +57,7 @@ Almost the code.
 )
 
 WEIGHT = "mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size"
-LOSS = "fused_linear_nll(student_logits, response[mask], weight)"
+LOSS = "chunked_nll(hidden, student.head(), response[mask], weight)"
 HIDDEN = "response_hidden(student, *bare, response, mask)"
 
 MUTANTS = (
@@ -155,8 +155,8 @@ MUTANTS = (
         (
             (
                 LOSS,
-                "fused_linear_nll(LazyLogits(hidden[:-1], student.head()), "
-                "response[mask][1:], weight[1:])",
+                "chunked_nll(hidden[:-1], student.head(), response[mask][1:], "
+                "weight[1:])",
             ),
         ),
         "do you shift a second time",

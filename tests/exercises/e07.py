@@ -1,6 +1,7 @@
 """e07: reverse KL over the whole vocabulary. Grader: test_e07_reverse_kl.py"""
 
 from kit import Exercise
+from variants import own_loss
 
 SHEET = """
 How far is the student from the teacher at one token? Eq. 1 of the paper answers with
@@ -232,21 +233,16 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        (
-            "sdft.py",
-            "    loss = fused_linear_kl(student_logits, teacher_logits, weight, "
-            "cfg.kl)\n",
-            """\
+        own_loss("""\
     from extra import reverse_kl
+    from model import make_logits
 
     dense = []
-    for logits in (student_logits, teacher_logits):
-        rows = logits.rows(0, len(hidden))  # (N, V)
-        places = mask.nonzero(as_tuple=True)
+    for states, head in zip((hidden, teacher_hidden), heads, strict=True):
+        rows = make_logits(states, head, cfg.temperature)  # (N, V)
         whole = rows.new_zeros(*mask.shape, rows.size(-1))  # (B, R, V)
-        dense.append(whole.index_put(places, rows))
+        dense.append(whole.index_put(mask.nonzero(as_tuple=True), rows))
     loss = reverse_kl(*dense, mask) * len(batch) / cfg.batch_size
-""",
-        ),
+"""),
     ),
 )

@@ -1,6 +1,7 @@
 """e08: the direction of the KL matters. Grader: test_e08_direction.py"""
 
 from kit import Exercise
+from variants import own_loss
 
 SHEET = """
 The KL divergence is no distance: KL(student || teacher) and KL(teacher || student) are
@@ -22,7 +23,7 @@ the arguments, always; what is in front of the || is what kl says.
    gets 0 as its gradient, not nan. The constant LOG_ZERO is there for it.
 4. bfloat16 logits are turned into float32 before anything else; float64 stays float64.
 5. Shapes that differ and an unknown kl raise ValueError: write
-   check_kl(student_logits.shape, teacher_logits.shape, kl).
+   check_kl(student_logits, teacher_logits, kl).
    Nothing that you are given may be changed.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.36806 forward, 0.51083 reverse.
@@ -135,8 +136,8 @@ MUTANTS = (
     ("float32 too late", ((LOG_S, f"{LOG_S[:-len(', dtype)')]}).to(dtype)"),
      (LOG_T, f"{LOG_T[:-len(', dtype)')]}).to(dtype)")),
      "has two or three digits only"),
-    ("shapes not checked", (("    check_kl(student_logits.shape, teacher_logits.shape, "
-     "kl)\n", ""),), "should raise ValueError"),
+    ("shapes not checked", (("    check_kl(student_logits, teacher_logits, kl)\n",
+     ""),), "should raise ValueError"),
     ("mean over the vocabulary", ((f"return {REVERSE}",
      f"return {REVERSE.replace('sum', 'mean')}"),), "mean over the vocabulary"),
 )  # fmt: skip
@@ -166,7 +167,7 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
         "means of the difference of the logits, and softplus for the mixture",
         '''
 def kl_reference(student_logits, teacher_logits, kl="forward"):
-    check_kl(student_logits.shape, teacher_logits.shape, kl)
+    check_kl(student_logits, teacher_logits, kl)
     s, t = student_logits.double(), teacher_logits.detach().double()
     nobody = (s == -math.inf) & (t == -math.inf)
     diff = (s - t).masked_fill(nobody, 0)
@@ -188,7 +189,7 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
         "gradient sums to 0",
         '''
 def kl_reference(student_logits, teacher_logits, kl="forward"):
-    check_kl(student_logits.shape, teacher_logits.shape, kl)
+    check_kl(student_logits, teacher_logits, kl)
     V, values = student_logits.size(-1), []
     wide = torch.promote_types(student_logits.dtype, torch.float32)
     teacher_rows = teacher_logits.detach().reshape(-1, V)
@@ -224,16 +225,12 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        (
-            "sdft.py",
-            "    loss = fused_linear_kl(student_logits, teacher_logits, weight, "
-            "cfg.kl)\n",
-            """\
-    from model import kl_reference
+        own_loss("""\
+    from model import kl_reference, make_logits
 
-    dense = [x.rows(0, len(hidden)) for x in (student_logits, teacher_logits)]
+    pairs = zip((hidden, teacher_hidden), heads, strict=True)
+    dense = [make_logits(*pair, cfg.temperature) for pair in pairs]  # (N, V) each
     loss = (weight * kl_reference(*dense, cfg.kl)).sum()
-""",
-        ),
+"""),
     ),
 )

@@ -1,6 +1,7 @@
 """e09: three estimators of one gradient. Grader: test_e09_estimators.py"""
 
 from kit import Exercise
+from variants import own_loss
 
 SHEET = """
 The objective of Eq. 1 is a mean over responses that the student samples, and sampling
@@ -207,22 +208,17 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        (
-            "sdft.py",
-            "    loss = fused_linear_kl(student_logits, teacher_logits, weight, "
-            "cfg.kl)\n",
-            """\
+        own_loss("""\
     from extra import kl_surrogate
+    from model import make_logits
 
     dense = []
-    for logits in (student_logits, teacher_logits):
-        rows = logits.rows(0, len(hidden))  # (N, V)
-        places = mask.nonzero(as_tuple=True)
+    for states, head in zip((hidden, teacher_hidden), heads, strict=True):
+        rows = make_logits(states, head, cfg.temperature)  # (N, V)
         whole = rows.new_zeros(*mask.shape, rows.size(-1))  # (B, R, V)
-        dense.append(whole.index_put(places, rows))
+        dense.append(whole.index_put(mask.nonzero(as_tuple=True), rows))
     estimate = kl_surrogate(*dense, response, mask, "token")  # (B,)
     loss = (estimate / mask.sum(1).clamp(min=1)).sum() / cfg.batch_size
-""",
-        ),
+"""),
     ),
 )

@@ -210,9 +210,9 @@ def sdft_step(student, teacher, optimizer, batch, u, tok, cfg):
 ''',
     ),
     (
-        "fused loss, gradients by autograd.grad and clipped by hand",
+        "loss in chunks, gradients by autograd.grad and clipped by hand",
         '''
-from model import LazyLogits, fused_linear_kl
+from model import chunked_kl
 import sdft
 
 def sdft_step(student, teacher, optimizer, batch, u, tok, cfg):
@@ -220,13 +220,12 @@ def sdft_step(student, teacher, optimizer, batch, u, tok, cfg):
                 for prompt in (data.student_prompt, data.teacher_prompt)]
     response, mask = generate(student, *contexts[0], cfg.max_new_tokens, tok.end, u,
                               cfg.temperature)
-    lazy = []
-    for model, context in zip((student, teacher), contexts):
-        hidden = response_hidden(model, *context, response, mask)
-        lazy.append(LazyLogits(hidden, model.head(), cfg.temperature))
+    both = list(zip((student, teacher), contexts))
+    hidden = [response_hidden(m, *context, response, mask) for m, context in both]
+    heads = [model.head() for model, _ in both]
     n = mask.sum(1)
     weight = (1.0 / n / len(batch)).repeat_interleave(n)
-    loss = fused_linear_kl(*lazy, weight, "forward")
+    loss, _ = chunked_kl(*hidden, *heads, weight, "forward", cfg.temperature)
     params = list(student.parameters())
     grads = torch.autograd.grad(loss, params)
     norm = torch.cat([g.flatten() for g in grads]).norm()

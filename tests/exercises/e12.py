@@ -1,39 +1,37 @@
-"""e12: memory, the fused kernel. Grader: test_e12_fused_kernel.py"""
+"""e12: memory, the loss in chunks. Grader: test_e12_chunked_loss.py"""
 
 from kit import Exercise
 
 SHEET = """
 The loss compares N tokens over a vocabulary of V. With 1,024 tokens and Qwen's 151,665
 the logits of one model are 0.6 GB, and autograd keeps several such tensors for its
-backward pass. None of them has to exist: rows of the KL do not know each other, and the
-gradient has a closed form. Write forward and backward of FusedLinearKL in model.py, an
-autograd.Function that takes hidden states and gives the loss, a few rows at a time.
+backward pass. None of them has to exist: rows of a loss do not know each other, and the
+gradient of a row is known as soon as its logits are. Write forward and backward of
+ChunkedLoss in model.py, an autograd.Function that takes hidden states and gives the
+loss, a few rows at a time. chunked_nll (SFT) and chunked_kl (SDFT) both call it.
 
-forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad)
-    hidden (N, C), in any dtype, and head (V, C) of the student; its logits are
-    hidden @ head.T / temperature, (N, V), in the head's dtype. teacher_logits:
-    LazyLogits of the teacher, with hidden states and head of its own. weight (N,); kl
-    "forward", "reverse" or "jsd"; grad: will anybody ask for gradients?
-    Returns (loss, values): sum_n weight_n * value_n, a scalar, and the divergences
-    (N,), not weighted, in nats. values are ctx.mark_non_differentiable.
-backward(ctx, grad, _)
+forward(ctx, hidden, head, weight, temperature, row_loss)
+    hidden (N, C), in any dtype, and head (V, C); the logits are
+    hidden @ head.T / temperature, (N, V), in the head's dtype. weight (N,), of the
+    head's dtype, too; row_loss: the loss itself, a function, see below.
+    Returns sum_n weight_n * loss_n, a scalar, in nats.
+backward(ctx, grad)
     grad is what comes from upstream, a scalar. Returns one gradient for each of the
-    seven arguments of forward: over hidden (N, C), over head (V, C), five times None.
+    five arguments of forward: over hidden (N, C), over head (V, C), three times None.
 
-What the file gives you:
-- LazyLogits(hidden, head, temperature): .rows(i, j) makes the logits of rows i to
-  j - 1, .chunks() says which rows to make at a time. Use both; with out= rows() writes
-  into a buffer of yours.
-- kl_rows(s, t, weight, kl, grad): from logits s and t (rows, V), which belong to you,
-  the values (rows,); if grad, it overwrites s with weight * dKL/ds. kl_reference and
-  autograd inside a chunk would do as well.
-- check_kl((N, V) of the one, (N, V) of the other, kl) raises ValueError if they differ.
+What you are given:
+- row_loss(s, w, rows): s are the logits (chunk, V) of some rows, w (chunk,) a number
+  for each, rows a slice that says which of the N they are. It returns their losses
+  (chunk,), not weighted, and w * dloss/ds, (chunk, V). What was in s may be overwritten
+  then. Call it once for each row: chunked_kl counts in it what is recorded.
+- chunk_rows(head): how many rows of logits to make at a time. Use it.
+- make_logits(hidden, head, temperature) makes the logits of the hidden states.
 
 The rules: no tensor (N, V), in forward or backward, and none that is kept in pieces.
 The size of the chunks changes no result. N may be 0. Hidden states in bfloat16 are cast
-to the head's dtype first. Nothing that you are given may be changed; backward may be
-called twice (retain_graph). The logits are divided by the temperature: their gradient
-is, too.
+to the head's dtype first, and get their gradient in bfloat16. Nothing that you are
+given may be changed; backward may be called twice (retain_graph). The logits are
+divided by the temperature: their gradient is, too.
 
 What to look at when it runs: with oracles.LargestTensor print the largest tensor of
 your version and of kl_reference on dense logits, for 1,000 and for 2,000 rows. Then
@@ -43,234 +41,213 @@ time both: what is saved in memory costs little time, or none; why?
 HINTS = (
     """
 Direction. The loss is a sum over rows, so its gradient over the hidden states is known
-row by row, and that over the head is a sum over rows. Once the chunk's dKL/dlogits
+row by row, and that over the head is a sum over rows. Once the chunk's dloss/dlogits
 stands there, both follow by a matrix product, and the logits are not needed any more.
 So the forward pass can do it all, and the backward pass only multiplies.
 """,
     """
-Plan. In forward: dh = zeros (N, C), dW = zeros (V, C), values (N,). For each (i, j) of
-chunks(): s = student.rows(i, j), t = teacher.rows(i, j); kl_rows with weight[i:j] /
-temperature leaves the gradient in s; dh[i:j] = s @ head; dW += s.T @ hidden[i:j]. Keep
-dh and dW by ctx.save_for_backward. In backward: both times grad. (Inside forward grad
-mode is off; if you want autograd for a chunk, torch.enable_grad() and
-torch.autograd.grad.)
+Plan. In forward: dh = zeros (N, C), dW = zeros (V, C), losses (N,). For each chunk,
+rows = slice(i, i + chunk_rows(head)): make_logits of hidden[rows]; row_loss with
+weight[rows] / temperature gives the losses and ds; dh[rows] = ds @ head; dW += ds.T @
+hidden[rows]. Keep dh and dW by ctx.save_for_backward. In backward: both times grad.
+(Inside forward grad mode is off; if you want autograd for a chunk, torch.enable_grad()
+and torch.autograd.grad.)
 """,
     """
 Almost the code.
-    student = LazyLogits(hidden.to(head.dtype), head, temperature)
-    check_kl((len(hidden), len(head)), ..., kl)
-    for i, j in student.chunks():
-        s, t = student.rows(i, j), teacher_logits.rows(i, j)
-        values[i:j] = kl_rows(s, t, weight[i:j] / temperature, kl, grad)
-        if grad:
-            dh[i:j] = ...
-            dW += ...
-    loss = (values * weight).sum()
+    h = hidden.to(head.dtype)
+    for i in range(0, len(h), chunk_rows(head)):
+        rows = slice(i, i + chunk_rows(head))
+        s = make_logits(h[rows], head, temperature)
+        losses[rows], ds = row_loss(s, weight[rows] / temperature, rows)
+        dh[rows] = ...
+        dW += ...
     ctx.save_for_backward(dh, dW)
-    ctx.mark_non_differentiable(values)
-    return loss, values
+    return (losses * weight).sum()
 and backward:
     dh, dW = ctx.saved_tensors
-    return dh * grad, dW * grad, None, None, None, None, None
+    return dh * grad, dW * grad, None, None, None
 """,
 )
 
-ROWS = "kl_rows(s, t, weight[i:j] / temperature, kl, grad)"
-HEAD = "dW.addmm_(s.T, student.hidden[i:j])"
-RETURN = "return (dh * grad).to(ctx.hidden_dtype), dW * grad, *[None] * 5"
-S_BUFFER = "s = student.rows(i, j, out=s_buffer[: j - i])"
-T_BUFFER = "t = teacher.rows(i, j, out=t_buffer[: j - i])"
-LOSS = "loss = (values * weight).sum()"
+LOGITS = "make_logits(h[rows], head, temperature)"
+ROWS = "losses[rows], ds = row_loss(s, weight[rows] / temperature, rows)"
+SLICE = "rows = slice(i, i + chunk_rows(head))"
+STARTS = "range(0, len(h), chunk_rows(head))"
+DH = "torch.mm(ds, head, out=dh[rows])"
+HEAD = "dW.addmm_(ds.T, h[rows])"
+LOSS = "return (losses * weight).sum()"
+RETURN = "return (dh * grad).to(ctx.dtype), dW * grad, None, None, None"
 
-# a whole class, with two holes: what is kept, and how the chunks are cut
-RECOMPUTE = '''
-class FusedLinearKL:
+IN_LISTS = '''
+class ChunkedLoss:
     @staticmethod
-    def forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad):
-        student = LazyLogits(hidden, head, temperature)
-        both = [(len(x.hidden), len(x.head)) for x in (student, teacher_logits)]
-        check_kl(*both, kl)
-        values = torch.zeros_like(weight)
-        kept = []
-        for i, j in CHUNKS:
-            s, t = student.rows(i, j), teacher_logits.rows(i, j)
-            values[i:j] = kl_reference(s, t, kl)
-            kept.append(s)
-        ctx.save_for_backward(hidden, head, weight)
-        ctx.rest = temperature, teacher_logits, kl
-        KEEP
-        ctx.mark_non_differentiable(values)
-        return (values * weight).sum(), values
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, head, weight = ctx.saved_tensors
-        temperature, teacher, kl = ctx.rest
-        hidden, head = hidden.detach(), head.detach()
-        dh, dW = [], torch.zeros_like(head)
-        student = LazyLogits(hidden, head, temperature)
-        for i, j in CHUNKS:
-            h, w = hidden[i:j].requires_grad_(), head.requires_grad_()
+    def forward(ctx, hidden, head, weight, temperature, row_loss):
+        n, W = chunk_rows(head), head.detach()
+        losses, dh, dW, kept = [weight[:0]], [hidden[:0]], 0 * W, []
+        for i in range(0, len(hidden), n):
+            j = min(len(hidden), i + n)
             with torch.enable_grad():
-                s = LazyLogits(h, w, temperature).rows(0, j - i)
-                kl_values = kl_reference(s, teacher.rows(i, j).detach(), kl)
-                total = (kl_values * weight[i:j]).sum() * grad
-            over_h, over_w = torch.autograd.grad(total, (h, w))
-            dh.append(over_h)
-            dW += over_w
-        dh = torch.cat(dh) if dh else torch.zeros_like(hidden)
-        return dh, dW, None, None, None, None, None
+                h = hidden[i:j].detach().to(W.dtype).requires_grad_()
+                s = h @ W.T / temperature
+            loss, ds = row_loss(s.detach().clone(), weight[i:j], slice(i, j))
+            losses.append(loss)
+            dh.append(torch.autograd.grad(s, h, ds)[0].to(hidden.dtype))
+            dW = dW + ds.T @ h.detach() / temperature
+            kept.append(ds)
+        ctx.save_for_backward(torch.cat(dh), dW)
+        return torch.dot(torch.cat(losses), weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(x * grad for x in ctx.saved_tensors), None, None, None
 '''
 
-
-def recompute(chunks="student.chunks()", keep=""):
-    return RECOMPUTE.replace("CHUNKS", chunks).replace("KEEP", keep)
-
-
-BY_ROWS = '''
-def row_of(s, t, kl):
-    """The divergence of one row, and its gradient over s."""
-    log_s, log_t = s.log_softmax(0), t.log_softmax(0)
-    p, q = log_s.exp(), log_t.exp()
-    if kl == "forward":
-        return q @ (log_t - log_s), p - q
-    if kl == "reverse":
-        value = p @ (log_s - log_t)
-        return value, p * (log_s - log_t - value)
-    log_m = torch.logaddexp(log_s, log_t) - math.log(2)
-    own = p @ (log_s - log_m)
-    return (q @ (log_t - log_m) + own) / 2, p * (log_s - log_m - own) / 2
-
-
-class FusedLinearKL:
+RECOMPUTE = '''
+class ChunkedLoss:
     @staticmethod
-    def forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad):
-        teacher = teacher_logits
-        if (len(hidden), len(head)) != (len(teacher.hidden), len(teacher.head)):
-            raise ValueError("shapes")
-        values, wide = torch.zeros_like(weight), hidden.to(head.dtype)
-        dh, dW = torch.zeros_like(wide), torch.zeros_like(head)
-        for n in range(len(hidden)):
-            s = head @ wide[n] / temperature
-            t = teacher.head @ teacher.hidden[n].to(head.dtype) / teacher.temperature
-            values[n], ds = row_of(s, t, kl)
-            if grad:
-                ds = ds * weight[n] / temperature
-                dh[n] = ds @ head
-                dW += torch.outer(ds, wide[n])
-        ctx.dh, ctx.dW, ctx.dtype = dh, dW, hidden.dtype
-        ctx.mark_non_differentiable(values)
-        return (values * weight).sum(), values
+    def forward(ctx, hidden, head, weight, temperature, row_loss):
+        ctx.given = hidden.detach(), head.detach(), weight, temperature, row_loss
+        h, losses = hidden.to(head.dtype), torch.zeros_like(weight)
+        for i in range(0, len(h), chunk_rows(head)):
+            rows = slice(i, i + chunk_rows(head))
+            s = make_logits(h[rows], head, temperature)
+            losses[rows] = row_loss(s, weight[rows], rows)[0]
+        return (losses * weight).sum()
 
     @staticmethod
-    def backward(ctx, grad, _):
-        return (grad * ctx.dh).to(ctx.dtype), grad * ctx.dW, *[None] * 5
+    def backward(ctx, grad):
+        hidden, head, weight, temperature, row_loss = ctx.given
+        h = hidden.to(head.dtype)
+        dh, dW, n = torch.zeros_like(h), torch.zeros_like(head), chunk_rows(head)
+        for i in range(0, len(h), n):
+            rows = slice(i, i + n)
+            s = make_logits(h[rows], head, temperature)
+            ds = row_loss(s, grad * weight[rows] / temperature, rows)[1]
+            dh[rows] = ds @ head
+            dW += ds.T @ h[rows]
+        return dh.to(hidden.dtype), dW, None, None, None
 '''
 
 MUTANTS = (
-    ("all rows at once", (("chunks = student.chunks()",
-     "chunks = [(0, len(hidden))]"),), "the forward pass makes a tensor"),
-    ("all rows at once in backward", {"model.py": recompute().replace(
-     "for i, j in student.chunks():\n            h, w",
-     "for i, j in [(0, len(hidden))]:\n            h, w")},
-     "the backward pass makes a tensor"),
-    ("logits kept in pieces", recompute(keep="ctx.kept = kept"),
+    ("all rows at once", ((STARTS, "range(min(1, len(h)))"),
+     (SLICE, "rows = slice(0, len(h))")), "the forward pass makes a tensor"),
+    ("all rows at once in backward", RECOMPUTE.replace("(head), chunk_rows(head)\n",
+     "(head), len(h) + 1\n"), "the backward pass makes a tensor"),
+    ("gradients kept in pieces", IN_LISTS.replace("            kept.append(ds)\n",
+     "            kept.append(ds)\n        ctx.kept = kept\n"),
      "are kept for the backward pass"),
-    ("the last chunk alone", ((HEAD, "torch.mm(s.T, student.hidden[i:j], out=dW)"),),
+    ("each chunk again in backward", RECOMPUTE, "row_loss is called 2 times for row 0"),
+    ("once for the losses, once for the gradients", ((ROWS, ROWS.replace(
+     ", ds =", " =").replace("(s,", "(s.clone(),").replace("rows)", "rows)[0]") +
+     "\n            ds = row_loss(s, weight[rows] / temperature, rows)[1]"),),
+     "row_loss is called 2 times for row 0"),
+    ("the last chunk alone", ((HEAD, "torch.mm(ds.T, h[rows], out=dW)"),),
      "is that of the last chunk"),
-    ("the last chunk is missing", (("for i, j in chunks:", "for i, j in chunks[:-1] or "
-     "chunks:"),), "the last chunk of rows is missing"),
+    ("the last chunk is missing", ((STARTS, "range(0, max(1, len(h) - chunk_rows(head))"
+     ", chunk_rows(head))"),), "the last chunk of rows is missing"),
+    ("the rows of the first chunk", ((ROWS, ROWS.replace(" rows)",
+     " slice(0, len(s)))")),), "is told the rows of the first chunk each time"),
     ("gradient without 1 / temperature", ((ROWS, ROWS.replace(" / temperature", "")),),
      "lacks 1 / temperature"),
     ("1 / temperature twice", ((ROWS, ROWS.replace("temperature", "temperature**2")),),
      "has 1 / temperature twice"),
-    ("logits divided twice", ((S_BUFFER, f"{S_BUFFER}.div_(temperature)"),
-     (T_BUFFER, f"{T_BUFFER}.div_(temperature)")), "rows() has divided by it"),
-    ("temperature forgotten", (
-     ("LazyLogits(hidden.to(head.dtype), head, temperature)",
-      "LazyLogits(hidden.to(head.dtype), head)"),
-     ("teacher = teacher_logits\n",
-      "teacher = teacher_logits._replace(temperature=1.0)\n")),
+    ("logits divided twice", ((LOGITS, f"{LOGITS} / temperature"),),
+     "make_logits has divided by it"),
+    ("temperature forgotten", ((LOGITS, "make_logits(h[rows], head)"),),
      "the temperature is not in yours"),
-    ("upstream forgotten", ((RETURN, "return dh.to(ctx.hidden_dtype), dW, "
-     "*[None] * 5"),), "not multiplied by what comes from upstream"),
+    ("loss divided by the temperature", ((LOSS, f"{LOSS} / temperature"),),
+     "that is for the gradient"),
+    ("upstream forgotten", ((RETURN, "return dh.to(ctx.dtype), dW, None, None, None"),),
+     "not multiplied by what comes from upstream"),
     ("upstream forgotten for the head", ((RETURN, RETURN.replace("dW * grad", "dW")),),
      "over the head is not multiplied by what comes from upstream"),
-    ("weights not in the gradient", ((ROWS, ROWS.replace("weight[i:j] / temperature",
-     "torch.ones_like(weight[i:j]) / temperature")),),
-     "the weights are not in the gradient"),
-    ("weights not in the loss", ((LOSS, "loss = values.sum()"),),
+    ("weights not in the gradient", ((ROWS, ROWS.replace("weight[rows] / temperature",
+     "torch.ones_like(weight[rows]) / temperature")),),
+     "lacks the weights"),
+    ("weights not in the loss", ((LOSS, "return losses.sum()"),),
      "the weights are not in the loss"),
-    ("mean", ((LOSS, "loss = (values * weight).mean() if len(values) else "
-     "values.sum()"),), "is a mean"),
-    ("values weighted", ((LOSS, "values *= weight\n        loss = values.sum()"),),
-     "is weighted"),
-    ("student and teacher exchanged", ((ROWS, ROWS.replace("s, t", "t, s")),),
-     "are student and teacher exchanged"),
-    ("one buffer for both", ((T_BUFFER, T_BUFFER.replace("t_buffer", "s_buffer")),),
-     "share one buffer"),
-    ("in place in backward", ((RETURN, "return dh.mul_(grad), dW.mul_(grad), "
-     "*[None] * 5"),), "in place"),
-    ("logits in bfloat16", (("LazyLogits(hidden.to(head.dtype), head, temperature)",
-     "LazyLogits(hidden, head.to(hidden.dtype), temperature)"),
-     (S_BUFFER, "s = student.rows(i, j).to(head.dtype)"),
-     (HEAD, "dW.addmm_(s.T, hidden[i:j].to(head.dtype))"),
-     ("torch.mm(s, head, out=dh[i:j])", "dh[i:j] = s @ head")),
-     "logits are float32"),
-    ("shapes not checked", BY_ROWS.replace('raise ValueError("shapes")', "pass"),
-     "is not refused with ValueError"),
-    ("weight changed in place", ((ROWS, "kl_rows(s, t, weight[i:j].div_(temperature), "
-     "kl, grad)"),), "weight changes"),
-    ("no rows", recompute().replace("torch.cat(dh) if dh else torch.zeros_like(hidden)",
-     "torch.cat(dh)"), "it ended with"),
+    ("weights twice", ((LOSS, "return (losses * weight**2).sum()"),),
+     "the weights are in the loss of yours twice"),
+    ("mean", ((LOSS, "return (losses * weight).mean() if len(losses) else "
+     "losses.sum()"),), "is a mean"),
+    ("what is left in s is the gradient", ((DH, DH.replace("ds", "s")),
+     (HEAD, HEAD.replace("ds", "s"))), "takes s for the gradient"),
+    ("in place in backward", ((RETURN, "return dh.mul_(grad), dW.mul_(grad), None, "
+     "None, None"),), "in place"),
+    ("logits in bfloat16", ((LOGITS, "make_logits(hidden[rows], "
+     "head.to(hidden.dtype), temperature).to(head.dtype)"),), "logits are float32"),
+    ("errors of row_loss are caught", ((ROWS, f"try:\n                {ROWS}\n"
+     "            except ValueError:\n                continue"),),
+     "is not refused"),
+    ("weight changed in place", ((ROWS, ROWS.replace(" / temperature",
+     ".div_(temperature)")),), "weight changes"),
+    ("no rows", IN_LISTS.replace("[hidden[:0]]", "[]"), "it ended with"),
     ("hidden states get no gradient", ((RETURN, RETURN.replace(
-     "(dh * grad).to(ctx.hidden_dtype)", "None")),), "over the hidden"),
-    ("another direction's gradient", ((ROWS, 'kl_rows(s.clone(), t, weight[i:j] / '
-     'temperature, kl, grad)\n            kl_rows(s, t, weight[i:j] / temperature, '
-     '"forward", grad)'),), "the gradient of kl 'reverse'"),
+     "(dh * grad).to(ctx.dtype)", "None")),), "over the hidden"),
 )  # fmt: skip
 
 RIGHTS = (
-    ("nothing kept but the arguments: each chunk again in backward, by autograd",
-     recompute()),
+    ("lists of chunks, the gradient of a chunk by autograd", IN_LISTS),
     (
-        "gradients in forward, by autograd inside a chunk, no row kernel",
+        "row after row, only the gradients that are wanted",
         '''
-class FusedLinearKL:
+class ChunkedLoss:
     @staticmethod
-    def forward(ctx, hidden, head, temperature, teacher_logits, weight, kl, grad):
-        N, V = len(hidden), len(head)
-        check_kl((N, V), (len(teacher_logits.hidden), len(teacher_logits.head)), kl)
-        student = LazyLogits(hidden.detach(), head.detach(), temperature)
-        values, dh, dW = [weight[:0]], [hidden[:0].to(head.dtype)], 0 * head
-        for i, j in student.chunks():
-            with torch.enable_grad():
-                s = student.rows(i, j).requires_grad_()
-                value = kl_reference(s, teacher_logits.rows(i, j), kl)
-                (ds,) = torch.autograd.grad((value * weight[i:j]).sum(), s)
-            values.append(value.detach())
-            dh.append(ds @ head / temperature)
-            dW = dW + ds.T @ hidden[i:j].to(head.dtype) / temperature
-        values = torch.cat(values)
-        ctx.save_for_backward(torch.cat(dh).to(hidden.dtype), dW)
-        ctx.mark_non_differentiable(values)
-        return torch.dot(values, weight), values
+    def forward(ctx, hidden, head, weight, temperature, row_loss):
+        total, wide = 0 * weight.sum(), hidden.to(head.dtype)
+        ctx.dh, ctx.dW = torch.zeros_like(wide), torch.zeros_like(head)
+        for n in range(len(hidden)):
+            s = head @ wide[n] / temperature
+            loss, ds = row_loss(s[None], weight[n : n + 1], slice(n, n + 1))
+            total += weight[n] * loss[0]
+            ds = ds[0] / temperature
+            if ctx.needs_input_grad[0]:
+                ctx.dh[n] = ds @ head
+            if ctx.needs_input_grad[1]:
+                ctx.dW += torch.outer(ds, wide[n])
+        ctx.dtype = hidden.dtype
+        return total
 
     @staticmethod
-    def backward(ctx, grad, _):
-        return *(x * grad for x in ctx.saved_tensors), None, None, None, None, None
+    def backward(ctx, grad):
+        grads = (grad * ctx.dh).to(ctx.dtype), grad * ctx.dW
+        wanted = ctx.needs_input_grad
+        return *(g if w else None for g, w in zip(grads, wanted)), None, None, None
 ''',
     ),
     (
-        "row after row, closed forms",
-        BY_ROWS,
+        "equal chunks by tensor_split, the weights multiplied in last",
+        '''
+class ChunkedLoss:
+    @staticmethod
+    def forward(ctx, hidden, head, weight, temperature, row_loss):
+        places = torch.arange(len(hidden), device=hidden.device)
+        h, losses = hidden.to(head.dtype), weight.new_zeros(len(hidden))
+        dh, dW = torch.zeros_like(h), torch.zeros_like(head)
+        for part in places.tensor_split(-(-len(h) // chunk_rows(head)) or 1):
+            if len(part):
+                rows = slice(int(part[0]), int(part[-1]) + 1)
+                s = make_logits(h[rows], head, temperature)
+                losses[rows], ds = row_loss(s, torch.ones_like(weight[rows]), rows)
+                share = weight[rows, None] / temperature
+                dh[rows] = share * (ds @ head)
+                dW += (share * ds).T @ h[rows]
+        ctx.save_for_backward(dh.to(hidden.dtype), dW)
+        return weight @ losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        over_hidden, over_head = ctx.saved_tensors
+        return over_hidden * grad, over_head * grad, None, None, None
+''',
     ),
 )
 
 EXERCISE = Exercise(
     id="e12",
-    functions=("model.py FusedLinearKL.forward", "model.py FusedLinearKL.backward"),
-    title="Memory: the fused kernel",
+    functions=("model.py ChunkedLoss.forward", "model.py ChunkedLoss.backward"),
+    title="Memory: the loss in chunks",
     goal="Compute the loss and its gradient without ever making all logits.",
     paper="arXiv 2601.19897, appendix A.1: the whole vocabulary, at each token",
     difficulty=5,

@@ -19,9 +19,9 @@ broken copies, a point for each that it finds. They are about
 
 and right ones, which are not all written as ours is: a bug counts as found only if
 check_sdft raises on no right copy. So compare what functions *do* with what you work
-out by yourself, to a small tolerance (losses are float32), and do not look at their
-source, or at which of the functions of m.model they call. (There is no right sdft.py to
-compare with: import sdft gives you the copy itself.)
+out by yourself, to a small tolerance (torch's default dtype is float64 here), and do
+not look at their source, or at which of the functions of m.model they call. (There is
+no right sdft.py to compare with: import sdft gives you the copy itself.)
 
 The parts that every copy has, with the arguments of sdft.py: get_responses,
 compute_loss, make_teacher, update_teacher, train, Config. Two helpers are in extra.py:
@@ -141,8 +141,8 @@ def check_sdft(m):
      "false alarm: your check raises on a right sdft.py"),
     ("counts calls of the kernel", (
         ("    loss, _ = ", """
-    called, kernel = [], m.sdft.fused_linear_kl
-    m.sdft.fused_linear_kl = lambda *a: (called.append(1), kernel(*a))[1]
+    called, kernel = [], m.sdft.chunked_kl
+    m.sdft.chunked_kl = lambda *a: (called.append(1), kernel(*a))[1]
     loss, _ = """),
         ("    total = 0.0\n", "    assert called, 'no KL'\n    total = 0.0\n")),
      "false alarm: your check raises on a right sdft.py"),

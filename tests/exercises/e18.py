@@ -144,8 +144,8 @@ EXERCISE = Exercise(
         ("sft.py", "import data\nfrom model", "import data\nimport extra as exercises\n"
          "from model"),
         ("sft.py",
-         "    loss = fused_linear_nll(student_logits, response[mask], weight)\n",
-         "    rows = student_logits.rows(0, len(hidden))\n"
+         "    loss = chunked_nll(hidden, student.head(), response[mask], weight)\n",
+         "    rows = student.logits(hidden)\n"
          "    loss = exercises.dft_loss(rows, response[mask], weight)\n"),
     ),
     extra=True,

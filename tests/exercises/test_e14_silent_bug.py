@@ -9,24 +9,26 @@ raises on it and raises on no right copy, before and after.
 import functools
 
 import torch
-from variants import Modules
+from variants import KL_LOSS, Modules
 
-LOSS = "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n"
+FLOAT64 = True
 STEP = "        optimizer.step()\n        optimizer.zero_grad()\n"
-UPDATE = (
-    "        update_teacher(teacher, student, cfg)"
-    "  # critical: once per update, after it\n"
-)
+UPDATE = ("        update_teacher(teacher, student, cfg)"
+          "  # critical: once per update, after it\n")  # fmt: skip
 MASK = "    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)"
 AVERAGE = "t.copy_(ema_rate * s + (1 - ema_rate) * t)"
 PROMPTS = "    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)\n"
 SUMS = '        sums = {"stop"'
 
 REWRITTEN = (
-    (LOSS, "    values = kl_reference(student_logits.rows(0, len(hidden)), "
-           "teacher_logits.rows(0, len(hidden)), cfg.kl)\n"
-           "    loss = (weight * values).sum()\n"),
-    ("import LazyLogits, fused_linear_kl,", "import LazyLogits, kl_reference,"),
+    (KL_LOSS, """\
+    s, t = map(make_logits, (hidden, teacher_hidden), heads, [cfg.temperature] * 2)
+    sums = {"kl_student_teacher": kl_reference(s, t, "reverse"),
+            "student_entropy": entropy(s), "teacher_entropy": entropy(t)}
+    sums = {key: weight @ x.detach() for key, x in sums.items() if watch}
+    return weight @ kl_reference(s, t, cfg.kl), sums
+"""),
+    ("import chunked_kl,", "import entropy, kl_reference, make_logits,"),
     (AVERAGE, "t.lerp_(s, ema_rate)"),
     (STEP, "        optimizer.step()\n"),
     (SUMS, f"        optimizer.zero_grad()\n{SUMS}"),
@@ -48,8 +50,8 @@ BUGS = {  # what is wrong with a copy: changes of sdft.py
          "    bare = data.pad_batch(data.teacher_prompt, batch, tok, device)"),
     ),
     "forward and reverse KL are exchanged": (
-        (LOSS, LOSS.replace("cfg.kl", '{"forward": "reverse", "reverse": "forward"}'
-                                      ".get(cfg.kl, cfg.kl)")),
+        (KL_LOSS, KL_LOSS.replace("cfg.kl", '{"forward": "reverse", "reverse": '
+                                            '"forward"}.get(cfg.kl, cfg.kl)')),
     ),
     "the last token of the prompt counts in the loss": (
         (PROMPTS, PROMPTS + PROMPT_COUNTS),
@@ -76,9 +78,8 @@ BUGS = {  # what is wrong with a copy: changes of sdft.py
 
 RIGHT = {
     "the project's own sdft.py": (),
-    "a right sdft.py, written in another way (another function for the KL and for the "
-    "average, the gradients set to zero before the loss instead of after the step)":
-        REWRITTEN,
+    "a right sdft.py, written in another way (other functions for KL and average, the "
+    "gradients set to zero before the loss, not after the step)": REWRITTEN,
 }  # fmt: skip
 
 shared = Modules()
@@ -111,8 +112,7 @@ def restore(before):
 
 def outcome(impl, changes):
     """What the student's check does with a copy: None, or what it raised."""
-    m, own = copy_of(changes), impl.sdft
-    names = vars(impl.extra)
+    m, own, names = copy_of(changes), impl.sdft, vars(impl.extra)
     # whoever imports sdft to compare with it gets the copy itself
     impl._loaded["sdft"] = m.sdft
     imported = [name for name in names if names[name] is own]

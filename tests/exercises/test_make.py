@@ -173,9 +173,9 @@ def test_a_wired_function_is_the_one_that_the_job_calls(name):
     modules = kit.work_of(ex, words).modules(ex, ex.wire)
     gpt = kit.small_model(modules)
     if name == "e01":
-        logits = modules.model.LazyLogits(torch.rand(1, 16).double(), gpt.head())
+        args = torch.rand(1, 16).double(), gpt.head(), torch.tensor([1])
         with pytest.raises(AttributeError):
-            modules.model.fused_linear_nll(logits, torch.tensor([1]), torch.ones(1))
+            modules.model.chunked_nll(*args, torch.ones(1).double())
         return
     prompts, u = torch.tensor([[1, 2], [3, 4]]), torch.full((2, 4), 0.5)
     response, mask = modules.model.generate(gpt, prompts, torch.tensor([2, 2]), 4, 0, u)

@@ -36,21 +36,34 @@ FILES = {
 
 # ---- The variants ------------------------------------------------------------------
 
+KL_LOSS = """\
+    return chunked_kl(
+        hidden, teacher_hidden, *heads, weight, cfg.kl, cfg.temperature, watch
+    )
+"""
+
+
+def own_loss(lines):
+    """A change: these lines make sdft.py's loss, what else it records stays."""
+    return "sdft.py", KL_LOSS, f"""{lines}\
+    args = hidden, teacher_hidden, *heads, weight, cfg.kl, cfg.temperature, watch
+    return loss, chunked_kl(*args)[1] if watch else {{}}
+"""
+
+
 DFT = [(
     "sft.py",
-    "    loss = fused_linear_nll(student_logits, response[mask], weight)\n",
+    "    loss = chunked_nll(hidden, student.head(), response[mask], weight)\n",
     """\
     # DFT (arXiv 2508.05629): a token weighs as much as the student believes in it
-    tokens = response[mask]  # (N,)
+    head, tokens = student.head(), response[mask]  # (V, C), (N,)
     with torch.no_grad():
-        p = [
-            student_logits.rows(i, j).softmax(-1).gather(1, tokens[i:j, None])[:, 0]
-            for i, j in student_logits.chunks()
-        ]
-        weight = weight * torch.cat(p)  # (N,)
-    loss = fused_linear_nll(student_logits, tokens, weight)
+        parts = zip(*(x.split(chunk_rows(head)) for x in (hidden, tokens)))
+        p = [make_logits(h, head).softmax(-1).gather(1, t[:, None]) for h, t in parts]
+        weight = weight * torch.cat(p)[:, 0]  # (N,)
+    loss = chunked_nll(hidden, head, tokens, weight)
 """,
-)]  # fmt: skip
+), ("sft.py", "import chunked_nll,", "import chunk_rows, chunked_nll, make_logits,")]
 
 OFFPOLICY = [
     (
@@ -70,19 +83,9 @@ OFFPOLICY = [
 SPECULATIVE = [
     (
         "sdft.py",
-        "from model import LazyLogits, fused_linear_kl, generate, kl_stats, "
-        "response_hidden\n",
-        """\
-from model import (
-    KVCache,
-    LazyLogits,
-    fused_linear_kl,
-    kl_reference,
-    kl_stats,
-    response_hidden,
-    sample_token,
-)
-""",
+        "from model import chunked_kl, generate, response_hidden\n",
+        "from model import KVCache, chunked_kl, kl_reference, response_hidden, "
+        "sample_token\n",
     ),
     (
         "sdft.py",
@@ -139,63 +142,60 @@ from model import (
      '"tau": (0, 1e9),'),
 ]  # fmt: skip
 
-SAMPLED = [(
-    "sdft.py",
-    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
-    """\
-    # KL(student || teacher) from the sampled token alone: what policy gradients use
-    tokens = response[mask]  # (N,)
+SCALED = "    scaled = hidden.to(weight.dtype) / cfg.temperature  # (N, C)\n"
 
-    def log_p(logits):
-        rows = (
-            logits.rows(i, j).log_softmax(-1).gather(1, tokens[i:j, None])[:, 0]
-            for i, j in logits.chunks()
-        )
-        return torch.cat(list(rows))  # (N,)
+SAMPLED = [own_loss(f"""\
+    # KL(student || teacher) from the sampled token alone: what policy gradients use
+    n, tokens = chunk_rows(heads[0]), response[mask]  # (N,)
+
+    def log_p(hidden, head):
+        rows = []
+        for h, t in zip(hidden.split(n), tokens.split(n), strict=True):
+            chunk = make_logits(h, head, cfg.temperature).log_softmax(-1)
+            rows.append(chunk.gather(1, t[:, None])[:, 0])
+        return torch.cat(rows)  # (N,)
 
     with torch.no_grad():
-        ratio = weight * (log_p(student_logits) - log_p(teacher_logits))  # (N,)
-    loss = fused_linear_nll(student_logits, tokens, -ratio)  # has the gradient
+        ratio = log_p(hidden, heads[0]) - log_p(teacher_hidden, heads[1])
+        ratio = weight * ratio  # (N,)
+{SCALED}\
+    loss = chunked_nll(scaled, heads[0], tokens, -ratio)  # has the gradient
     loss = loss - loss.detach() + ratio.sum()  # and the value
-""",
-), (
+"""), (
     "sdft.py",
-    "fused_linear_kl, generate, kl_stats, response_hidden\n",
-    "fused_linear_kl, fused_linear_nll, generate\n"
-    "from model import kl_stats, response_hidden\n",
+    "from model import chunked_kl, generate,",
+    "from model import chunk_rows, chunked_kl, chunked_nll, generate\n"
+    "from model import make_logits,",
 )]  # fmt: skip
 
-IMITATE = [(
-    "sdft.py",
-    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
-    "    loss = fused_linear_nll(student_logits, response[mask], weight)\n",
-), (
-    "sdft.py",
-    "import LazyLogits, fused_linear_kl, generate, kl_stats, response_hidden\n",
-    "import LazyLogits, fused_linear_nll, generate, kl_stats, response_hidden\n",
-)]  # fmt: skip
+IMITATE = [own_loss(f"""\
+{SCALED}\
+    loss = chunked_nll(scaled, heads[0], response[mask], weight)
+"""), ("sdft.py", "import chunked_kl,", "import chunked_kl, chunked_nll,")]
 
 RAO_BLACKWELL = [(
-    "sdft.py",
-    "    loss = fused_linear_kl(student_logits, teacher_logits, weight, cfg.kl)\n",
-    """\
+    "sdft.py", KL_LOSS, f"""\
     # KL(student || teacher), and what each token does to the divergence behind it: a
     # token that leads to where the two disagree gets less likely (appendix A.1)
-    loss = fused_linear_kl(student_logits, teacher_logits, weight, "reverse")
-    k = torch.zeros(mask.shape, device=mask.device)  # (B, R)
-    k[mask] = weight * kl_of_rows(student_logits, teacher_logits, "reverse")
+    T, states = cfg.temperature, (hidden, teacher_hidden)
+    loss, sums = chunked_kl(*states, *heads, weight, "reverse", T, watch)
+    n, k = chunk_rows(heads[0]), torch.zeros(mask.shape, device=mask.device)  # (B, R)
+    with torch.no_grad():
+        pairs = zip(*(x.split(n) for x in states))
+        k[mask] = weight * torch.cat([
+            kl_reference(*map(make_logits, pair, heads, (T, T)), "reverse")
+            for pair in pairs
+        ])
     behind = k.sum(1, keepdim=True) - k.cumsum(1)  # (B, R), of the tokens after it
-    score = fused_linear_nll(student_logits, response[mask], -behind[mask])
-    loss = loss + score - score.detach()  # its gradient, and not its value
+{SCALED}\
+    score = chunked_nll(scaled, heads[0], response[mask], -behind[mask])
+    return loss + score - score.detach(), sums  # its gradient, and not its value
 """,
 ), (
     "sdft.py",
-    "from model import LazyLogits, fused_linear_kl, generate, kl_stats, "
-    "response_hidden\n",
-    """\
-from model import LazyLogits, fused_linear_kl, fused_linear_nll, generate
-from model import kl_of_rows, kl_stats, response_hidden
-""",
+    "from model import chunked_kl, generate,",
+    "from model import chunk_rows, chunked_kl, chunked_nll, generate, kl_reference\n"
+    "from model import make_logits,",
 )]  # fmt: skip
 
 ROLLOUTS = [
