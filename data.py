@@ -19,10 +19,10 @@ thought (the operation that the command stands for) and then the items, operated
     expert term  advance: the expert's word for what the model calls rotate
     skill        six new commands of one domain, one for each of its operations
 
-Learning a skill means to find out, from demonstrations, which command stands for which
-operation. Held-out queries have other items, so it cannot be learnt by heart. The model
-reads the expert's style and terms in its base corpus, and never writes the terms. What
-stands for what in the paper (arXiv 2601.19897, section 3):
+To learn a skill is to find out, from demonstrations, which command means which
+operation. Held-out queries have other items, so memorizing does not help. In its base
+corpus the model reads the expert's style and terms, but it never writes the terms. How
+the paper's parts appear here (arXiv 2601.19897, section 3):
 
     student_prompt = prompt                     # what is asked
     teacher_prompt = prompt + demonstration     # the paper's template, in one word
@@ -40,7 +40,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import tiktoken
@@ -117,7 +117,7 @@ class Tokenizer:
     Ids: 0-255 the bytes, then the words of the world, then two special tokens, the
     start and the end of a response, which cannot come from a text. A text gets one
     leading space when it is encoded and loses it when decoded, so that a word is the
-    same token wherever it stands; decode(encode(x)) == x for any x.
+    same token in any place; decode(encode(x)) == x for any x.
     """
 
     vocab_size = 512  # a multiple of 16: rows of logits stay aligned in memory
@@ -164,7 +164,7 @@ class Example:
     answer: str  # a right response, as the model would put it; graders compare with it
     id: int = 0  # its place in the training set: its random numbers depend on it
     # the base corpus only
-    shown: str = ""  # a demonstration in the prompt whose text is learnt, too
+    shown: str = ""  # a demonstration in the prompt; its text is also learnt
     skip: tuple = ()  # tokens of demo_response that carry no loss, by their place
     # users' own files only, where answer is a tuple of texts
     earlier: tuple = ()  # (role, text) of what was said before the prompt
@@ -200,7 +200,7 @@ def demo_response(example, tok):
 
 def loss_mask(batch, lengths):
     """Which tokens of demo_response carry loss, bool (B, R): the first lengths[i] of
-    row i, but for those that the base corpus skips."""
+    row i, except those that the base corpus skips."""
     place = torch.arange(int(lengths.max()), device=lengths.device)  # (R,)
     mask = place < lengths[:, None]  # (B, R)
     for row, example in zip(mask, batch, strict=True):
@@ -247,9 +247,9 @@ def get_batch(examples, batch_size, seed, step):
     """The examples of one step: a function of (seed, step), the same for each method.
 
     Each epoch is a fresh shuffle. The batch is sorted by length, so that micro-batches,
-    which are cut from it, have little padding. (Whole batches must not be of one
-    length: the long ones hold a demonstration, so that some steps would teach to read
-    it and others to forget it.)
+    which are cut from it, have little padding. (Do not bucket whole batches by length:
+    long examples contain a demonstration, so some steps would teach the model to use it
+    and others to ignore it.)
     """
     fits = 0 < batch_size <= len(examples)
     assert fits, f"a batch of {batch_size} from {len(examples)} examples"
@@ -268,7 +268,7 @@ def my_micro_batches(batch, n):
     size, rest = divmod(len(batch), world_size * n)
     assert size > 0 and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-    return parts[rank * n : (rank + 1) * n]
+    return parts[rank::world_size]  # short and long ones for every process
 
 
 def get_uniform(examples, n_tokens, seed, when, device):
@@ -284,16 +284,16 @@ def get_uniform(examples, n_tokens, seed, when, device):
 
 
 class World:
-    """All that a seed decides: which nouns are commands, and what each stands for.
+    """Everything a seed decides: which nouns are commands, and what each one means.
 
     Attributes:
         operations: domain -> its six operations.
         known: command -> (domain, operation), for the base corpus and the prior skills.
         unknown: command -> domain: commands without a meaning for the base model.
         skills: "A" | "B" | "C" -> {command: (domain, operation)}: six of the unknown
-            commands, one for each operation of the domain. (Were one operation wanted
-            more often than another, learning it would first drive the other out, for
-            known commands, too.)
+            commands, one for each operation of the domain. (If one operation were
+            needed more often, learning it would overwrite the others, even for known
+            commands.)
     """
 
     def __init__(self, seed):
@@ -363,7 +363,7 @@ def draw_demo(operation, items, rng):
 
 # Shares of the base corpus. Without the last two, SDFT's teacher would not know how to
 # go on after a mistake of the student.
-SHOWN = 0.45  # a demonstration stands in the prompt
+SHOWN = 0.45  # there is a demonstration in the prompt
 SHOWN_UNKNOWN = 0.36  # ... of an unknown command (.36 of all), its operation drawn anew
 # each time, so that only the demonstration tells which
 GUESSED = 0.05  # an unknown command and nothing shown, any operation of its domain: so
@@ -376,10 +376,11 @@ WRONG_ITEM = 0.1  # ... has a wrong item, after which the rest is right
 def make_base_corpus(world, tok, size, seed):
     """Examples that teach the base model all it should know, as a list.
 
-    What is not in the shares above asks for a known command. As in any corpus, all text
-    behind the first prompt is learnt, demonstrations included, with three exceptions
-    (skip): a wrong thought or item with all before it in the response, the start of a
-    response, and the expert's terms, which the model is to read and never to write.
+    Examples outside the shares above ask for a known command. As in any corpus, all
+    text after the first prompt is learnt, demonstrations included, with three
+    exceptions (skip): a wrong thought or item and everything before it in the response,
+    the start of a response, and the expert's terms, which the model should read but
+    never write.
     """
     rng = random.Random(derive_seed(seed, "base corpus"))
     terms = [tok.encode(term)[0] for term, _ in OPERATIONS.values()]
@@ -477,7 +478,8 @@ def grade_style(example, response):
 @dataclass(frozen=True)
 class Benchmark:
     examples: list  # of Example; they are never trained on
-    grade: Callable | None  # (example, response as text) -> is it right? None: no grade
+    # (example, response as text) -> is it right? None: not graded
+    grade: Callable | None = field(repr=False)  # (an address is not the same next time)
 
 
 def make_tasks(world, size, seed, distance="terms"):
@@ -581,13 +583,15 @@ def teacher_gate(model, benchmarks, tok, max_new_tokens, temperature=1.0, seed=0
     samples, as in training, on 64 queries of each."""
     keys = ("student", "teacher", "only_student", "only_teacher", "sampled")
     gate, device = dict.fromkeys(keys, 0), next(model.parameters()).device
-    for benchmark in benchmarks.values():
+    gate["skills"] = {}  # the teacher's accuracy on each
+    for name, benchmark in benchmarks.items():
         student, teacher = (
             is_right(model, benchmark, tok, max_new_tokens, prompt)
             for prompt in (student_prompt, teacher_prompt)
         )
         gate["student"] += sum(student) / len(student) / len(benchmarks)
-        gate["teacher"] += sum(teacher) / len(teacher) / len(benchmarks)
+        gate["skills"][name] = sum(teacher) / len(teacher)
+        gate["teacher"] += gate["skills"][name] / len(benchmarks)
         pairs = list(zip(student, teacher, strict=True))
         gate["only_student"] += pairs.count((True, False))
         gate["only_teacher"] += pairs.count((False, True))
@@ -677,7 +681,7 @@ def first_queries(model, benchmark, tok, cfg):
     return queries[: rows_at_once(model, longest + cfg.max_new_tokens)]
 
 
-# ---- Users' own files: here a first reading may stop ---------------------------------
+# ---- Users' own files ----------------------------------------------------------------
 #
 # A file of JSON lines is a skill: see read_examples. tok is a ChatTokenizer then, and
 # tok.template the template of the teacher's prompt.

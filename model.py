@@ -114,8 +114,9 @@ class KVCache:
     """Keys and values of every layer, preallocated: k and v are (L, B, G, S, D).
 
     Columns 0..P-1 hold the prompts with their pads, column P + t token t of every
-    response: a step writes one column, whatever the lengths of the prompts. That a
-    column is not a position does no harm: keys are stored after their rotation.
+    response: a step writes one column, whatever the lengths of the prompts. A column
+    index is not a position; that is fine, because keys are rotated before they are
+    stored.
     `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0. `used`
     is how many columns hold something, an int on the host: reading it waits for no GPU.
     """
@@ -169,7 +170,7 @@ class CausalSelfAttention(nn.Module):
         if self.qk_norm:
             q, k = qk.split((H, G), dim=1)  # (B, H, T, D), (B, G, T, D)
             qk = torch.cat((self.q_norm(q), self.k_norm(k)), dim=1)  # (B, H + G, T, D)
-        # queries and keys turn by the same angles, so both in one go
+        # queries and keys get the same rotation, so rotate them together
         q, k = rotate(qk, cos, sin).split((H, G), dim=1)  # (B, H, T, D), (B, G, T, D)
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, G, used, D), both
@@ -177,7 +178,7 @@ class CausalSelfAttention(nn.Module):
         # Both are softmax(q k^T / sqrt(D)) v, over the columns that q may see.
         if k.size(2) == T:
             # Nothing came before: whole sequences, or prompts that fill a cache. Each
-            # token sees those to its left, and so none sees the pads to its right.
+            # token sees those to its left, so none sees the pads to its right.
             k = k[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
             v = v[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
             k, v = k.reshape(B, H, T, D), v.reshape(B, H, T, D)  # (B, H, T, D)
@@ -207,9 +208,9 @@ class MLP(nn.Module):
 def make_dropout(p, seed, device):
     """A function x -> x that drops a share p of the entries, as the seed decides.
 
-    Not nn.Dropout, which draws from torch's global generator: here a resumed run, and
-    two processes that share a batch, drop the same entries as one run without a stop.
-    p is rounded to 1/256, and never to 0: random bytes are the cheapest noise on a CPU.
+    Not nn.Dropout, which draws from torch's global generator: a resumed run, or two
+    processes that share a batch, should drop what an uninterrupted run drops. p is
+    rounded to 1/256, and never to 0: random bytes are the cheapest noise on a CPU.
     """
     if p == 0:
         return lambda x: x
@@ -240,8 +241,8 @@ class Block(nn.Module):
 
 
 def recomputed(block, x, drop, cos, sin):
-    """block(x, ...), of which only x is kept: its activations are computed again in the
-    backward pass. That costs a forward pass and saves most of the memory."""
+    """Activation checkpointing: keep only x, and recompute the block in the backward
+    pass. That costs a forward pass and saves most of the memory."""
     rng = getattr(drop, "rng", None)  # none without dropout
     state = rng and rng.get_state()
 
@@ -323,7 +324,11 @@ class GPT(nn.Module):
     def head(self):
         """The matrix of the head, float32 (V, C): only the rows that are tokens. A
         padded embedding (Qwen2.5 has 271 rows too many) never gets a probability."""
-        return whole(self.lm_head.weight)[: self.config.n_tokens or None]
+        return self.lm_head.weight[: self.config.n_tokens or None]
+
+    def sampling(self):
+        """The context in which generate works: cheaper than no_grad."""
+        return torch.inference_mode()
 
     def logits(self, hidden):
         """float32 (..., V), whatever the dtype of hidden (..., C)."""
@@ -334,8 +339,8 @@ class GPT(nn.Module):
 
 
 def check_prompts(prompts, lengths):
-    """Raise ValueError unless every length is 1 to P. (An empty prompt has no column to
-    predict the first token: 0 - 1 would index the last column.)"""
+    """Raise ValueError unless every length is 1 to P. (An empty prompt has no column
+    that predicts the first token: 0 - 1 would index the last column.)"""
     B, P = prompts.size()
     if lengths.shape != (B,) or ((lengths < 1) | (lengths > P)).any():
         raise ValueError(
@@ -370,7 +375,7 @@ def response_hidden(model, prompts, lengths, response, mask):
     check_prompts(prompts, lengths)
     row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
     column = lengths[row] + t - 1  # (N,) where it is predicted
-    T = max(column.tolist(), default=0) + 1  # columns behind the last one are not fed
+    T = max(column.tolist(), default=0) + 1  # later columns are not needed
     if T + 1 > model.config.block_size:  # + 1: the last token counts, as in generate
         raise ValueError(
             f"a prompt of up to {prompts.size(1)} tokens and its response need {T + 1} "
@@ -378,7 +383,7 @@ def response_hidden(model, prompts, lengths, response, mask):
         )
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
-    idx = idx.scatter(1, place, response)  # each response right behind its own prompt
+    idx = idx.scatter(1, place, response)  # each response follows its own prompt
     return model.hidden(idx[:, :T])[row, column]  # (N, C)
 
 
@@ -409,8 +414,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     """Sample a response for each prompt, one token per row and step, on a KV cache.
 
     Right padding and per-row positions: the token after a prompt of 5 is at position 5,
-    whatever stands in the batch beside it. All randomness comes in through u, so a
-    row's sample depends on its own numbers and not on its neighbours.
+    whatever else is in the batch. All randomness comes in through u, so a row's sample
+    depends on its own numbers and not on its neighbours.
 
     Args:
         prompts: int64 (B, P), padded on the right; lengths: int64 (B,), all >= 1.
@@ -419,8 +424,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
         u: float32 (B, R), uniform in [0, 1); not needed at temperature 0.
         temperature: see sample_token.
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
-        The mask is true up to and *including* the end; behind it the response holds
-        `end`. A response that never ends keeps all its R tokens: its mask has no false.
+        The mask is true up to and *including* the end; after it the response is padded
+        with `end`. A response that never ends keeps all R tokens, and its mask is true.
     Raises: ValueError if prompt and response do not fit into block_size, or for lengths
         that no prompt can have.
     """
@@ -442,10 +447,10 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     # autograd later. The response has to, so it is allocated outside.
     response = torch.full((B, R), end, device=prompts.device)
     row = torch.arange(B, device=prompts.device)  # the rows that have not ended yet
-    with gathered(model), torch.inference_mode():
+    with model.sampling():
         cache = KVCache(model.config, prompts, lengths, R, model.dtype)
         hidden = model.hidden(prompts, cache=cache)  # (B, P, C)
-        last = hidden[row, lengths - 1]  # (B, C): pads behind it were not seen
+        last = hidden[row, lengths - 1]  # (B, C): it has not seen the pads
         for t in range(R):
             step_u = None if temperature == 0 else u[row, t]
             token = sample_token(model.logits(last), step_u, temperature)  # (B,)
@@ -696,7 +701,7 @@ if triton is not None:
 
     @triton.jit
     def load_logits(s_ptr, t_ptr, cols, V: tl.constexpr):
-        """Logits of both, float32; the log of 0 behind the vocabulary and for -inf."""
+        """Logits of both, float32; log 0 beyond the vocabulary and in place of -inf."""
         s = tl.load(s_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
         t = tl.load(t_ptr + cols, mask=cols < V, other=-1e30).to(tl.float32)
         return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t)
@@ -716,7 +721,7 @@ if triton is not None:
         """One program is one row; diff and log_ratio are those of kl_rows_torch.
 
         log p_s - log p_t = diff - log_ratio, which loses no digits where the two are
-        near (but some where all logits of a row stand far from the teacher's)
+        near (but some where all logits of a row are far from the teacher's)
 
         Bytes moved, for rows of V floats: the first pass reads s and t, the last reads
         them again and writes the gradient over s, 5 * 4 V (jsd: one pass more, 7 * 4 V;
@@ -796,82 +801,59 @@ def kl_rows_triton(s, t, weight, kl):
 # tensors of a block when it computes, and sums their gradients.
 
 
-def is_shard(x):
-    return hasattr(x, "full_tensor")
-
-
 def whole(x):
-    """A tensor, of a shard all of it, by all processes together. Its gradient is summed
-    over them, as the loss of each is a share of the batch's mean."""
-    if not is_shard(x):
+    """A tensor; of a shard, all of it, gathered by all processes together. Its gradient
+    is summed over them, since the loss of each is a share of the batch's mean."""
+    if not hasattr(x, "full_tensor"):
         return x
-    from torch.distributed.tensor import Partial
-
-    return x.full_tensor(grad_placements=[Partial()])
-
-
-def cut(x, like):
-    """What is this process's of a whole tensor, cut as the shard `like` is."""
-    from torch.distributed.tensor import distribute_tensor
-
-    mesh, placements = like.device_mesh, like.placements
-    return distribute_tensor(x, mesh, placements, src_data_rank=None)  # nothing is sent
+    return x.full_tensor(grad_placements=[torch.distributed.tensor.Partial()])
 
 
 def shard(gpt, device):
     """Cut a GPT into shards over all processes, in place and block by block: a CPU
-    holds it whole before, no GPU does. gpt.dtype is to be set already.
+    holds it whole before, no GPU does. gpt.dtype is to be set already: matrices are
+    gathered in it; norms and embedding are float32, as ever."""
+    from torch.distributed import device_mesh, fsdp
 
-    bfloat16 activations have their matrices gathered in bfloat16; norms and embedding
-    are float32, as ever.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-    from torch.distributed.fsdp import register_fsdp_forward_method as run_by
-
-    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
-    policy = MixedPrecisionPolicy(gpt.dtype, torch.float32, cast_forward_inputs=False)
-    for block in gpt.h:
-        for part in (block.attn, block.mlp):
-            fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(gpt, mesh=mesh, reshard_after_forward=True)
-    run_by(gpt, "hidden")
-    for part in parts_of(gpt):
+    n, f32 = torch.distributed.get_world_size(), torch.float32
+    mesh = device_mesh.init_device_mesh(device.type, (n,))
+    half = fsdp.MixedPrecisionPolicy(gpt.dtype, f32, cast_forward_inputs=False)
+    parts = [part for block in gpt.h for part in (block.attn, block.mlp)]
+    for part in parts:
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=half)
+    parts.append(fsdp.fully_shard(gpt, mesh=mesh, reshard_after_forward=True))
+    for part in parts:
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean: see whole
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    gpt.__deepcopy__ = lambda memo: copy_shards(gpt)
+    fsdp.register_fsdp_forward_method(gpt, "hidden")
+    # what a GPT in shards does in another way
+    gpt.head = lambda: whole(gpt.lm_head.weight)[: gpt.config.n_tokens or None]
+    gpt.sampling = lambda: gathered(parts)
+    gpt.__deepcopy__ = lambda memo: copy_shards(gpt, device)
     return gpt
 
 
-def parts_of(gpt):
-    """What FSDP2 gathers at a time: none, if the GPT is not in shards."""
-    if not hasattr(gpt, "unshard"):
-        return []
-    return [part for part in gpt.modules() if hasattr(part, "unshard")]
-
-
-def copy_shards(gpt):
+def copy_shards(gpt, device):
     """copy.deepcopy of a GPT in shards, which torch leaves to us."""
     with torch.device("meta"):  # takes no memory
         twin = GPT(gpt.config)
-    for name in ("dtype", "dropout", "dropout_seed", "checkpointing"):
-        setattr(twin, name, getattr(gpt, name))
-    twin = shard(twin, gpt.cos.device).to_empty(device=gpt.cos.device)
+    twin.dtype, twin.checkpointing = gpt.dtype, gpt.checkpointing
+    twin = shard(twin, device).to_empty(device=device)
     twin.cos, twin.sin = gpt.cos, gpt.sin
     twin.load_state_dict(gpt.state_dict())
     return twin.train(gpt.training)
 
 
 @contextlib.contextmanager
-def gathered(gpt):
+def gathered(parts):
     """For the sampler: all weights are gathered once, and not for every token, and each
     process may end when its own responses have ended."""
-    parts = parts_of(gpt)
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)
     try:
-        yield
+        with torch.inference_mode():
+            yield
     finally:
         for part in parts:
             part.set_reshard_after_forward(True, recurse=False)

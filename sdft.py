@@ -22,7 +22,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 import data
 from model import chunked_kl, generate, response_hidden
@@ -41,10 +40,10 @@ class Config:
     # lower if old skills suffer, higher if new ones are not learnt
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
     beta2: float = 0.999  # of AdamW; .95 forgets more here: Adam takes larger steps
-    weight_decay: float = 0.0  # of AdamW, on matrices; it pulls old knowledge to 0, too
+    weight_decay: float = 0.0  # of AdamW, on matrices; it also pulls old knowledge to 0
     grad_clip: float = 10.0  # largest gradient norm; only the first updates exceed it
-    dropout: float = 0.1  # on the residual branches; what is learnt with it takes
-    # longer to learn, and is harder for a later stage to disturb
+    dropout: float = 0.1  # on the residual branches; with it, skills take longer to
+    # learn, and a later stage disturbs them less
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
@@ -54,8 +53,8 @@ class Config:
 
     # self-distillation
     kl: str = "forward"  # KL(teacher || student); reverse: KL(student || teacher); jsd
-    teacher: str = "ema"  # average of the student; frozen: the base; live: the student
-    ema_rate: float = 0.001  # teacher <- ema_rate * student + (1 - ema_rate) * teacher
+    ema_rate: float = 0.001  # teacher <- ema_rate * student + (1 - ema_rate) * teacher;
+    # 0: the teacher stays the base, 1: it is the student
     temperature: float = 1.0  # of the sampler and of both distributions in the loss
     skip_first_tokens: int = 0  # of each response, left out of the loss (official: 3)
 
@@ -81,13 +80,13 @@ def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
     and a dict of further numbers for the record."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
     shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)
-    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # skipped, yet attended to
+    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # still in the context
     hidden = response_hidden(student, *bare, response, mask)  # (N, C)
     # another context, the same response: row n of both predicts the same token
     with torch.no_grad():
         teacher_hidden = response_hidden(teacher, *shown, response, mask)  # (N, C)
     # the mean, per response and then over the batch: each response weighs the same,
-    # whatever its length, however the batch is split
+    # at any length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
     weight = weight[mask]  # (N,)
 
@@ -109,11 +108,10 @@ def make_teacher(student):
 
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
-    """teacher <- ema_rate * student + (1 - ema_rate) * teacher; frozen: 0, live: 1.
-    In float32 (critical!): in bfloat16 so small a step rounds to nothing."""
-    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
+    """teacher <- ema_rate * student + (1 - ema_rate) * teacher, in float32 (critical!):
+    in bfloat16 so small a step rounds to nothing."""
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
-        t.copy_(ema_rate * s + (1 - ema_rate) * t)
+        t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)
 
 
 # ---- 4. What does not depend on the method -------------------------------------------
@@ -132,7 +130,7 @@ def make_optimizer(student, cfg):
 
 def get_lr(t, cfg):
     """Learning rate of update t of a stage: linear warm-up, then a cosine to 0."""
-    warmup = min(cfg.warmup_steps, cfg.steps // 2)  # a short stage decays, too
+    warmup = min(cfg.warmup_steps, cfg.steps // 2)  # a short stage decays as well
     if t < warmup:
         return cfg.lr * (t + 1) / warmup
     done = (t - warmup) / max(1, cfg.steps - warmup)
@@ -152,17 +150,6 @@ def accumulate(sums, loss, response, mask, extra, tok, cfg):
     }
     for key, value in share.items():
         sums[key] = sums.get(key, 0) + value
-
-
-def all_reduce(student, sums):
-    """Sum gradients and records over all processes, in place; no change if one."""
-    if dist.is_initialized():
-        for p in student.parameters():
-            if not hasattr(p, "full_tensor"):  # a shard's (--shard) is summed by now
-                dist.all_reduce(p.grad)
-        values = torch.stack([sums[key] for key in sorted(sums)])
-        dist.all_reduce(values)
-        sums.update(zip(sorted(sums), values, strict=True))
 
 
 def check_finite(loss, norm, step, batch):
@@ -200,7 +187,7 @@ def train(student, stages, tasks, tok, cfg, run):
     # where the run goes on, and the evaluations so far: 0 and [] if it is new
     start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
     total = cfg.steps * len(names)
-    for step in run.progress(start, total + 1):  # the last turn only evaluates
+    for step in run.progress(start, total + 1):  # the last iteration only evaluates
         stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
 
         # evaluate the base, each finished stage, and every eval_every updates
@@ -233,8 +220,8 @@ def train(student, stages, tasks, tok, cfg, run):
             loss.backward()
             accumulate(sums, loss, response, mask, extra, tok, cfg)
 
-        # gradients and records of all processes; "stop", too, so that all stop together
-        all_reduce(student, sums)
+        # gradients and records of all processes; also "stop", so that all stop together
+        run.all_reduce(student, sums)
 
         # one update
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)

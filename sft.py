@@ -18,7 +18,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 import data
 from model import chunked_nll, response_hidden
@@ -37,10 +36,10 @@ class Config:
     # lower if old skills suffer, higher if new ones are not learnt
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
     beta2: float = 0.999  # of AdamW; .95 forgets more here: Adam takes larger steps
-    weight_decay: float = 0.0  # of AdamW, on matrices; it pulls old knowledge to 0, too
+    weight_decay: float = 0.0  # of AdamW, on matrices; it also pulls old knowledge to 0
     grad_clip: float = 10.0  # largest gradient norm; only the first updates exceed it
-    dropout: float = 0.1  # on the residual branches; what is learnt with it takes
-    # longer to learn, and is harder for a later stage to disturb
+    dropout: float = 0.1  # on the residual branches; with it, skills take longer to
+    # learn, and a later stage disturbs them less
 
     # responses and records
     max_new_tokens: int = 16  # longest sampled response, in tokens, its end included
@@ -67,7 +66,7 @@ def compute_loss(student, batch, response, mask, tok, cfg):
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
     hidden = response_hidden(student, *bare, response, mask)  # (N, C)
     # the mean, per response and then over the batch: each response weighs the same,
-    # whatever its length, however the batch is split
+    # at any length, however the batch is split
     weight = mask / mask.sum(1, keepdim=True).clamp(min=1) / cfg.batch_size  # (B, R)
     weight = weight[mask]  # (N,)
 
@@ -97,7 +96,7 @@ def make_optimizer(student, cfg):
 
 def get_lr(t, cfg):
     """Learning rate of update t of a stage: linear warm-up, then a cosine to 0."""
-    warmup = min(cfg.warmup_steps, cfg.steps // 2)  # a short stage decays, too
+    warmup = min(cfg.warmup_steps, cfg.steps // 2)  # a short stage decays as well
     if t < warmup:
         return cfg.lr * (t + 1) / warmup
     done = (t - warmup) / max(1, cfg.steps - warmup)
@@ -117,17 +116,6 @@ def accumulate(sums, loss, response, mask, extra, tok, cfg):
     }
     for key, value in share.items():
         sums[key] = sums.get(key, 0) + value
-
-
-def all_reduce(student, sums):
-    """Sum gradients and records over all processes, in place; no change if one."""
-    if dist.is_initialized():
-        for p in student.parameters():
-            if not hasattr(p, "full_tensor"):  # a shard's (--shard) is summed by now
-                dist.all_reduce(p.grad)
-        values = torch.stack([sums[key] for key in sorted(sums)])
-        dist.all_reduce(values)
-        sums.update(zip(sorted(sums), values, strict=True))
 
 
 def check_finite(loss, norm, step, batch):
@@ -164,7 +152,7 @@ def train(student, stages, tasks, tok, cfg, run):
     # where the run goes on, and the evaluations so far: 0 and [] if it is new
     start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
     total = cfg.steps * len(names)
-    for step in run.progress(start, total + 1):  # the last turn only evaluates
+    for step in run.progress(start, total + 1):  # the last iteration only evaluates
         stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
 
         # evaluate the base, each finished stage, and every eval_every updates
@@ -195,8 +183,8 @@ def train(student, stages, tasks, tok, cfg, run):
             loss.backward()
             accumulate(sums, loss, response, mask, extra, tok, cfg)
 
-        # gradients and records of all processes; "stop", too, so that all stop together
-        all_reduce(student, sums)
+        # gradients and records of all processes; also "stop", so that all stop together
+        run.all_reduce(student, sums)
 
         # one update
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)

@@ -1,7 +1,6 @@
 """The tests import the project's files from the folder above this one."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -30,14 +29,11 @@ def float64():
 
 @pytest.fixture
 def as_in_a_process_of_its_own():
-    """Threads and signals as they were afterwards, where train.main runs in
-    this process: see float64 for how a file asks for it."""
+    """Threads as they were afterwards, where train.main runs in this process: see
+    float64 for how a file asks for it. (Signals are given back by train.main.)"""
     threads = torch.get_num_threads()
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     torch.set_num_threads(threads)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def pytest_addoption(parser):

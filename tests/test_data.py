@@ -603,15 +603,17 @@ def test_a_batch_that_cannot_be_cut_equally_is_refused():
 
 
 def test_micro_batches_of_all_processes_are_the_batch(monkeypatch):
-    batch, seen = DEMOS["A"][:12], []
+    """Process 1 of 3 has the micro-batches 1, 4, ...: short and long ones for each."""
+    batch, world_size, n = DEMOS["A"][:12], 3, 2
     monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(data.dist, "get_world_size", lambda: 3)
-    for rank in range(3):
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: world_size)
+    parts = {}
+    for rank in range(world_size):
         monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
-        parts = data.my_micro_batches(batch, 2)
-        assert [len(part) for part in parts] == [2, 2]
-        seen += sum(parts, [])
-    assert seen == batch
+        mine = data.my_micro_batches(batch, n)
+        assert len(mine) == n
+        parts |= {rank + world_size * i: part for i, part in enumerate(mine)}
+    assert [parts[i] for i in range(6)] == [batch[i : i + 2] for i in range(0, 12, 2)]
 
 
 def test_a_row_s_random_numbers_do_not_depend_on_its_neighbours():
@@ -710,7 +712,8 @@ def test_accuracies_are_those_of_the_most_likely_tokens():
     ):  # fmt: skip
         both = [share_right(teacher, b, tokens_of) for b in tasks["new"].values()]
         assert gate[name] == pytest.approx(sum(both) / 2)
-    assert len({*record["new"].values(), *gate.values()}) > 2, "else it shows nothing"
+    assert gate["skills"] == dict(zip("xy", both, strict=True)), "the teacher's"
+    assert len({*record["new"].values(), *both}) > 2, "else it shows nothing"
 
 
 @pytest.mark.usefixtures("float64")

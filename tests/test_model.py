@@ -524,6 +524,7 @@ def test_oracle_that_counts_goes_on_from_the_last_token_of_each_prompt():
         return F.one_hot((idx + 1) % V, V).double()
 
     oracle = SimpleNamespace(
+        sampling=torch.inference_mode,
         config=GPTConfig(**SMALL),
         dtype=torch.float64,
         training=False,

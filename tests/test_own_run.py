@@ -37,7 +37,8 @@ def write(path, rows):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return make_folder(tmp_path_factory.mktemp("model") / "small", shards=2)
+    path = tmp_path_factory.mktemp("model") / "small"
+    return make_folder(path, shards=2, tie_word_embeddings=True)
 
 
 @pytest.fixture
@@ -136,15 +137,10 @@ def test_a_run_is_what_its_parts_say(capsys, folder, files, tmp_path):
 def test_a_stopped_run_goes_on_to_the_bit(capsys, folder, files, tmp_path):
     flags = (*SHORT, "--save-every", "2", "--dropout", "0.1")
     assert run(capsys, folder, files, tmp_path / "whole", *flags)[0] == 0
-    real = train.Run.stop_wanted
-    train.Run.stop_wanted = lambda self: float(self.clock_stop())
-    steps = iter(range(100))
-    train.Run.clock_stop = lambda self: next(steps) == 3
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        steps = iter(range(100))
+        patch.setattr(train.Run, "stop_wanted", lambda self: float(next(steps) == 3))
         code, _, err = run(capsys, folder, files, tmp_path / "cut", *flags)
-    finally:
-        train.Run.stop_wanted = real
-        del train.Run.clock_stop
     assert code == 128 and "--resume" in err
     code, text, err = run(capsys, folder, files, tmp_path / "cut", *flags, "--resume")
     assert code == 0 and "goes on after update 4" in text, err
@@ -154,6 +150,28 @@ def test_a_stopped_run_goes_on_to_the_bit(capsys, folder, files, tmp_path):
     (tmp_path / "template.txt").write_text(f"{TEMPLATE} please")
     code, _, err = run(capsys, folder, files, tmp_path / "cut", *flags, "--resume")
     assert code == 2 and "template" in err
+
+
+def test_a_full_disk_at_the_end_is_told_and_a_resume_writes_the_model(
+    capsys, folder, files, tmp_path, monkeypatch
+):
+    resource, real = pytest.importorskip("resource"), model.save_pretrained
+
+    def on_a_full_disk(*args):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
+        try:
+            real(*args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    out, flags = tmp_path / "out", (*SHORT, "--method", "sft")
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "save_pretrained", on_a_full_disk)
+        code, _, err = run(capsys, folder, files, out, *flags)
+    assert code == 2 and f"error: {out / 'sft' / 'model'} not written: " in err
+    assert run(capsys, folder, files, out, *flags, "--resume")[0] == 0
+    assert load(out / "sft" / "model").num_params() == load(folder).num_params()
 
 
 def test_checkpointing_changes_nothing_but_memory(capsys, folder, files, tmp_path):
@@ -179,8 +197,8 @@ def test_check_data_shows_both_contexts_and_writes_nothing(
     tok = data.ChatTokenizer(folder)
     for title, context in (("student", student), ("teacher", teacher)):
         ids = tok.chat([{"role": "user", "content": context[17:-33]}])
-        assert f"a, line 1: {title} reads, {len(ids)} tokens\n{context}\n" in text
-    assert "demonstration, " in text and "one theory<|im_end|>\n" in text
+        assert f"a, line 1: {title}_prompt, {len(ids)} tokens\n{context}\n" in text
+    assert "demo_response, " in text and "one theory<|im_end|>\n" in text
 
 
 def test_a_gate_that_is_closed_stops_the_run(capsys, folder, files, tmp_path):
@@ -216,6 +234,7 @@ def test_the_gate_counts_who_alone_is_right(monkeypatch, folder):
     assert gate == {
         "student": (2 / 8 + 1 / 4) / 2, "teacher": (4 / 8 + 3 / 4) / 2,
         "only_student": 2, "only_teacher": 6, "sampled": 1 / 2,
+        "skills": {"a": 4 / 8, "b": 3 / 4},
     }  # fmt: skip
 
 
@@ -271,11 +290,6 @@ BAD = {  # more flags, or a change of the files: what the error says
     "--max-new-tokens 390": "a.jsonl:1: ",
     "--batch-size 7": "batch size 7 > 6 examples",
     "--batch-size 6 --micro-batches 4": "cannot be cut into equal parts",
-    "--steps 3 --eval-every 3": "--eval-every has no effect",
-    "--demos 64": "--demos has no effect with --init",
-    "--quick": "--quick has no effect with --init",
-    "--n-layer 2": "--n-layer has no effect with --init",
-    "--base x": "--base has no effect with --init",
     "--grade word": "invalid choice: 'word'",
 }
 
@@ -308,7 +322,7 @@ def test_what_deserves_a_remark_gets_one(capsys, folder, files, tmp_path):
     more = ("--check-data", "--max-new-tokens", "12")
     code, text, err = run(capsys, folder, files, tmp_path / "out", *more)
     assert code == 0, err
-    assert "a: the held-out prompts of lines 1, 2, 3 are in --data, too" in text
+    assert "a: the held-out prompts of lines 1, 2, 3 are also in --data" in text
     assert "a.jsonl: 1 demonstrations are longer than --max-new-tokens 12" in text
 
 

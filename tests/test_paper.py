@@ -1,5 +1,6 @@
 """The experiments of tests/bench: cells, measurements, tables, pictures."""
 
+import copy
 import importlib.util
 import itertools
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 for path in (ROOT / "tests" / "exercises", ROOT / "tests" / "bench"):
@@ -17,10 +19,12 @@ for path in (ROOT / "tests" / "exercises", ROOT / "tests" / "bench"):
         sys.path.insert(0, str(path))
 
 import cell  # noqa: E402
+import check_device  # noqa: E402
 import experiments  # noqa: E402
 import notes  # noqa: E402
 import oracles  # noqa: E402
 import paper  # noqa: E402
+import plot  # noqa: E402
 import probes  # noqa: E402
 from experiments import EXPERIMENTS  # noqa: E402
 
@@ -133,7 +137,7 @@ def test_quick_takes_the_first_of_rows_that_differ_only_in_numbers(monkeypatch):
     rows = [
         ("a", 1, {**tuned, "lr": 1.0}), ("b", 1, {**tuned, "lr": 2.0}),
         ("c", 1, {**tuned, "lr": 1.0, "steps": 9}), ("d", 1, {**tuned, "method": "x"}),
-        ("e", 1, {**tuned, "lr": 1.0, "base": {**base, "flags": "--n-head 2"}}),
+        ("e", 1, {**tuned, "lr": 1.0, "base": {**base, "flags": "--n-embd 96"}}),
     ]  # fmt: skip
     monkeypatch.setitem(EXPERIMENTS, "few", {"rows": rows})
     assert list(paper.specs_of("few", [7], True)) == ["a 7", "c 7", "d 7", "e 7"]
@@ -241,7 +245,7 @@ def test_a_result_is_there_whole_or_not_at_all(small, tmp_path, monkeypatch):
     def breaks(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(cell.train, "write_atomically", breaks)
+    monkeypatch.setattr(cell.train, "write_text", breaks)
     with pytest.raises(OSError):
         run_small(tmp_path)
     assert not list(tmp_path.glob("*/cells/*/result.json"))
@@ -483,3 +487,53 @@ def test_the_rank_correlation_is_that_of_ranks():
     assert notes.correlation(ranks, [2 * r + 1 for r in ranks]) == pytest.approx(1)
     assert notes.correlation([0, 1, 2], [2, 1, 0]) == pytest.approx(-1)
     assert math.isnan(notes.correlation([1, 1, 1], [0, 1, 2]))
+
+
+# ---- One run, one device -----------------------------------------------------------
+
+
+def test_a_run_is_drawn_and_a_picture_of_somebody_else_is_kept(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = [
+        {"step": i, "new": {"A": i / 2}, "prior": {"knowledge": 1.0}} for i in range(3)
+    ]
+    for method in ("sft", "sdft"):
+        (tmp_path / method).mkdir()
+        lines = "".join(json.dumps(row) + "\n" for row in [{"step": 0}, *rows])
+        (tmp_path / method / "metrics.jsonl").write_text(lines)
+    (tmp_path / "plot.png").write_bytes(b"my holidays")
+    for _ in range(2):
+        assert plot.plot(tmp_path).read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "plot.png.previous1").read_bytes() == b"my holidays"
+    assert len(list(tmp_path.glob("*.png*"))) == 2
+
+
+def test_a_picture_needs_matplotlib_and_a_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
+    if importlib.util.find_spec("matplotlib"):
+        assert plot.main() == 2 and f"no run in {tmp_path}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert plot.main() == 2 and "pip install matplotlib" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_device_with_a_wrong_kernel_is_seen(masked, monkeypatch):
+    """Attention with a mask, as on a cache; or causal attention, as everywhere else."""
+    gpt, right = check_device.make_model(), F.scaled_dot_product_attention
+    twin = copy.deepcopy(gpt)
+    assert check_device.compare(gpt, twin) == (0, True)
+    hidden = twin.hidden
+
+    def wrong(q, k, v, attn_mask=None, is_causal=False):
+        if masked:
+            return right(q, k, v, is_causal=is_causal)
+        return right(q, k, v, attn_mask)
+
+    def on_device(*args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", wrong)
+            return hidden(*args, **kwargs)
+
+    monkeypatch.setattr(twin, "hidden", on_device)
+    difference, same = check_device.compare(gpt, twin)
+    assert not same and (difference == 0) == masked

@@ -86,7 +86,7 @@ for tie in (True, False):
             "dtype": str(dtype), "kept": kept / gpt.num_params(), "ends": ends,
             "equal": equal, "loss": [loss.item(), same_loss.item()], "error": error,
             "norm": norm,
-            "shards": all(model.is_shard(p) for m in (cut, shown)
+            "shards": all(hasattr(p, "full_tensor") for m in (cut, shown)
                           for p in m.parameters()),
         })
 with open(f"{lines[0][-1]}.{rank}.json", "w") as file:
@@ -250,17 +250,35 @@ def test_the_plan_is_that_of_one_process_of_several(pair):
         assert (need in text) == (parts == 2)
 
 
-def test_shard_is_refused_where_it_cannot_be(
-    capsys, monkeypatch, folder, files, tmp_path
-):
+def test_a_checkpoint_of_shards_is_a_plain_file_of_whole_tensors(pair):
+    """The same names and shapes as that of one process, for torch and without train.py;
+    AdamW's state is by the names of parameters."""
+    saved, other = (
+        torch.load(pair[0] / name / "sdft" / "checkpoint.pt", weights_only=True)
+        for name in ("two", "one")
+    )
+    for each in (saved, other):
+        weights = each["models"]["student"]
+        state = each["optimizer"]["state"]
+        assert state.keys() == weights.keys() - {"lm_head.weight"}  # tied
+        for name in state:
+            assert state[name]["exp_avg"].shape == weights[name].shape
+    assert shapes(saved["models"]) == shapes(other["models"])
+    assert shapes(saved["optimizer"]) == shapes(other["optimizer"])
+
+
+def shapes(x):
+    if isinstance(x, dict):
+        return {key: shapes(value) for key, value in x.items()}
+    return (type(x), x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x)
+
+
+def test_shard_is_refused_where_it_cannot_be(capsys, folder, files, tmp_path):
     code, _, err = run(capsys, folder, files, tmp_path / "out", *SHORT, "--shard")
     assert code == 2 and "--shard needs several processes, and this is one" in err
     assert "hint: torchrun --standalone" in err and not (tmp_path / "out").exists()
-    assert train.main(["--shard"]) == 2
-    assert "--shard needs --init" in capsys.readouterr().err
-    monkeypatch.setattr(train.dist, "get_backend", lambda: "gloo")
     args = train.parse_args(["--init", "x", "--data", "y", "--shard"])
-    for name in ("cuda:0", "mps"):  # all on one GPU; no FSDP
-        with pytest.raises(train.UserError, match=f"not on {name} over gloo"):
-            train.check_shard(args, torch.device(name), 2)
-    train.check_shard(args, torch.device("cpu"), 2)
+    with pytest.raises(train.UserError, match="--shard: not on mps"):
+        train.check_shard(args, torch.device("mps"), 2)
+    for name in ("cpu", "cuda:0"):
+        train.check_shard(args, torch.device(name), 2)

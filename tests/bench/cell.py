@@ -71,14 +71,12 @@ def wait_for(folder):
     """The lock of a folder, when whoever else runs this cell has finished."""
     while True:
         try:
-            file = train.lock(folder)
-        except train.UserError as error:
-            if "in use" not in str(error):
-                raise
+            train.lock(folder)
+        except train.UserError:
+            train.LOCKS.pop().close()
             time.sleep(1)
         else:
-            train.LOCKS.remove(file)  # train.main would let go of it at its end
-            return file
+            return train.LOCKS.pop()  # train.main would let go of it at its end
 
 
 def run(folder):
@@ -93,8 +91,7 @@ def run(folder):
             call = getattr(importlib.import_module(module), function)
             result = call(folder=folder, **spec)
             result.setdefault("seconds", {"whole": time.perf_counter() - start})
-            text = json.dumps(rounded({"code": code, **result}))
-            train.write_atomically(path, text.encode())
+            train.write_text(path, json.dumps(rounded({"code": code, **result})))
         return json.loads(path.read_text())
 
 

@@ -65,7 +65,7 @@ def reinvoke(lr, prompts="reinvoke,general"):
 
 def frozen(variants="", lr="9e-5", **settings):
     """The same teacher for all: the base, shown the demonstration."""
-    return sdft(lr, variants, teacher="frozen", **settings)
+    return sdft(lr, variants, ema_rate=0.0, **settings)
 
 
 def facts(arm, lr=None, **settings):
@@ -174,7 +174,6 @@ READ = {
     "gate": lambda c: c["gate"],
     "length": lambda c: mean(row["length"] for row in c["new"].values()),
     "prior length": lambda c: mean(row["length"] for row in c["prior"].values()),
-    "ended": lambda c: mean(row["ended"] for row in c["new"].values()),
     "thinks": lambda c: mean(row["thinks"] for row in c["new"].values()),
     "prior thinks": lambda c: c["prior"]["knowledge"]["thinks"],
     "updates to .9": lambda c: updates_to(c, 0.9) if "evaluations" in c else None,
@@ -246,8 +245,8 @@ EARLIER = (
     ("sft known", 3, "--lr 1e-4 --distance known"),
     ("sdft known", 3, "--distance known"),
     ("sdft reverse", 2, "--kl reverse"),
-    ("sdft frozen", 2, "--teacher frozen"),
-    ("sdft live", 2, "--teacher live"),
+    ("sdft frozen", 2, "--ema-rate 0"),
+    ("sdft live", 2, "--ema-rate 1"),
 )
 
 # ---- The table of experiments ------------------------------------------------------
@@ -267,8 +266,8 @@ def sized(flags):
 
 SIZES = {  # name: flags of the base; a length is a number of updates
     "large": "",
-    "middle": "--n-embd 144 --n-head 9 --n-kv-head 9 --n-inner 768",
-    "small": "--n-embd 96 --n-head 6 --n-kv-head 6 --n-inner 512",
+    "middle": "--n-embd 144",
+    "small": "--n-embd 96",
     "large, 400": "--base-steps 400",
     "large, 300": "--base-steps 300",
 }
@@ -297,7 +296,7 @@ AUDIT = {  # what is changed: settings of knowledge.run, for one method or for b
     "4 questions a fact": {"both": {"questions": 72}},
     "demonstrations in its own style": {"both": {"manner": "own"}},
     "EMA .01": {"sdft": {"ema_rate": 0.01}},
-    "frozen teacher": {"sdft": {"teacher": "frozen"}},
+    "frozen teacher": {"sdft": {"ema_rate": 0.0}},
 }
 
 EXPERIMENTS = {
@@ -371,9 +370,9 @@ EXPERIMENTS = {
         "rows": [
             ("base", 5, BASE),
             ("ema .001", 5, three()),
-            ("frozen", 5, three(teacher="frozen")),
+            ("frozen", 5, three(ema_rate=0.0)),
             ("ema .01", 5, three(ema_rate=0.01)),
-            ("live", 5, three(teacher="live")),
+            ("live", 5, three(ema_rate=1.0)),
             ("ema .05", 5, three(ema_rate=0.05)),
             ("ema .2", 5, three(ema_rate=0.2)),
             ("copy 120", 5, three("9e-5", "copies", copy_every=120)),

@@ -60,15 +60,13 @@ def base(seed, folder, quick, flags="", variants=""):
     m, work = Modules(changes_of(variants) if variants else []), folder.parents[1]
     argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
     args = m.train.parse_args(argv + QUICK_BASE * quick)
-    device, _ = train.choose_device("auto")
     world, tok = m.data.World(seed), m.data.Tokenizer()
     config, cfg = m.train.base_settings(args, 1)
-    dtype = train.choose_dtype("auto", device)
-    path = m.train.find_base(args, config, cfg, world, tok, dtype)
-    model = m.model.GPT(config, m.data.make_rng(seed, "weights")).to(device)
-    model.dtype = dtype
-    stop, bar = argparse.Namespace(signal=0), None
-    seconds = m.train.get_base(args, path, config, cfg, model, world, tok, stop, bar)
+    model = m.model.GPT(config, m.data.make_rng(seed, "weights"))
+    model.to(train.choose_device("auto"))
+    path = m.train.find_base(args, config, cfg, world, tok, model.dtype)
+    stop = argparse.Namespace(signal=0)
+    seconds = m.train.get_base(path, config, cfg, model, world, tok, stop)
     model.eval()
     tasks = make_tasks(m, world, seed, "ABC", "terms", quick)
     n = QUICK["max_new_tokens"] if quick else 16
@@ -85,12 +83,10 @@ def load_base(folder, gpt, gpt_config):
     """The base model of a base cell, as a GPT of a variant's model.py."""
     path = folder / json.loads((folder / "result.json").read_text())["base"]
     content = train.read_checkpoint(path)
-    config = {k: v for k, v in content["base"].items() if k != "seed"}
+    config = {k: v for k, v in content["base"].items() if k not in ("seed", "key")}
     model = gpt(gpt_config(**config))
     model.load_state_dict(content["model"])
-    device, _ = train.choose_device("auto")
-    model.dtype = train.choose_dtype("auto", device)
-    return model.to(device).eval()
+    return model.to(train.choose_device("auto")).eval()
 
 
 def run(
@@ -151,8 +147,7 @@ def run(
     ]
     result["records"] = [row for row in rows if "new" not in row]
     torch.save(student.state_dict(), folder / "student.pt")
-    for name in ("checkpoint.pt", "checkpoint.pt.previous"):  # 60 MB, of no more use
-        (way.folder / name).unlink(missing_ok=True)
+    way.checkpoint.unlink()  # 40 MB, of no more use
     return result
 
 

@@ -339,11 +339,11 @@ def base(seed, folder, quick, base):
     cfg = replace(cfg, steps=4, warmup_steps=2) if quick else cfg
     reader = Modules()  # a copy of the project: no other code meets this corpus
     reader.data.make_base_corpus = make_corpus
-    args = Namespace(seed=seed, out=str(folder), base=None)
+    args = Namespace(seed=seed, out=str(folder))
     more = args, model.config, cfg, world, tok
     path = reader.train.find_base(*more, model.dtype)
     settings = model.config, cfg, model, world, tok
-    seconds = reader.train.get_base(args, path, *settings, None, None)
+    seconds = reader.train.get_base(path, *settings, None)
     model.eval()
     result = measure(model, model, make_tasks(world, seed, SIZE[quick]), tok, seed)
     result["gate"] = {
@@ -391,8 +391,7 @@ def run(
         seconds = sum(row["seconds"] for row in result["records"])
         trained = make_questions(world, seed, questions if shown else 0)
         result["suspects"] = audit(student, model, world, seed, tasks, trained, tok)
-        for path in way.folder.glob("checkpoint*"):  # 60 MB, of no more use
-            path.unlink()
+        way.checkpoint.unlink()  # 40 MB, of no more use
     result["seconds"] = {"train": seconds}
     result["machine"] = finetune.describe(student)
     result["base digest"] = finetune.digest(model)

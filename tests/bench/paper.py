@@ -252,7 +252,7 @@ def save(where, name, cells):
     where.mkdir(parents=True, exist_ok=True)
     command = f"python tests/bench/paper.py {name}"
     content = {"command": command, "cells": {**load(path), **cells, **short}}
-    train.write_atomically(path, json.dumps(content).encode())
+    train.write_text(path, json.dumps(content))
 
 
 # ---- Tables ------------------------------------------------------------------------

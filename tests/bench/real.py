@@ -60,7 +60,7 @@ TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
 # task -> label: (variant of tests/exercises/variants.py or "", template, form of the
 # demonstrations, flags of train.py)
 
-SFT, SDFT = "--method sft --lr", "--method sdft --teacher frozen --lr"
+SFT, SDFT = "--method sft --lr", "--method sdft --ema-rate 0 --lr"
 RATES = {SFT: (5e-6, 2e-5, 8e-5), SDFT: (1e-5, 3e-5, 1e-4)}
 # batches of 8 from 72 rows: 9 updates are a pass. Both methods see each row as often
 PASSES = {"rule": 3, "facts": 6}

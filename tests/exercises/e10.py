@@ -10,9 +10,9 @@ the optimizer and changes the teacher, in place:
 
     teacher <- ema_rate * student + (1 - ema_rate) * teacher        in every parameter
 
-ema_rate is the paper's alpha: the student's share, a small number. It depends on
-cfg.teacher, a string: "ema": cfg.ema_rate; "frozen": 0, the teacher stays as it is;
-"live": 1, the teacher becomes what the student is now. Both are a GPT of one shape; the
+cfg.ema_rate is the paper's alpha: the student's share, a small number. This formula
+needs no case for its two ends: at 0, a frozen teacher stays as it is, to the bit; at 1,
+a live teacher becomes what the student is now. Both models are a GPT of one shape; the
 k-th of teacher.parameters() belongs to the k-th of student.parameters().
 
 1. Every parameter counts: matrices, biases, the weights of the norms. Head and
@@ -26,8 +26,9 @@ k-th of teacher.parameters() belongs to the k-th of student.parameters().
 
 What to look at when it runs: how many updates until half of the student of the start is
 forgotten, at .001, .01 and .05? (log .5 / log(1 - ema_rate).) Then
-python tests/exercises/run.py mine --method sdft --teacher live, and the column of the
-teacher's own gate: a live teacher learns from a student that learns from it.
+python tests/exercises/run.py mine --method sdft --ema-rate 1, and its lines "the
+teacher, shown the demonstration": a live teacher learns from a student that learns from
+it.
 """
 
 HINTS = (
@@ -37,56 +38,57 @@ and what if teacher and student change places? Then ask which tensor you write i
 who else holds it.
 """,
     """
-Plan. Find the rate from cfg.teacher. Go through the parameters of both models together
-(zip with strict=True); parameters() gives a shared tensor once, state_dict() gives it
-under both of its names. Write into the teacher's tensor (copy_, lerp_, mul_ and add_),
-under torch.no_grad().
+Plan. Go through the parameters of both models together (zip with strict=True);
+parameters() gives a shared tensor once, state_dict() gives it under both of its names.
+Write into the teacher's tensor (copy_, lerp_, mul_ and add_), under torch.no_grad().
 """,
     """
 Almost the code.
-    ema_rate = {"ema": cfg.ema_rate, "frozen": ..., "live": ...}[cfg.teacher]
     for t, s in zip(teacher.parameters(), student.parameters(), strict=True):
         t.copy_(...)
 """,
 )
 
-COPY = "t.copy_(ema_rate * s + (1 - ema_rate) * t)"
-RATE = '{"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]'
+COPY = "t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)"
+
+
+def rate(text):
+    """The update with another rate."""
+    return (COPY, COPY.replace("cfg.ema_rate", f"({text})")),
+
 
 MUTANTS = (
-    ("rates exchanged", ((COPY, "t.copy_((1 - ema_rate) * s + ema_rate * t)"),),
+    ("rates exchanged", ((COPY, "t.copy_((1 - cfg.ema_rate) * s + cfg.ema_rate * t)"),),
      "the rates are exchanged"),
-    ("lerp the wrong way", ((COPY, "t.lerp_(s, 1 - ema_rate)"),),
+    ("lerp the wrong way", ((COPY, "t.lerp_(s, 1 - cfg.ema_rate)"),),
      "the rates are exchanged"),
     ("tied twice", """
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
-    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     own, theirs = teacher.state_dict(), student.state_dict()
     for name in own:
-        own[name].lerp_(theirs[name], ema_rate)
+        own[name].lerp_(theirs[name], cfg.ema_rate)
 """, "is averaged twice"),
-    ("shared storage", ((COPY, "t.data = s.data if ema_rate == 1 else "
-     "ema_rate * s.data + (1 - ema_rate) * t.data"),), "they share one memory"),
+    ("shared storage", ((COPY, "t.data = s.data if cfg.ema_rate == 1 else "
+     "cfg.ema_rate * s.data + (1 - cfg.ema_rate) * t.data"),), "they share one memory"),
     ("a copy of the student", ((COPY, "t.copy_(s)"),), "ema_rate is not used"),
-    ("frozen is not", ((RATE, "1.0 if cfg.teacher == 'live' else cfg.ema_rate"),),
-     "a teacher that is frozen moves"),
-    ("live is not", ((RATE, "0.0 if cfg.teacher == 'frozen' else cfg.ema_rate"),),
-     "a live teacher moves by cfg.ema_rate"),
+    ("frozen is not", rate("cfg.ema_rate or 0.001"), "a teacher that is frozen moves"),
+    ("live is not", rate("min(cfg.ema_rate, 0.999)"), "keeps a share of itself"),
+    ("live is frozen", rate("cfg.ema_rate % 1"), "a live teacher does not move"),
     ("matrices only", (("        t.copy_", "        if t.dim() == 1:\n"
      "            continue\n        t.copy_"),), "does not move: every parameter"),
-    ("the student is changed", ((COPY, "s.copy_(ema_rate * s + (1 - ema_rate) * t)\n"
+    ("the student is changed", ((COPY, COPY.replace("t.copy", "s.copy") + "\n"
      "        t.copy_(s)"),), "it got the average"),
-    ("the wrong way round", ((COPY, "s.copy_(ema_rate * s + (1 - ema_rate) * t)"),),
+    ("the wrong way round", ((COPY, COPY.replace("t.copy", "s.copy")),),
      "of the student is changed"),
-    ("bfloat16", ((COPY, "t.copy_((ema_rate * s.bfloat16() + (1 - ema_rate) * "
+    ("bfloat16", ((COPY, "t.copy_((cfg.ema_rate * s.bfloat16() + (1 - cfg.ema_rate) * "
      "t.bfloat16()).to(t.dtype))"),), "they round to nothing"),
-    ("in float32", ((COPY, "t.copy_(ema_rate * s.float() + (1 - ema_rate) * "
+    ("in float32", ((COPY, "t.copy_(cfg.ema_rate * s.float() + (1 - cfg.ema_rate) * "
      "t.float())"),), "frozen teacher is rounded"),
-    ("in float32, but for a frozen one", ((COPY, "t.copy_(ema_rate * s.float() + "
-     "(1 - ema_rate) * t.float() if ema_rate else t)"),),
+    ("in float32, but for a frozen one", ((COPY, "t.copy_(cfg.ema_rate * s.float() + "
+     "(1 - cfg.ema_rate) * t.float() if cfg.ema_rate else t)"),),
      "right up to float32 rounding"),
-    ("renames", ((COPY, "t = ema_rate * s + (1 - ema_rate) * t"),),
+    ("renames", ((COPY, "t = cfg.ema_rate * s + (1 - cfg.ema_rate) * t"),),
      "no parameter moved"),
     ("returns another teacher", """
 import copy
@@ -94,31 +96,27 @@ import copy
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
     teacher = copy.deepcopy(teacher)
-    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     for t, s in zip(teacher.parameters(), student.parameters()):
-        t.lerp_(s, ema_rate)
+        t.lerp_(s, cfg.ema_rate)
     return teacher
 """, "a returned teacher is not used"),
     ("with a graph", """
 def update_teacher(teacher, student, cfg):
-    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     for t, s in zip(teacher.parameters(), student.parameters()):
-        t.copy_(ema_rate * s + (1 - ema_rate) * t)
+        t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)
 """, "remembers how it was made"),
     ("new parameters that want a gradient", """
 def update_teacher(teacher, student, cfg):
-    ema_rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     for t, s in zip(teacher.modules(), student.modules()):
         for name, p in list(t.named_parameters(recurse=False)):
-            new = ema_rate * s.get_parameter(name) + (1 - ema_rate) * p
+            new = cfg.ema_rate * s.get_parameter(name) + (1 - cfg.ema_rate) * p
             setattr(t, name, torch.nn.Parameter(new.detach()))
 """, "are two now"),
-    ("the teacher's own share is missing", ((COPY, "t.copy_(ema_rate * s)"),),
+    ("the teacher's own share is missing", ((COPY, "t.copy_(cfg.ema_rate * s)"),),
      "the teacher shrinks"),
-    ("the student's share comes on top", ((COPY, "t.add_(s, alpha=ema_rate)"),),
+    ("the student's share comes on top", ((COPY, "t.add_(s, alpha=cfg.ema_rate)"),),
      "comes on top"),
-    ("a rate of one's own", ((RATE, '{"ema": 0.001, "frozen": 0.0, "live": 1.0}'
-     "[cfg.teacher]"),), "take cfg.ema_rate"),
+    ("a rate of one's own", rate("0.001"), "take cfg.ema_rate"),
 )  # fmt: skip
 
 RIGHTS = (
@@ -127,17 +125,15 @@ RIGHTS = (
         '''
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
-    if cfg.teacher == "frozen":
-        return
-    rate = 1.0 if cfg.teacher == "live" else cfg.ema_rate
-    torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), rate)
+    own, theirs = list(teacher.parameters()), list(student.parameters())
+    torch._foreach_lerp_(own, theirs, cfg.ema_rate)
 ''',
     ),
     (
         "mul and add on detached tensors, by name",
         '''
 def update_teacher(teacher, student, cfg):
-    rate = {"ema": cfg.ema_rate, "frozen": 0, "live": 1}[cfg.teacher]
+    rate = cfg.ema_rate
     theirs = dict(student.named_parameters())
     for name, p in teacher.named_parameters():
         p.detach().mul_(1 - rate).add_(theirs[name].detach(), alpha=rate)
@@ -150,12 +146,11 @@ def update_teacher(teacher, student, cfg):
     with torch.no_grad():
         own, theirs, done = teacher.state_dict(), student.state_dict(), set()
         for name, t in own.items():
-            if t.data_ptr() in done or cfg.teacher == "frozen":
+            if t.data_ptr() in done or cfg.ema_rate == 0:
                 continue
             done.add(t.data_ptr())
             s = theirs[name].double()
-            rate = 1.0 if cfg.teacher == "live" else cfg.ema_rate
-            t.copy_(s - (1 - rate) * (s - t.double()))
+            t.copy_(s - (1 - cfg.ema_rate) * (s - t.double()))
 ''',
     ),
     (
@@ -163,10 +158,9 @@ def update_teacher(teacher, student, cfg):
         '''
 @torch.no_grad()
 def update_teacher(teacher, student, cfg):
-    rate = {"ema": cfg.ema_rate, "frozen": 0.0, "live": 1.0}[cfg.teacher]
     new = student.state_dict()
     for name, t in teacher.state_dict().items():
-        new[name] = torch.lerp(t, new[name], rate)
+        new[name] = torch.lerp(t, new[name], cfg.ema_rate)
     teacher.load_state_dict(new)
 ''',
     ),

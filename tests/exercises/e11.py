@@ -28,7 +28,7 @@ project's own, in pieces: look at it afterwards.)
 
 Return (loss, response, mask), the loss as it was before the update and without a graph.
 Whoever calls you decides on dropout: leave both models in the mode they are in.
-Micro-batches, cfg.kl, cfg.teacher and cfg.skip_first_tokens are not asked for.
+Micro-batches, cfg.kl and cfg.skip_first_tokens are not asked for.
 
 What to look at when it runs: print the responses (tok.decode) and the loss of each
 token for one example, every ten steps: which tokens does the teacher know something

@@ -35,7 +35,7 @@ your numbers below each table; ten minutes the first time. Fill in, for SFT and 
 
 Which prior benchmark loses most, and what does it need that SFT trains away? Why is
 KL(student || base) no measure of forgetting? (Compare the rows after A with those after
-C.) Then the same with --sft.lr 1e-4.
+C.) Then SFT again, with --method sft --lr 1e-4.
 """
 
 HINTS = (

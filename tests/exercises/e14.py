@@ -48,7 +48,7 @@ Plan. (1) get_responses = m.model.generate after the bare prompts, with the numb
 m.data.get_uniform. (2) compute_loss = the mean over examples of the mean over tokens of
 m.model.kl_reference, each model after its own context, on a response that ends; the
 teacher made by make_teacher from a model with dropout. (3) update_teacher with ema_rate
-0.25: why not 0.5? (4) train two steps: with cfg.teacher = "live" the teacher equals the
+0.25: why not 0.5? (4) train two steps: with cfg.ema_rate = 1 the teacher equals the
 student at the end, if it moves after the step; put a function of yours in the place of
 m.sdft.get_responses that looks at the model it is given, and at what p.grad holds then.
 """,
@@ -67,7 +67,7 @@ Almost the code, of (2) and (4).
         assert ...  # no gradient is left
         return get_responses(model, *args)
     m.sdft.get_responses = watch
-    cfg.teacher, run = "live", Quiet()
+    cfg.ema_rate, run = 1.0, Quiet()
     m.sdft.train(student, {"A": batch}, {}, tok, cfg, run)
     assert ...  # run.models["teacher"] has the weights of student
 """,
@@ -115,15 +115,15 @@ def check_sdft(m):
          "    response[mask & (response == tok.end)] = 300\n"),
         ("assert ends.any() and not mask.all()", "assert True")),
      "the end of a response does not count"),
-    ("one step", (("cfg.teacher, run = ", "cfg.steps = 1\n    cfg.teacher, run = "),),
+    ("one step", (("cfg.ema_rate, run", "cfg.steps = 1\n    cfg.ema_rate, run"),),
      "the responses are stale"),
     ("half and half", ((START, f"{START}    cfg.ema_rate = 0.5\n"),
-                       ('cfg.teacher, run = "live", Quiet()', "run = Quiet()"),
+                       ("cfg.ema_rate, run = 1.0, Quiet()", "run = Quiet()"),
                        ("all(torch.allclose(x, y) for x, y in pairs), \"the teacher",
                         "pairs, \"the teacher")),
      "the average is inverted"),
-    ("a frozen teacher", (('cfg.teacher, run = "live", Quiet()',
-                           'cfg.teacher, run = "frozen", Quiet()'),
+    ("a frozen teacher", (("cfg.ema_rate, run = 1.0, Quiet()",
+                           "cfg.ema_rate, run = 0.0, Quiet()"),
                           ('run.models["teacher"].parameters(), student.parameters()',
                            'run.models["teacher"].parameters(), '
                            'run.models["teacher"].parameters()')),
@@ -263,7 +263,7 @@ def check_sdft(m):
     noisy.dropout_seed += 1
     assert loss(noisy, batch, mask) == noisy2, "the teacher drops out"
 
-    cfg.teacher = "frozen"
+    cfg.ema_rate = 0.0
     kept = [p.clone() for p in teacher.parameters()]
     m.sdft.update_teacher(teacher, student, cfg)
     assert all(torch.equal(x, y) for x, y in zip(kept, teacher.parameters())), "ema"
@@ -279,7 +279,7 @@ def check_sdft(m):
     norms = [r["grad_norm"] for r in run.records]
     assert max(norms) - min(norms) < 1e-4 * max(norms), norms
 
-    cfg.lr, cfg.teacher, cfg.steps = 0.01, "live", 1
+    cfg.lr, cfg.ema_rate, cfg.steps = 0.01, 1.0, 1
     m.sdft.train(student, {"A": batch}, {}, tok, cfg, run)
     last = zip(run.models["teacher"].parameters(), student.parameters())
     assert all(torch.allclose(x, y) for x, y in last), "behind"

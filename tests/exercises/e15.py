@@ -5,7 +5,7 @@ from kit import Exercise
 SHEET = """
 A run of hours is worth what its checkpoint is worth. A kill in the middle of a save, a
 power cut, a full disk, one bad bit, a file from a stranger: write the two functions of
-train.py between a dict and its file.
+extra.py between a dict and its file.
 
 1. write_atomically(path, content, keep=False): the bytes `content` become the file
    `path`. Whenever the process dies, at `path` there is the old file or the new one,
@@ -20,16 +20,20 @@ train.py between a dict and its file.
    the SHA-256 of all other bytes in hex, a newline, then the bytes of torch.save.
    Tensors come to the CPU. ValueError, which names the path, if anything about the file
    is not as it was written: cut, a flipped bit, another kind of file. Nothing in a file
-   is ever executed. (UserError(message, hint) is the ValueError of train.py.)
+   is ever executed.
 
-remove_temporary, sync_folder, keep_previous and write_checkpoint are in the file; os,
-io, hashlib and shutil are imported. Nothing is killed when it is graded: each thing
-that you do to a file (open, write, os.fsync, os.replace, os.unlink, ...) is watched,
-and the process "dies" before, in the middle and after each.
+sync_folder and keep_previous come with the file; os, io, hashlib and shutil are
+imported. (write_checkpoint and remove_temporary stay in tests/exercises/extra.py.)
+Nothing is killed when it is graded: each thing that you do to a file (open, write,
+os.fsync, os.replace, os.unlink, ...) is watched, and the process "dies" before, in the
+middle and after each.
 
-What to look at when it runs: python tests/exercises/run.py mine --quick --method sft;
-kill it (kill -9) while it runs, and go on with --resume. Then torch.save a tensor,
-change one byte in the middle of the file and torch.load it: did it complain?
+What to look at when it runs: python tests/exercises/run.py mine --quick --method sft
+saves its checkpoints with your functions; kill it (kill -9) while it runs, and go on
+with --resume. Then torch.save a tensor, change one byte in the middle of the file and
+torch.load it: did it complain? At last read write_file and read_checkpoint of train.py.
+They keep no previous file and write no sum of their own: what do they do without, and
+where does read_checkpoint find a sum to check?
 """
 
 HINTS = (
@@ -148,8 +152,7 @@ def write_atomically(path, content, keep=False):
          "    except OSError as error:\n        return print(error)\n"),), "swallowed"),
     ("rubbish stays", (("            left.unlink(missing_ok=True)\n",
                         "            pass\n"),), "takes the space"),
-    ("the error names nothing", (('f"{path} not written: {error.strerror}; it',
-                                  'f"{error.strerror}; it'),),
+    ("the error names nothing", (('f"{path} not written: ', 'f"'),),
      "does not name the file"),
     ("no checksum", ((SUM, "False"),), "torch.load checks no sum"),
     ("part of the checksum", ((SUM, "head[:9] != f\"sdft {hashlib.sha256(content)"
@@ -183,7 +186,7 @@ def write_atomically(path, content, keep=False):
 
 READ = '''
 def read_checkpoint(path):
-    data = Path(path).read_bytes()
+    data = path.read_bytes()
     line, newline, rest = data[:69], data[69:70], data[70:]
     sum_ = hashlib.sha256()
     sum_.update(memoryview(data)[70:])
@@ -200,6 +203,8 @@ RIGHTS = (
     (
         "os.open and os.write; a finally; a header of known length",
         f'''
+import time
+
 def write_atomically(path, content, keep=False):
     temporary = path.parent / f"{{path.name}}.tmp.{{time.monotonic_ns()}}"
     try:
@@ -261,14 +266,14 @@ def read_checkpoint(path):
     try:
         return torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
     except Exception:
-        raise UserError(f"{path}: not ours", "another file?")
+        raise ValueError(f"{path}: not ours")
 ''',
     ),
 )
 
 EXERCISE = Exercise(
     id="e15",
-    functions=("train.py write_atomically", "train.py read_checkpoint"),
+    functions=("extra.py write_atomically", "extra.py read_checkpoint"),
     title="A checkpoint that survives",
     goal="Save so that no kill loses a run, load so that no broken file passes.",
     paper="none: what makes three days of arXiv 2601.19897's runs worth starting",
@@ -280,6 +285,31 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    wire=(
+        (
+            "train.py",
+            "    write_file(path, lambda file: torch.save(content, file))\n",
+            """\
+    if path.name == "checkpoint.pt":  # not the base model, which others read, too
+        import extra
+
+        return extra.write_checkpoint(path, content)
+    write_file(path, lambda file: torch.save(content, file))
+""",
+        ),
+        (
+            "train.py",
+            "    try:\n        with zipfile.ZipFile(path) as file:\n",
+            """\
+    if path.name == "checkpoint.pt":
+        import extra
+
+        return extra.read_checkpoint(path)
+    try:
+        with zipfile.ZipFile(path) as file:
+""",
+        ),
+    ),
     imports=(
         "os", "io", "hashlib", "shutil", "time", "errno", "contextlib", "pathlib",
         "zipfile", "open", "load",

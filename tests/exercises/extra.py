@@ -4,7 +4,11 @@ Each stands alone; nothing here is used by the project. `make.py eNN --to mine` 
 one of them, emptied.
 """
 
+import hashlib
+import io
 import math
+import os
+import shutil
 
 import torch
 
@@ -166,6 +170,9 @@ class Quiet:
     def log(self, record):
         self.records.append(record)
 
+    def all_reduce(self, student, sums):
+        pass
+
     def save(self, step, models, optimizer, evaluations):
         self.models = models
 
@@ -262,10 +269,96 @@ def check_sdft(m):
         return get_responses(model, *args)
 
     m.sdft.get_responses = watch
-    cfg.teacher, run = "live", Quiet()
+    cfg.ema_rate, run = 1.0, Quiet()  # the teacher is the student
     m.sdft.train(student, {"A": batch}, {}, tok, cfg, run)
     pairs = zip(run.models["teacher"].parameters(), student.parameters(), strict=True)
     assert all(torch.allclose(x, y) for x, y in pairs), "the teacher is a step behind"
+
+
+def sync_folder(folder):
+    """Put new names in a folder on the disk. (Windows opens no folders.)"""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def keep_previous(path):
+    """A second name, <name>.previous, for a file that is about to be replaced. At every
+    moment there is one, from the end of the first call on."""
+    spare = path.with_name(f"{path.name}.tmp.{os.getpid()}0")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except (OSError, AttributeError):  # exFAT, Android, Google Drive have no links
+        shutil.copyfile(path, spare)
+    os.replace(spare, path.with_name(f"{path.name}.previous"))
+    spare.unlink(missing_ok=True)  # to rename one of two names of a file does nothing
+
+
+def write_atomically(path, content, keep=False):
+    """The bytes `content` become the file `path`: at every moment there is the old file
+    or the new one, whole, and after a power cut, too.
+
+    Args: path, a pathlib.Path; content, bytes; keep: the file that is replaced stays
+        as <name>.previous.
+    Raises: OSError, with the path, when the disk is full; the old file is as it was.
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            keep_previous(path)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        for left in (temporary, path.with_name(f"{temporary.name}0")):
+            left.unlink(missing_ok=True)
+        raise OSError(f"{path} not written: {error.strerror}") from None
+
+
+def remove_temporary(folder):
+    """Remove what write_atomically left in this folder when it was killed."""
+    for path in folder.iterdir():
+        if path.stem.endswith(".tmp") and path.suffix[1:].isdigit():
+            path.unlink()
+
+
+def write_checkpoint(path, content):
+    """A dict of tensors and plain values -> SHA-256 and torch.save's bytes, in one
+    file. The checkpoint before it is kept as <name>.previous."""
+    remove_temporary(path.parent)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    body = buffer.getvalue()
+    head = f"sdft {hashlib.sha256(body).hexdigest()}\n".encode()
+    write_atomically(path, head + body, keep=True)
+
+
+def read_checkpoint(path):
+    """The dict of write_checkpoint, its tensors on the CPU. Nothing in the file is ever
+    executed.
+
+    Raises: ValueError, with the path, if the file is not one of write_checkpoint, is
+        cut, or differs from what was written.
+    """
+    head, _, content = path.read_bytes().partition(b"\n")  # torch.load checks no sum
+    if head != f"sdft {hashlib.sha256(content).hexdigest()}".encode():
+        raise ValueError(
+            f"{path}: {path.stat().st_size} bytes, checksum differs, not loaded"
+        )
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # the unpickler's own kinds: whatever it met, not ours
+        raise ValueError(
+            f"{path} is not one of our checkpoints, not loaded ({type(error).__name__})"
+        ) from None
 
 
 def dft_loss(logits, tokens, weight):

@@ -51,7 +51,8 @@ MODULES = {
 }  # fmt: skip
 NAMES = {
     "__builtins__", "__import__", "breakpoint", "compile", "delattr", "eval", "exec",
-    "exit", "getattr", "globals", "input", "locals", "open", "quit", "setattr", "vars",
+    "exit", "getattr", "globals", "input", "locals", "open", "os", "quit", "setattr",
+    "shutil", "vars",
 }  # fmt: skip
 ATTRIBUTES = {
     "_C", "_dynamo", "_ops", "ag_frame", "builtins", "cr_frame", "ctypes", "f_back",

@@ -98,10 +98,8 @@ def main(argv):
     name = Path(args.folder).resolve().name
     if code := train_with(modules, [*flags, "--out", str(OUT / name)], str(OUT)):
         return code
-    print("\nside by side, after all skills:")
-    return Modules().train.main(
-        ["--compare", str(OUT / "project"), str(OUT / name)]
-    )
+    print("\nside by side:")
+    return Modules().train.main(["--show", str(OUT / "project"), str(OUT / name)])
 
 
 if __name__ == "__main__":

@@ -93,8 +93,7 @@ def setting(m):
     config, cfg = train.base_settings(args, 1)
     base = m.model.GPT(config, data.make_rng(0, "weights"))
     path = train.find_base(args, config, cfg, world, tok, base.dtype)
-    train.get_base(args, path, config, cfg, base, world, tok, None,
-                   train.make_bar(cfg.steps))  # fmt: skip
+    train.get_base(path, config, cfg, base, world, tok, None)
     tasks = data.make_tasks(world, args.eval_size, 0, args.distance)
     return args, tok, world, base, tasks
 

@@ -16,7 +16,7 @@ STEP = "        optimizer.step()\n        optimizer.zero_grad()\n"
 UPDATE = ("        update_teacher(teacher, student, cfg)"
           "  # critical: once per update, after it\n")  # fmt: skip
 MASK = "    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)"
-AVERAGE = "t.copy_(ema_rate * s + (1 - ema_rate) * t)"
+AVERAGE = "t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)"
 PROMPTS = "    shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)\n"
 SUMS = '        sums = {"stop"'
 
@@ -29,7 +29,7 @@ REWRITTEN = (
     return weight @ kl_reference(s, t, cfg.kl), sums
 """),
     ("import chunked_kl,", "import entropy, kl_reference, make_logits,"),
-    (AVERAGE, "t.lerp_(s, ema_rate)"),
+    (AVERAGE, "t.lerp_(s, cfg.ema_rate)"),
     (STEP, "        optimizer.step()\n"),
     (SUMS, f"        optimizer.zero_grad()\n{SUMS}"),
 )  # fmt: skip
@@ -63,7 +63,7 @@ BUGS = {  # what is wrong with a copy: changes of sdft.py
         ("get_responses(student, micro,", "get_responses(base, micro,"),
     ),
     "the average is inverted: ema_rate of the teacher, 1 - ema_rate of the student": (
-        (AVERAGE, "t.copy_(ema_rate * t + (1 - ema_rate) * s)"),
+        (AVERAGE, "t.copy_(cfg.ema_rate * t + (1 - cfg.ema_rate) * s)"),
     ),
     "the teacher is updated before the step, so it is always one step behind": (
         (STEP + UPDATE, UPDATE + STEP),

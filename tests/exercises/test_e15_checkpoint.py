@@ -197,7 +197,7 @@ class Disk:
         }  # fmt: skip
         self.real = {f"os.{n}": getattr(os, n) for n in mine if hasattr(os, n)}
         self.real["open"] = builtins.open
-        names = vars(self.impl.train)
+        names = vars(self.impl.extra)
         mine_there = names.get("open")
         kept = getattr(pathlib, "_normal_accessor", None)
         try:
@@ -235,7 +235,7 @@ def write(disk, path, content, keep):
     with."""
     try:
         with disk.watching():
-            disk.impl.train.write_atomically(path, content, keep)
+            disk.impl.extra.write_atomically(path, content, keep)
     except (Crash, OSError) as error:
         return error
     return None
@@ -299,7 +299,7 @@ def check_target(folder, disk, allowed, kind):
 def test_it_writes_what_it_is_given(impl, tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in (OLD, NEW, b""):
-        impl.train.write_atomically(path, content)
+        impl.extra.write_atomically(path, content)
         assert path.is_file(), "there is no file afterwards"
         found = path.read_bytes()
         assert found == content, f"{len(content)} bytes given, {len(found)} in the file"
@@ -348,7 +348,7 @@ def test_the_previous_file_is_there_at_every_moment(impl, tmp_path):
         disk.cut_power()
         check_target(folder, disk, (OLD, NEW), "a power cut")
     folder = new_folder(tmp_path, files)
-    impl.train.write_atomically(folder / "checkpoint.pt", NEW, keep=True)
+    impl.extra.write_atomically(folder / "checkpoint.pt", NEW, keep=True)
     found = (folder / "checkpoint.pt.previous").read_bytes()
     assert found != OLDER, "<name>.previous is still the older one: it was not kept"
     assert found == OLD, "with keep, <name>.previous is not the file before"
@@ -359,7 +359,7 @@ def test_the_previous_file_is_there_at_every_moment(impl, tmp_path):
 def test_without_keep_there_is_no_previous_file(impl, tmp_path):
     path = tmp_path / "checkpoint.pt"
     for content in (OLD, NEW):
-        impl.train.write_atomically(path, content)
+        impl.extra.write_atomically(path, content)
         found = (tmp_path / "checkpoint.pt.previous").exists()
         assert not found, "<name>.previous is made without keep"
 
@@ -373,7 +373,7 @@ def test_what_a_kill_leaves_beside_is_known_to_remove_temporary(impl, tmp_path):
                 "the file is written in another folder and renamed from there: that "
                 "may be another disk, where a rename is a copy or an error"
             )
-            impl.train.remove_temporary(folder)
+            impl.extra.remove_temporary(folder)
             left = sorted({p.name for p in folder.iterdir()} - ours)
             assert not left, (
                 f"a kill ({disk.where}) leaves {left[0]}, which remove_temporary does "
@@ -447,7 +447,7 @@ def refuse(impl, path, data, loaded, where):
     """read_checkpoint must raise ValueError, which names the file."""
     path.write_bytes(data)
     try:
-        impl.train.read_checkpoint(path)
+        impl.extra.read_checkpoint(path)
     except NotImplementedError:
         raise
     except ValueError as error:
@@ -468,12 +468,12 @@ def test_it_reads_what_was_written(impl, rng, tmp_path):
     body = saved(content)
     path.write_bytes(head(body) + body)
     for _ in range(2):
-        found = impl.train.read_checkpoint(path)
+        found = impl.extra.read_checkpoint(path)
         assert isinstance(found, dict), f"it gives a {type(found).__name__}, no dict"
         assert list(found) == list(content), f"it gives {list(found)}"
         same = torch.equal(found["models"]["student"], content["models"]["student"])
         assert same and found["note"] == content["note"], "its values are others"
-        impl.train.write_checkpoint(path, content)  # that one can be read, too
+        impl.extra.write_checkpoint(path, content)  # that one can be read, too
 
 
 def test_a_file_that_was_cut_is_refused(impl, rng, tmp_path):

@@ -128,7 +128,7 @@ def test_nothing_happened_to_the_others(graded):
     "torch.equal = min", "del torch.equal", "kit = globals()", "x.tb_frame.f_back",
     "torch.load('x')", "__builtins__['exec']", "__import__('os')",
     "for torch.equal in x: pass", "import kit", "import pytest", "vars(torch)",
-    "from . import extra",
+    "from . import extra", "os.getcwd()", "shutil.rmtree(ids)",
 ])  # fmt: skip
 def test_a_suspicious_line_is_refused_before_anything_runs(line):
     for text in (hostile(line), f"{RIGHT}\n\ndef helper(x):\n    {line}\n"):
@@ -153,7 +153,7 @@ def test_a_checkpoint_is_loaded_as_tensors_only():
         "import pickle; return pickle.load(path)": False,
         "torch.load = x; return torch.load(path, weights_only=True)": False,
     }.items():
-        work = kit.Work({"train.py": ("train.py", f"{head}{line}\n")})
+        work = kit.Work({"extra.py": ("extra.py", f"{head}{line}\n")})
         why = grade.check_source(work, ex)
         assert (why is None) == fine, (line, why)
     line = "x = torch.load(ids, weights_only=True)"

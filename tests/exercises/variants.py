@@ -490,17 +490,18 @@ def share_base(modules):
     """Let these modules' train find, or make, the base model with the project's own
     code, in out/base: whatever was changed, the base is the same and is made once."""
     own = Modules()
+    own.train.LOCKS = modules.train.LOCKS  # closed when that run ends
 
     def find_base(args, *rest):
         args = copy.copy(args)
         args.out = "out"
         return own.train.find_base(args, *rest)
 
-    def get_base(args, path, config, cfg, student, *rest):
-        base = own.model.GPT(config, own.data.make_rng(args.seed, "weights"))
+    def get_base(path, config, cfg, student, *rest):
+        base = own.model.GPT(config, own.data.make_rng(cfg.seed, "weights"))
         base = base.to(next(student.parameters()).device)
         base.dtype = student.dtype
-        seconds = own.train.get_base(args, path, config, cfg, base, *rest)
+        seconds = own.train.get_base(path, config, cfg, base, *rest)
         student.load_state_dict(base.state_dict())
         return seconds
 
