@@ -262,9 +262,9 @@ def check_gate(args, base, tasks, tok, configs):
     gate = data.teacher_gate(base, graded, tok, n, temperature, cfg.seed)
     say(f"teacher gate: base model on the new skills: accuracy {gate['student']:.2f} "
         f"without a demonstration, {gate['teacher']:.2f} with one\n"
-        f"  right only with it: {gate['only_teacher']} queries, only without it: "
-        f"{gate['only_student']}; with it, sampled at temperature {temperature:g} as "
-        f"in training: {gate['sampled']:.2f}")
+        f"  queries right only with it: {gate['only_teacher']}, only without: "
+        f"{gate['only_student']}; sampled with it, at temperature {temperature:g}: "
+        f"{gate['sampled']:.2f}")
     if gate["sampled"] < gate["teacher"] / 2:
         say("warning: the teacher seldom says what it knows; a lower --temperature, .5 "
             "or .3, makes it surer")
