@@ -56,6 +56,7 @@ from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
+SHARD_TORCH = (2, 13)  # the oldest torch for --shard: in 2.9.1 the tests of it fail
 LOCKS = []  # files that are locked; main closes them when it ends
 
 # The base model: larger steps than in fine-tuning, each example seen once.
@@ -980,6 +981,9 @@ def check_shard(args, device, world_size):
             "--shard needs several processes, and this is one",
             "torchrun --standalone --nproc_per_node=2 train.py ... --shard",
         )
+    if args.shard and tuple(map(int, torch.__version__.split(".")[:2])) < SHARD_TORCH:
+        raise UserError("--shard: gradient norms are wrong in so old a torch",
+                        "pip install -U 'torch>=2.13,<2.14'")  # fmt: skip
     if args.shard and device.type not in ("cpu", "cuda"):
         raise UserError(f"--shard: not on {device}", "--device cuda, or --device cpu")
 

@@ -606,7 +606,8 @@ def test_an_error_of_several_processes_is_printed_once(whole, killed, tmp_path):
             disk = {"FULL": "1"} if "written" in message else {}
             first, second = run_two(*FLAGS, *args, **disk)
             assert_refused(first, message)
-            assert second[0] == 2 and second[1:] == ("", ""), second
+            out = re.sub(r"\[Gloo\].*\n", "", second[1])  # torch 2.9 says it is there
+            assert (second[0], out, second[2]) == (2, "", ""), second
     assert "step    1 A" in first[1] and "step    2 A" not in first[1]
 
 

@@ -17,6 +17,8 @@ import torch
 import train
 
 pytest.importorskip("transformers", reason="pip install transformers")
+if tuple(map(int, torch.__version__.split(".")[:2])) < train.SHARD_TORCH:
+    pytest.skip("--shard needs a newer torch", allow_module_level=True)
 from test_own_run import SHORT, files, folder, load, read, run, weights_of  # noqa: E402
 
 __all__ = ["files", "folder"]  # fixtures
