@@ -788,12 +788,17 @@ def parse_row(row, needs_demo):
         one_of = " or ".join(PROMPTS)
         raise ValueError(f"expected {one_of}, and a demonstration; found {found}")
     turns = parse_turns(row[keys[0]], keys[0], "user")
-    if row.get("input"):  # Alpaca's rows: instruction, input, output
+    if keys[0] != "instruction" and "input" in row:
+        raise ValueError(f"input goes with instruction, not with {keys[0]}")
+    if row.get("input") not in (None, ""):  # Alpaca's rows: instruction, input, output
         text = check_text(row["input"], "input")
         turns[-1] = ("user", f"{turns[-1][1]}\n\n{text}")
     demo = ""
     for key in demo_keys:
-        demo = "\n".join(text for _, text in parse_turns(row[key], key, "assistant"))
+        said = parse_turns(row[key], key, "assistant")
+        if "user" in dict(said):
+            raise ValueError(f"{key}: a demonstration has no turn of the user")
+        demo = "\n".join(text for _, text in said)
     if not demo and turns and turns[-1][0] == "assistant":
         demo = turns.pop()[1]
     if not turns or turns[-1][0] != "user" or (needs_demo and not demo):
@@ -833,7 +838,7 @@ def read_examples(path, needs_demo=True, grade=None):
         try:
             row = json.loads(line, object_pairs_hook=unique)
             turns, demo, answer = parse_row(row, needs_demo)
-            own = row.get("grade", grade or "contains")
+            own = row.get("grade") or grade or "contains"
             if own not in (*GRADES, grade):
                 raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {own}")
         except (ValueError, RecursionError) as error:
@@ -862,10 +867,13 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
     a response, sampled or the demonstration, may take block_size tokens."""
     errors = []
     for e in examples:
-        prompt = len(teacher_prompt(e, tok))
-        response = max(max_new_tokens, len(demo_response(e, tok)))
-        if prompt + response > block_size:
-            errors.append(f"{path}:{e.id}: {prompt} + {response} > {block_size} tokens")
+        try:
+            prompt = len(teacher_prompt(e, tok))
+            response = max(max_new_tokens, len(demo_response(e, tok)))
+            if prompt + response > block_size:
+                raise ValueError(f"{prompt} + {response} > {block_size} tokens")
+        except ValueError as error:  # also of a chat template that refuses the row
+            errors.append(f"{path}:{e.id}: {error}")
     if errors:
         raise ValueError("\n".join(errors[:MAX_ERRORS]))
 
@@ -892,7 +900,7 @@ def grade_answer(example, response, options):
         return any(place_of(a, response) < math.inf for a in example.answer)
     # of two that begin at one place, as "New York" and "New", the longer is meant
     place, _, choice = min((place_of(a, response), -len(a), a) for a in options)
-    return place < math.inf and choice in example.answer
+    return place < math.inf and plain(choice) in map(plain, example.answer)
 
 
 def make_benchmark(examples):
@@ -917,8 +925,9 @@ class ChatTokenizer:
         from transformers import AutoTokenizer
 
         self.hf = AutoTokenizer.from_pretrained(name)
-        if self.hf.chat_template is None or self.hf.eos_token is None:
-            raise ValueError("no chat template, or no end: take an instruct model")
+        parts = self.hf.chat_template, self.hf.eos_token, self.encode("a")
+        if not all(parts):
+            raise ValueError("no chat template, end or tokens: take an instruct model")
         self.end = self.hf.eos_token_id
         self.n_tokens = max(self.hf.get_vocab().values()) + 1
         form = self.hf.backend_tokenizer.to_str() + str(self.hf.chat_template)

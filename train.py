@@ -463,8 +463,10 @@ def read_metrics(folder):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
         rows = [dict(json.loads(line)) for line in text.split("\n")[:-1]]
-        return [row | {"step": int(row["step"])} for row in rows]
-    except (ValueError, TypeError, KeyError):
+        for row in rows:
+            row["skill"], int(row["step"]), float(row["seconds"])
+        return rows
+    except (ValueError, TypeError, KeyError, OverflowError):
         message = f"{path}: not every line is a record"
         raise UserError(message, "repair it, or choose another --out") from None
 
@@ -628,11 +630,12 @@ def make_parser():
     add("--init", metavar="MODEL", help="in place of the tiny world's base model: a "
         "Hugging Face model of Llama's shape (SmolLM2, Qwen2.5, Qwen3, Llama 3), as a "
         "folder or as its name on the Hub")
-    add("--data", nargs="+", metavar="FILE",
+    add("--data", nargs="+", action="extend", metavar="FILE",
         help="JSON lines: each file is a skill, learnt one after the other")
-    add("--eval", nargs="+", metavar="FILE", help="held-out rows: a file for each of "
-        "--data, or one for all (without it, those of --data)")
-    add("--prior", nargs="+", metavar="FILE", help="what may be forgotten")
+    add("--eval", nargs="+", action="extend", metavar="FILE", help="held-out rows: a "
+        "file for each of --data, or one for all (without it, those of --data)")
+    add("--prior", nargs="+", action="extend", metavar="FILE",
+        help="what may be forgotten")
     add("--grade", choices=(*data.GRADES, "none"), help="what makes a response right, "
         "in rows that do not name their grade (default: contains)")
     add("--template", metavar="FILE", help="the teacher's prompt, with {prompt} and "
@@ -778,7 +781,7 @@ HINTS = {
     "model": "--init takes an instruct model of Llama's shape (SmolLM2, Qwen2.5, "
     "Qwen3, Llama 3), as a folder or as its name on the Hub",
     "rows": 'see "Your own model and data" in the README',
-    "fit": "shorten these rows, or give a smaller --max-new-tokens",
+    "fit": "change these rows, or give a smaller --max-new-tokens",
 }
 
 
@@ -812,6 +815,13 @@ def find_model(name):
 def read_own(args, device, world_size):
     """All that a user brings: tokenizer, GPTConfig, and stages and tasks as the tiny
     world has them. What depends on the number of rows goes into args.defaults."""
+    evals, prior = args.eval or args.data, args.prior or []
+    for path in (args.init, args.template or "", *args.data, *evals, *prior):
+        for method in methods_of(args):  # its folder may be moved, see open_folder
+            folder = Path(args.out) / method
+            if folder.resolve() in Path(path).resolve().parents:
+                raise UserError(f"{path} is in {folder}, where this run writes",
+                                "choose another --out")  # fmt: skip
     tok = hinted("model", data.ChatTokenizer, args.init)
     shell = hinted("model", model.from_pretrained, args.init, tok.n_tokens, False)
     free, shards = free_memory(device), world_size if args.shard else 1
@@ -829,7 +839,6 @@ def read_own(args, device, world_size):
     if not tok.sanitizes:
         say("warning: a marker in your texts, such as <|im_end|>, acts as one in this "
             "version of transformers: pip install -U transformers")
-    evals, prior = args.eval or args.data, args.prior or []
     if len(evals) not in (1, len(args.data)):
         raise UserError(f"{len(args.data)} files in --data, {len(evals)} in --eval",
                         "one for each, or one for all")  # fmt: skip
@@ -840,8 +849,9 @@ def read_own(args, device, world_size):
     }
     stages = {Path(path).stem: rows[path] for path in args.data}
     old = {Path(path).stem: data.make_benchmark(rows[path]) for path in prior}
-    if (len(stages), len(old)) != (len(args.data), len(prior)):
-        raise UserError("two files of one name", "a skill has the name of its file")
+    if len({*stages, *old}) < len(args.data) + len(prior):
+        raise UserError("two files of one name in --data and --prior",
+                        "a skill has the name of its file: rename one")  # fmt: skip
     evals = evals * len(stages) if len(evals) == 1 else evals
     new = {
         name: data.make_benchmark(rows[path])
@@ -1270,10 +1280,16 @@ def show_sample(args, device, dtype):
                 f"python train.py --method {method} --out {args.out} makes one",
             )
         saved = read_run(path, "optimizer")
-        base = Path(args.out) / (args.init or saved["note"]["base"])
+        base = Path(args.init or Path(args.out) / saved["note"]["base"])
+        if args.init and not saved["note"]["init"]:
+            message = f"{path.parent} is a run of the tiny world"
+            raise UserError(message, "leave --init out")
         if saved["note"]["init"]:
             written = path.parent / "model"  # it also has the shape and the tokenizer
             tok, gpt = load_own(base if base.exists() else written, device, dtype)
+            if other := differences(saved["config"], asdict(gpt.config)):
+                raise UserError(f"{path.parent} started from another model than {base} "
+                                f"(saved -> there): {other}", "leave --init out")
         else:
             tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"])).to(device)
             gpt.dtype = dtype

@@ -93,6 +93,8 @@ def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
     assert not any(e.grade for e in examples) and remarks == ["3 rows, grade: none"]
     examples, _ = read(tmp_path, row, row)
     assert not any(e.grade for e in examples)
+    examples, _ = read(tmp_path, {**row, "answer": "x", "grade": None})
+    assert examples[0].grade == "contains"  # null is no grade of its own
 
 
 def test_an_old_question_needs_no_demonstration(tmp_path):
@@ -162,6 +164,11 @@ BAD = {  # a line: what the error says of it, behind the file and the line
     '{"prompt": "Q?", "demonstration": "D.", "grade": "word"}': ": grade: expected",
     '{"instruction": "Q?", "input": 3, "output": "D."}': ": input: expected text, "
     "found 3",
+    '{"instruction": "Q?", "input": 0, "output": "D."}': ": input: expected text, "
+    "found 0",
+    '{"prompt": "Q?", "input": "x", "output": "D."}': ": input goes with instruction",
+    '{"prompt": "Q?", "completion": [{"role": "user", "content": "U"}]}': ": "
+    "completion: a demonstration has no turn of the user",
     '{"prompt": ' + "[" * 100000: ": maximum recursion depth exceeded",
     '{"prompt": ' + "9" * 5000 + "}": ": Exceeds the limit",
 }
@@ -276,6 +283,7 @@ def test_a_choice_is_the_first_option_that_is_named():
     assert graded("choice", "New York", "it is new york", others)
     assert not graded("choice", "New", "it is New York", others)
     assert graded("choice", ("B", "C"), "the answer is C", others)
+    assert graded("choice", "paris", "it is Paris", ("Paris", "Rome"))
 
 
 def test_no_grade_is_no_grade():

@@ -285,6 +285,8 @@ BAD = {  # more flags, or a change of the files: what the error says
     "--eval {a} {b} {a}": "2 files in --data, 3 in --eval",
     "--data {a} {a}": "two files of one name",
     "--prior {a} {a}": "two files of one name",
+    "--prior {a}": "two files of one name",
+    "--data {a} --data {a}": "two files of one name",  # both count
     "--template {a}": "no {prompt} in it",
     "--template {dir}/templat.txt": "No such file or directory",
     "--template {dir}": "Is a directory",
@@ -299,6 +301,9 @@ BAD = {  # more flags, or a change of the files: what the error says
 def test_bad_input_is_one_error_and_one_hint(capsys, folder, files, tmp_path, flags):
     paths = {name: tmp_path / f"{name}.jsonl" for name in ("a", "b")}
     paths["dir"], message = tmp_path, BAD[flags]
+    for flag in {"--data", "--eval", "--prior"} & set(flags.split()):
+        start = files.index(flag)  # else theirs would be further files
+        del files[start : start + 3]
     flags = [x.format(**paths) for x in flags.split()]
     out = tmp_path / "out"
     code, _, err = run(capsys, folder, files, out, *SHORT[2:], *flags)
@@ -346,6 +351,47 @@ def test_a_run_of_another_folder_shows_its_own_model(capsys, folder, files, tmp_
     text = capsys.readouterr().out
     lines = [line for line in text.splitlines() if line.startswith("sdft   ")]
     assert "base   not shown" in gone and lines[0] in gone and "base   not" not in text
+
+
+def test_a_model_in_the_folder_of_the_run_is_refused_before_it_is_moved(
+    capsys, folder, files, tmp_path
+):
+    """The second skill from the model just made: its folder would move away."""
+    out = tmp_path / "out"
+    assert run(capsys, folder, files, out, *SHORT)[0] == 0
+    made, before = out / "sdft" / "model", sorted(tmp_path.rglob("*"))
+    code, _, err = run(capsys, made, files, out, *SHORT)
+    assert code == 2 and f"{made} is in {out / 'sdft'}, where this run writes" in err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert run(capsys, made, files, tmp_path / "second", *SHORT)[0] == 0
+
+
+def test_a_sample_of_a_run_with_another_model_is_refused(
+    capsys, folder, files, tmp_path
+):
+    out = tmp_path / "out"
+    assert run(capsys, folder, files, out, *SHORT)[0] == 0
+    other = make_folder(tmp_path / "other", num_hidden_layers=1)
+    argv = ["--sample", "the one", "--out", str(out), "--init", str(other)]
+    assert train.main(argv) == 2
+    err = capsys.readouterr().err
+    assert "started from another model" in err and "n_layer: 2 -> 1" in err
+
+
+def test_a_row_that_the_chat_template_refuses_is_named(
+    capsys, folder, files, tmp_path
+):
+    shutil.copytree(folder, tmp_path / "strict")
+    form = (tmp_path / "strict" / "chat_template.jinja").read_text()
+    (tmp_path / "strict" / "chat_template.jinja").write_text(
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}"
+        "{% endif %}" + form
+    )
+    rows = [row(i) for i in range(6)]
+    rows[4]["prompt"] = [{"role": r, "content": "the"} for r in ("system", "user")]
+    write(tmp_path / "a.jsonl", rows)
+    code, _, err = run(capsys, tmp_path / "strict", files, tmp_path / "out", *SHORT)
+    assert code == 2 and "a.jsonl:5: the chat template: no system turn" in err
 
 
 def test_without_held_out_rows_it_is_said(capsys, folder, files, tmp_path):
