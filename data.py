@@ -38,6 +38,7 @@ import json
 import math
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -878,15 +879,32 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
         raise ValueError("\n".join(errors[:MAX_ERRORS]))
 
 
+# a number, and not a part of one: neither 200 in 1,200 nor 5 in 0.5, 3/5 and 5th
+NUMBER = r"(?<![\w./])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w/]|\.\d|,\d{3}\b)"
+# a letter or digit of a script that puts spaces between words: not Thai, Lao, Burmese,
+# Khmer, Japanese, Chinese, Korean
+SPACED = (
+    r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
+    r"\uac00-\ud7af\U00020000-\U0003ffff]"
+)
+
+
 def plain(text):
-    """A text without the case and the spaces in which two answers may differ."""
-    return " ".join(text.casefold().split())
+    """A text without the case, spaces and Unicode form in which answers may differ."""
+    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
 
 
 def place_of(answer, text):
-    """Where an answer first occurs in a text as whole words; infinity: nowhere."""
-    pattern = rf"(?<!\w){re.escape(plain(answer))}(?!\w)"
-    found = re.search(pattern, plain(text))
+    """Where an answer first occurs in a text; infinity: nowhere. A number is compared
+    as a number; other answers are whole words, in scripts that have spaces."""
+    answer, text = plain(answer), plain(text)
+    if re.fullmatch(NUMBER, answer):
+        numbers = [(float(m[0].replace(",", "")), m) for m in re.finditer(NUMBER, text)]
+        value = float(answer.replace(",", ""))
+        return next((m.start() for number, m in numbers if number == value), math.inf)
+    before = f"(?<!{SPACED})" if re.match(SPACED, answer) else ""
+    after = f"(?!{SPACED})" if re.match(SPACED, answer[-1]) else ""
+    found = re.search(before + re.escape(answer) + after, text)
     return found.start() if found else math.inf
 
 

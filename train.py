@@ -882,6 +882,11 @@ def read_rows(args, path, needs_demo, tok, block_size):
     if cut:
         remarks.append(f"{cut} demonstrations are longer than --max-new-tokens {n}, "
                        "where the model's own responses are cut")  # fmt: skip
+    grade = data.make_benchmark(examples).grade
+    wrong = [str(e.id) for e in examples if grade and e.demo and not grade(e, e.demo)]
+    if wrong:
+        remarks.append(f"{len(wrong)} demonstrations are wrong by their own answer, "
+                       f"lines {', '.join(wrong[:20])}")  # fmt: skip
     for remark in remarks:
         say(f"{path}: {remark}")
     return examples

@@ -266,6 +266,16 @@ def graded(grade, answer, response, others=()):
         ("contains", ("two", "2"), ["It is 2.", "two"], ["22", "2nd"]),
         ("contains", "C++", ["I use C++."], ["C"]),
         ("contains", "a.c", ["a.c"], ["abc"]),
+        ("contains", "東京", ["首都は東京です。", "東京"], ["京都", "東 京"]),
+        ("contains", "서울", ["수도는 서울입니다."], ["부산"]),
+        ("contains", "กรุงเทพ", ["เมืองหลวงคือกรุงเทพครับ"], ["เชียงใหม่"]),
+        ("contains", "Paris", ["答案是Paris。", "Paris市"], ["Parisian", "Paris1"]),
+        ("contains", "café", ["a cafe\u0301!"], ["cafés"]),
+        ("contains", "200", ["$200.", "200, or so", "200.0"], ["$1,200", "200th"]),
+        ("contains", "1200", ["$1,200", "1200"], ["$1,200,000", "1,2,0,0"]),
+        ("contains", "5", ["5.", "3-5", "1,5,7", "(5)"], ["0.5", "5.25", "3/5", "-5"]),
+        ("contains", "-5", ["x = -5"], ["5", "3-5"]),
+        ("contains", "3/4", ["it is 3/4."], ["3", "13/4"]),
     ],
 )
 def test_a_grade_says_what_is_right(grade, answer, right, wrong):

@@ -323,6 +323,7 @@ def test_flags_of_own_files_need_a_model(capsys, tmp_path):
 def test_what_deserves_a_remark_gets_one(capsys, folder, files, tmp_path):
     rows = [row(i) for i in range(6)]
     rows[3]["demonstration"] = "one theory " * 9
+    rows[5]["answer"] = "42"
     write(tmp_path / "a.jsonl", rows)
     write(tmp_path / "a_test.jsonl", [*rows[1:4], row(40)])
     more = ("--check-data", "--max-new-tokens", "12")
@@ -330,6 +331,7 @@ def test_what_deserves_a_remark_gets_one(capsys, folder, files, tmp_path):
     assert code == 0, err
     assert "a: the held-out prompts of lines 1, 2, 3 are also in --data" in text
     assert "a.jsonl: 1 demonstrations are longer than --max-new-tokens 12" in text
+    assert "wrong by their own answer, lines " in text and ", 6\n" in text
 
 
 def test_a_tokenizer_of_another_model_is_refused(capsys, files, tmp_path):
