@@ -145,7 +145,7 @@ def whole_run(args, stop):
     # fail now rather than after minutes of training
     for method, cfg in configs.items():
         check_batches(method, cfg, world_size, min(map(len, stages.values())))
-        for name, stage in stages.items():
+        for name, stage in stages.items() if world else ():  # (read_rows has done it)
             sizes = tok, cfg.max_new_tokens, config.block_size
             hinted("fit", data.check_lengths, name, stage, *sizes)
     first_does(lock, Path(args.out))
