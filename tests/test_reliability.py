@@ -697,8 +697,8 @@ MODULES = {  # that may be imported
     "argparse", "ast", "collections", "contextlib", "copy", "dataclasses", "datetime",
     "fcntl", "functools", "hashlib", "inspect", "itertools", "json", "math", "os",
     "pathlib", "random", "re", "shlex", "shutil", "signal", "sys", "tempfile", "time",
-    "zipfile", "tiktoken", "torch", "tqdm", "triton", "transformers", "huggingface_hub",
-    "data", "model", "sdft", "sft",
+    "unicodedata", "zipfile", "tiktoken", "torch", "tqdm", "triton", "transformers",
+    "huggingface_hub", "data", "model", "sdft", "sft",
 }  # fmt: skip
 FORBIDDEN = re.compile(
     r"(?<![.\w])(?:eval|exec|compile|__import__)\(|torch\.load\((?![^)]*ly=True)|"
