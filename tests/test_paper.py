@@ -494,12 +494,14 @@ def test_the_rank_correlation_is_that_of_ranks():
 
 def test_a_run_is_drawn_and_a_picture_of_somebody_else_is_kept(tmp_path):
     pytest.importorskip("matplotlib")
+    update = {"step": 0, "skill": "A", "seconds": 0.1}
     rows = [
-        {"step": i, "new": {"A": i / 2}, "prior": {"knowledge": 1.0}} for i in range(3)
+        {**update, "step": i, "new": {"A": i / 2}, "prior": {"knowledge": 1.0}}
+        for i in range(3)
     ]
     for method in ("sft", "sdft"):
         (tmp_path / method).mkdir()
-        lines = "".join(json.dumps(row) + "\n" for row in [{"step": 0}, *rows])
+        lines = "".join(json.dumps(row) + "\n" for row in [update, *rows])
         (tmp_path / method / "metrics.jsonl").write_text(lines)
     (tmp_path / "plot.png").write_bytes(b"my holidays")
     for _ in range(2):
