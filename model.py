@@ -896,12 +896,13 @@ def from_pretrained(name, n_tokens=0, weights=True):
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     if weights:
         hf, info = AutoModelForCausalLM.from_pretrained(
             name, dtype="auto", output_loading_info=True
         )
+    else:
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
     c, attn, rotary = hf.config, hf.model.layers[0].self_attn, hf.model.rotary_emb
     T, D = c.max_position_embeddings, attn.head_dim
     with torch.device("meta"):

@@ -80,7 +80,7 @@ def compute_loss(student, teacher, batch, response, mask, tok, cfg, step):
     and a dict of further numbers for the record."""
     bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)  # (B, P), (B,)
     shown = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)
-    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # still in the context
+    mask = mask & (mask.cumsum(1) > cfg.skip_first_tokens)  # no loss, but still seen
     hidden = response_hidden(student, *bare, response, mask)  # (N, C)
     # another context, the same response: row n of both predicts the same token
     with torch.no_grad():

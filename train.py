@@ -161,7 +161,6 @@ def whole_run(args, stop):
             "not enforced, and no effect will show")
 
     # the base model, and what a demonstration adds to it
-    seconds = 0.0
     if args.init:
         base = hinted("model", model.from_pretrained, args.init, tok.n_tokens)
         say(f"base model: {base.num_params():,} parameters, from {path}")
@@ -169,8 +168,8 @@ def whole_run(args, stop):
         base = GPT(config, data.make_rng(args.seed, "weights"))
     base.dtype, base.checkpointing = dtype, bool(args.checkpointing)
     base = model.shard(base, device) if args.shard else base.to(device)
-    if not args.init:
-        seconds = get_base(path, config, base_cfg, base, world, tok, stop)
+    made_of = config, base_cfg, base, world, tok
+    seconds = 0.0 if args.init else get_base(path, *made_of, stop)
     gate = check_gate(args, base, tasks, tok, configs)
 
     final = {}
@@ -393,16 +392,23 @@ class Run:
                 f"{self.folder} holds a run", "resume it, or take another folder"
             )
         if first_does(self.checkpoint.exists):
-            saved = first_does(read_run, self.checkpoint, "models", "optimizer")
+            weights = {}  # filled in the first process alone
+            saved = first_does(self.read, weights)
             check_settings(self.folder, saved["settings"], self.settings)
             if other := differences(saved["machine"], machine_of(student)):
                 say(f"resumed, but not to the bit (saved -> now): {other}")
-            load_weights(self.checkpoint, models, optimizer)
+            load_weights(weights, models, optimizer)
             start, spent = saved["step"], saved["unrecorded"]
             self.evaluations = list(saved["evaluations"])
         first_does(self.cut_metrics, start)
         self.clock = time.perf_counter() - spent
         return start, list(self.evaluations)
+
+    def read(self, weights):
+        """The checkpoint; its weights go into the dict, and so to no other process."""
+        saved = read_run(self.checkpoint, mmap=False)
+        weights |= {key: saved.pop(key) for key in ("models", "optimizer")}
+        return saved
 
     def cut_metrics(self, start):
         """Keep the lines before `start`: a resumed run makes those after it again."""
@@ -464,7 +470,7 @@ def read_metrics(folder):
     try:
         rows = [dict(json.loads(line)) for line in text.split("\n")[:-1]]
         for row in rows:
-            row["skill"], int(row["step"]), float(row["seconds"])
+            row["skill"], int(row["step"]), float(row["seconds"])  # or it raises
         return rows
     except (ValueError, TypeError, KeyError, OverflowError):
         message = f"{path}: not every line is a record"
@@ -587,7 +593,7 @@ def field_help(config):
 
 def add_flags(group, config, names, other=None):
     """A --flag for each named field of a dataclass, None if it is not given. other: a
-    dataclass whose default --help shows, too, where it differs."""
+    dataclass whose default --help also shows, where it differs."""
     texts, kinds = field_help(config), {f.name: type(f.default) for f in fields(config)}
     for name in names:
         shown = default = getattr(config, name)
@@ -904,12 +910,11 @@ def free_memory(device):
     """GB that are free on the device, or None where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        text = Path("/proc/meminfo").read_text()
-    except OSError:
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.exists():
         return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", text)
-    return int(found[1]) * 1024 / 1e9 if found and device.type == "cpu" else None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
+    return int(found[1]) * 1024 / 1e9 if found else None
 
 
 # ---- Device and processes ------------------------------------------------------------
@@ -969,13 +974,12 @@ def is_first():
 def first_does(action, *args):
     """Run an action in the first process, and give its result or its exception to all:
     so an error is printed once, and no process waits for one that is gone."""
-    result, error = None, None
+    both = [None, None]  # result, exception
     if is_first():
         try:
-            result = action(*args)
-        except (OSError, ValueError) as caught:
-            error = caught
-    both = [result, error]
+            both[0] = action(*args)
+        except (OSError, ValueError) as error:
+            both[1] = error
     if dist.is_initialized():
         dist.broadcast_object_list(both)
     if both[1] is not None:
@@ -1029,17 +1033,16 @@ def whole_state(models, optimizer):
     }
 
 
-def load_weights(path, models, optimizer):
-    """Put the weights of a checkpoint into models and optimizer. The first process
-    reads it; each of the others gets its part, whatever their number was before."""
+def load_weights(saved, models, optimizer):
+    """Put whole_state, which only the first process has, into models and optimizer:
+    each process gets its part, whatever their number was before."""
     torch_state, options = state_options()
     options = replace(options, broadcast_from_rank0=dist.is_initialized())
-    saved = read_checkpoint(path) if is_first() else {"models": {}, "optimizer": {}}
     for name, gpt in models.items():
-        weights = saved["models"].get(name, {})
+        weights = saved["models"][name] if saved else {}
         torch_state.set_model_state_dict(gpt, weights, options=options)
     torch_state.set_optimizer_state_dict(
-        models["student"], optimizer, saved["optimizer"], options=options
+        models["student"], optimizer, saved.get("optimizer", {}), options=options
     )
 
 
@@ -1123,16 +1126,17 @@ def read_checkpoint(path, mmap=False):
     raise UserError(f"{path} cannot be read: {what.splitlines()[0]}", hint)
 
 
-def read_run(path, *without):
-    """The checkpoint of a method's run: what Run.save wrote, without some of it."""
-    content = read_checkpoint(path, mmap=True)
+def read_run(path, mmap=True):
+    """What Run.save wrote. (AdamW would keep a mapped file as its state, so a run that
+    goes on reads it whole.)"""
+    content = read_checkpoint(path, mmap)
     needed = {"step", "settings", "machine", "config", "models", "note"}
     if missing := sorted(needed - content.keys()):
         raise UserError(
             f"{path} is not a run of this train.py: it has no {', '.join(missing)}",
             "it may be of another version, or a base model; choose another --out",
         )
-    return {key: value for key, value in content.items() if key not in without}
+    return content
 
 
 def lock(folder):
@@ -1284,7 +1288,7 @@ def show_sample(args, device, dtype):
                 f"no run of {method} in {args.out}",
                 f"python train.py --method {method} --out {args.out} makes one",
             )
-        saved = read_run(path, "optimizer")
+        saved = read_run(path)
         base = Path(args.init or Path(args.out) / saved["note"]["base"])
         if args.init and not saved["note"]["init"]:
             message = f"{path.parent} is a run of the tiny world"
