@@ -269,7 +269,9 @@ def my_micro_batches(batch, n):
     size, rest = divmod(len(batch), world_size * n)
     assert size > 0 and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-    return parts[rank::world_size]  # short and long ones for every process
+    # forth and back, so that each process gets short and long ones
+    turns = [rank if j % 2 == 0 else world_size - 1 - rank for j in range(n)]
+    return [parts[j * world_size + turn] for j, turn in enumerate(turns)]
 
 
 def get_uniform(examples, n_tokens, seed, when, device):

@@ -212,7 +212,7 @@ def train(student, stages, tasks, tok, cfg, run):
         sums = {"stop": torch.tensor(run.stop_wanted(), device=device)}  # 0 or 1
         for micro in data.my_micro_batches(batch, cfg.micro_batches):
             student.train()
-            student.dropout_seed = data.derive_seed(cfg.seed, step, micro[0].id)
+            torch.manual_seed(data.derive_seed(cfg.seed, step, micro[0].id))  # dropout
             response, mask = get_responses(student, micro, tok, cfg, step)
             loss, extra = compute_loss(
                 student, teacher, micro, response, mask, tok, cfg, step

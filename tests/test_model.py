@@ -24,7 +24,6 @@ from model import (
     chunked_nll,
     generate,
     kl_models,
-    make_dropout,
     make_logits,
     response_hidden,
     rotate,
@@ -929,33 +928,42 @@ def test_largest_and_smallest_numbers_draw_possible_tokens():
         assert sample_token(row, edges[1:]).item() < 30
 
 
-def test_dropout_drops_its_share_as_its_seed_decides_and_only_in_train_mode():
-    x = torch.ones(200, 500)
-    one, same, other = (make_dropout(0.1, seed, "cpu")(x) for seed in (1, 1, 2))
-    assert torch.equal(one, same) and not torch.equal(one, other)
-    assert ((one == 0).float().mean() - 26 / 256).abs() < 5 * (0.09 / x.numel()) ** 0.5
-    assert (one.mean() - 1).abs() < 0.01  # those that stay make up for those that go
-    assert (make_dropout(0.001, 1, "cpu")(x) == 0).any(), "not rounded to nothing"
+def test_dropout_drops_its_share_of_each_branch_and_only_in_train_mode():
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=48))
     ids = torch.arange(8)[None]
-    model.dropout = 0.5
-    hidden = [model.train(mode).hidden(ids) for mode in (True, True, False)]
-    assert torch.equal(hidden[0], hidden[1]) and not torch.equal(hidden[0], hidden[2])
-    model.dropout_seed = 1
-    assert not torch.equal(model.train().hidden(ids), hidden[0])
-    model.dropout = 0.0
-    assert torch.equal(model.hidden(ids), hidden[2])
+
+    def hidden(seed, training, dropout):
+        model.dropout = dropout
+        torch.manual_seed(seed)
+        return model.train(training).hidden(ids)
+
+    assert torch.equal(hidden(1, True, 0.5), hidden(1, True, 0.5))
+    assert not torch.equal(hidden(1, True, 0.5), hidden(2, True, 0.5))
+    assert torch.equal(hidden(1, True, 0.0), hidden(1, False, 0.5))
+    # a branch that is always 1: after it, an entry has grown by 0 or by 1 / (1 - p)
+    block, x = model.h[0], torch.zeros(50, 8, 32)
+    block.attn.forward = lambda x, *_: torch.ones_like(x)
+    block.mlp.forward = torch.zeros_like
+    grown = block(x, 0.1, None, None)
+    dropped = grown == 0
+    assert torch.allclose(grown[~dropped], torch.tensor(1 / 0.9))
+    assert (dropped.float().mean() - 0.1).abs() < 5 * (0.09 / x.numel()) ** 0.5
+    block.attn.forward, block.mlp.forward = block.mlp.forward, block.attn.forward
+    block.mlp.forward = lambda x: torch.ones_like(x)
+    block.attn.forward = lambda x, *_: torch.zeros_like(x)
+    assert 0 < (block(x, 0.1, None, None) == 0).float().mean() < 0.2
 
 
 @pytest.mark.parametrize("dropout", (0.0, 0.1))
 def test_recomputed_activations_give_the_same_gradients(dropout):
     """Equal to the bit, dropout included: the second pass drops what the first did."""
     model = make_model(seed=1).train()
-    model.dropout, model.dropout_seed = dropout, 3
+    model.dropout = dropout
     ids = draw_tokens(3, 9)
     kept, results = [], []
     for model.checkpointing in (False, True):
         model.zero_grad()
+        torch.manual_seed(3)
         sizes = []
 
         def count(x, sizes=sizes):
@@ -976,7 +984,7 @@ def test_recomputation_is_for_training_alone(monkeypatch):
     """A cache must not be written twice, and without gradients nothing is kept."""
     calls = []
     monkeypatch.setattr(
-        model_py, "recomputed", lambda block, *args: calls.append(1) or block(*args)
+        model_py, "checkpoint", lambda block, *x, **_: calls.append(1) or block(*x)
     )
     model = make_model(seed=1)
     model.checkpointing = True
