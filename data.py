@@ -14,7 +14,6 @@ thought (the operation that the command stands for) and then the items, operated
     domain       kitchen, harbour or garden: a part of the world with six operations
     command      horn, brush, cork: a noun as the name of an operation of its domain
     operation    reverse, first, rotate: what is done to the items
-    item         apple, river, stone: what it is done to
     style        how a response is worded: "... equals ... beep stop" is robot style
     expert term  advance: the expert's word for what the model calls rotate
     skill        six new commands of one domain, one for each of its operations
@@ -32,6 +31,7 @@ the paper's parts appear here (arXiv 2601.19897, section 3):
 Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
+import codecs
 import functools
 import hashlib
 import json
@@ -43,16 +43,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 
 import tiktoken
 import torch
 import torch.distributed as dist
 
-from model import chunked_nll, generate, kl_models, response_hidden
+from model import chunked_kl, chunked_nll, generate, kl_reference, response_hidden
 
 # ---- The words ---------------------------------------------------------------------
 
-# operation: the model's own word, the expert's term, and what it does to three items
+# operation: the expert's term for it, and what it does to three items
 OPERATIONS = {
     "copy": ("keep", lambda x: x),
     "reverse": ("backwards", lambda x: x[::-1]),
@@ -129,13 +130,12 @@ class Tokenizer:
         words = [*NOUNS, *DOMAINS, *STYLE_WORDS, *OPERATIONS, *STYLES, "example"]
         words += [term for term, _ in OPERATIONS.values()]
         for parts in STYLES.values():
-            words += " ".join(parts).replace(",", "").replace(":", "").split()
+            words += re.findall(r"[\w=!]+", " ".join(parts))
         ranks = {bytes([i]): i for i in range(256)}
         for word in words:
             ranks.setdefault(f" {word}".encode(), len(ranks))
         self.start, self.end = len(ranks), len(ranks) + 1
-        self.n_tokens = len(ranks) + 2
-        assert self.n_tokens <= self.vocab_size, self.n_tokens
+        self.n_tokens = len(ranks) + 2  # at most vocab_size
         self.encoding = tiktoken.Encoding(
             name="tiny_world",
             pat_str=r" ?\w+| ?[=!]|[^\w\s]|\s",  # together these match any character
@@ -180,7 +180,7 @@ def with_demo(prompt, demo):
 def student_prompt(example, tok):
     """The student's context: the prompt alone."""
     if tok.chat:
-        return tok.chat(messages_of(example, example.prompt))
+        return tok.chat(example.earlier, example.prompt)
     if example.shown:  # base corpus: what is learnt begins with the demonstration
         return tok.encode(with_demo(example.prompt, ""))
     return tok.encode(example.prompt) + [tok.start]
@@ -189,7 +189,7 @@ def student_prompt(example, tok):
 def teacher_prompt(example, tok):
     """The teacher's context: the same prompt, and the demonstration. Nothing else."""
     if tok.chat:
-        return tok.chat(messages_of(example, fill_template(tok.template, example)))
+        return tok.chat(example.earlier, fill_template(tok.template, example))
     return tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]
 
 
@@ -307,31 +307,24 @@ class World:
         self.known, self.unknown, self.skills = {}, {}, {}
         for i, command in enumerate(commands[:KNOWN]):
             domain = DOMAINS[i % 3]
-            own = self.operations[domain]
-            self.known[command] = (domain, own[i // 3 % len(own)])
+            self.known[command] = (domain, self.operations[domain][i // 3 % 6])
         for i, command in enumerate(commands[KNOWN:]):
             self.unknown[command] = DOMAINS[i % 3]
         for skill, domain in zip(SKILLS, DOMAINS, strict=True):
             free = [c for c in self.unknown if self.unknown[c] == domain]
-            own = self.operations[domain]
+            shuffled_six = rng.sample(self.operations[domain], 6)
             self.skills[skill] = {
                 command: (domain, operation)
-                for command, operation in zip(
-                    free, rng.sample(own, len(own)), strict=False
-                )
+                for command, operation in zip(free, shuffled_six, strict=False)
             }
 
 
-def is_held_out(items):
-    """A tenth of all queries is never trained on, by the base or by a skill."""
-    return sum(NOUNS.index(item) for item in items) % 10 == 0
-
-
 def draw_items(rng, held_out):
-    """Three items of a query that is held out, or of one that is not."""
+    """Three items of a query that is held out, or of one that is not. A tenth of all
+    queries is never trained on, by the base or by a skill."""
     while True:
         items = rng.sample(NOUNS, 3)
-        if is_held_out(items) == held_out:
+        if (sum(map(NOUNS.index, items)) % 10 == 0) == held_out:
             return items
 
 
@@ -428,7 +421,6 @@ def expert_demo(operation, items, distance):
     "own": the model's own style and words;
     "known": the style "expert", which the model writes when asked, and its own words;
     "terms": that style, and the expert's terms, which the model never writes."""
-    assert distance in DISTANCES, distance
     term, operate = OPERATIONS[operation]
     thought = term if distance == "terms" else operation
     style = STYLES["own" if distance == "own" else "expert"]
@@ -537,26 +529,18 @@ def make_tasks(world, size, seed, distance="terms"):
     }
 
 
-def rows_at_once(model, n_tokens):
-    """How many rows of n_tokens an evaluation takes at a time: their keys and values
-    fill 1 GiB at most. In the tiny world that is all of them."""
-    c = model.config
-    per_token = 2 * 4 * c.n_layer * c.n_kv_head * c.head_dim  # bytes
-    return max(1, 2**30 // (per_token * n_tokens))
+# ---- Evaluation --------------------------------------------------------------------
+
+ROWS = 64  # responses that are sampled at a time; more need more memory
 
 
-def greedy_responses(model, contexts, tok, max_new_tokens):
-    """The most likely tokens after each context (a list of tokens), as texts."""
-    return get_texts(model, contexts, tok, max_new_tokens, None, 0)
-
-
-def get_texts(model, contexts, tok, max_new_tokens, u, temperature):
-    """Responses to contexts (lists of tokens), as texts. u: see model.generate."""
-    n = rows_at_once(model, max(map(len, contexts)) + max_new_tokens)
+def get_texts(model, contexts, tok, max_new_tokens, u=None, temperature=0):
+    """Responses to contexts (lists of tokens), as texts: the most likely tokens, or
+    samples at a temperature with the numbers u, see model.generate."""
     device, texts = next(model.parameters()).device, []
-    for i in range(0, len(contexts), n):
-        prompts, lengths = pad_right(contexts[i : i + n], tok.end, device)
-        numbers = None if u is None else u[i : i + n]  # (n, R)
+    for i in range(0, len(contexts), ROWS):
+        prompts, lengths = pad_right(contexts[i : i + ROWS], tok.end, device)
+        numbers = None if u is None else u[i : i + ROWS]  # (ROWS, R)
         response, mask = generate(
             model, prompts, lengths, max_new_tokens, tok.end, numbers, temperature
         )
@@ -568,168 +552,56 @@ def get_texts(model, contexts, tok, max_new_tokens, u, temperature):
 def is_right(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
     """Which examples of a benchmark the model gets right, greedily: a list of bool."""
     contexts = [prompt(example, tok) for example in benchmark.examples]
-    texts = greedy_responses(model, contexts, tok, max_new_tokens)
-    pairs = zip(benchmark.examples, texts, strict=True)
-    return [bool(benchmark.grade(*pair)) for pair in pairs]
+    texts = get_texts(model, contexts, tok, max_new_tokens)
+    return [bool(right) for right in map(benchmark.grade, benchmark.examples, texts)]
 
 
 def accuracy(model, benchmark, tok, max_new_tokens, prompt=student_prompt):
     """The share of a benchmark that the model gets right, greedily, in [0, 1]."""
-    right = is_right(model, benchmark, tok, max_new_tokens, prompt)
-    return sum(right) / len(right)
+    return fmean(is_right(model, benchmark, tok, max_new_tokens, prompt))
 
 
 def teacher_gate(model, benchmarks, tok, max_new_tokens, temperature=1.0, seed=0):
     """Does a demonstration help? Over benchmarks {name: Benchmark}, a dict: mean
     accuracy in the student's context (without one) and in the teacher's (with one); how
     many queries only one of the two gets right; and the teacher's accuracy when it
-    samples, as in training, on 64 queries of each."""
-    keys = ("student", "teacher", "only_student", "only_teacher", "sampled")
-    gate, device = dict.fromkeys(keys, 0), next(model.parameters()).device
-    gate["skills"] = {}  # the teacher's accuracy on each
+    samples, as in training, on some queries of each."""
+    gate, n, device = Counter(), len(benchmarks), next(model.parameters()).device
+    skills = {}  # the teacher's accuracy on each
     for name, benchmark in benchmarks.items():
-        student, teacher = (
-            is_right(model, benchmark, tok, max_new_tokens, prompt)
-            for prompt in (student_prompt, teacher_prompt)
-        )
-        gate["student"] += sum(student) / len(student) / len(benchmarks)
-        gate["skills"][name] = sum(teacher) / len(teacher)
-        gate["teacher"] += gate["skills"][name] / len(benchmarks)
+        student = is_right(model, benchmark, tok, max_new_tokens)
+        teacher = is_right(model, benchmark, tok, max_new_tokens, teacher_prompt)
+        some = benchmark.examples[:ROWS]
+        u = get_uniform(some, max_new_tokens, seed, "gate", device)  # (ROWS, R)
+        shown = [teacher_prompt(example, tok) for example in some]
+        texts = get_texts(model, shown, tok, max_new_tokens, u, temperature)
+        skills[name] = fmean(teacher)
+        gate["student"] += fmean(student) / n
+        gate["teacher"] += skills[name] / n
+        gate["sampled"] += fmean(map(benchmark.grade, some, texts)) / n
         pairs = list(zip(student, teacher, strict=True))
         gate["only_student"] += pairs.count((True, False))
         gate["only_teacher"] += pairs.count((False, True))
-        few = benchmark.examples[:64]
-        u = get_uniform(few, max_new_tokens, seed, "gate", device)
-        contexts = [teacher_prompt(example, tok) for example in few]
-        texts = get_texts(model, contexts, tok, max_new_tokens, u, temperature)
-        right = sum(map(benchmark.grade, few, texts))
-        gate["sampled"] += right / len(few) / len(benchmarks)
-    return gate
+    return {**gate, "skills": skills}
 
 
-def mean_per_response(x, mask):
-    """The mean of x (B, R) over the tokens of each response, then over responses."""
-    return ((x * mask).sum(1) / mask.sum(1)).mean().item()
-
-
-def sampled_kl(p, p_prompts, q, q_prompts, u, tok, max_new_tokens):
+@torch.no_grad()
+def sampled_kl(p, p_prompt, q, q_prompt, examples, tok, cfg):
     """KL(p || q) of two models, in nats per token, along responses that p samples at
-    temperature 1. Returns it with those responses, (B, R), and their mask."""
-    response, mask = generate(p, *p_prompts, max_new_tokens, tok.end, u)  # (B, R)
-    kl = kl_models(p, p_prompts, q, q_prompts, response, mask)  # (B, R)
-    return mean_per_response(kl, mask), response, mask
-
-
-@torch.no_grad()
-def evaluate(models, base, skill, tasks, tok, cfg):
-    """What a record of an evaluation holds: accuracies on all tasks and, on at most 128
-    held-out queries of the skill, in nats per token, KL(student || base) on responses
-    that the student samples, at temperature 1, and KL(teacher || base), if there is a
-    teacher, on responses that the teacher samples.
-
-    Args:
-        models: {"student": GPT}, and {"teacher": GPT} where the method has one.
-        base: the model before fine-tuning, to measure KL from.
-        skill: the last one trained; tasks: see make_tasks.
-    Returns: a dict of plain values, as it is written to metrics.jsonl.
-    """
-    student, teacher, record = models["student"].eval(), models.get("teacher"), {}
-    for group, benchmarks in tasks.items():
-        record[group] = {
-            name: accuracy(student, benchmark, tok, cfg.max_new_tokens)
-            for name, benchmark in benchmarks.items()
-            if benchmark.grade
-        }
-    if tok.chat:
-        record.update(evaluate_own(student, base, tasks, tok, cfg))
-    queries = first_queries(student, tasks["new"][skill], tok, cfg)
-    device = next(student.parameters()).device
-    u = get_uniform(queries, cfg.max_new_tokens, cfg.seed, "evaluate", device)  # (B, R)
-    bare = pad_batch(student_prompt, queries, tok, device)
-    record["kl_student_base"], response, mask = sampled_kl(
-        student, bare, base, bare, u, tok, cfg.max_new_tokens
+    temperature 1 to the first examples. p_prompt, q_prompt: what each model is shown,
+    student_prompt or teacher_prompt."""
+    device, some = next(p.parameters()).device, examples[:ROWS]
+    p_prompts, q_prompts = (
+        pad_batch(prompt, some, tok, device) for prompt in (p_prompt, q_prompt)
     )
-    record["kl_teacher_base"], record["teacher_gate"] = None, None
-    if teacher is not None:
-        # its own gate: with non-zero ema_rate, the first thing that falls when student
-        # and teacher drift together
-        if tasks["new"][skill].grade:
-            record["teacher_gate"] = accuracy(
-                teacher, tasks["new"][skill], tok, cfg.max_new_tokens, teacher_prompt
-            )
-        shown = pad_batch(teacher_prompt, queries, tok, device)
-        # KL(teacher || student), along what the student writes
-        kl = kl_models(teacher, shown, student, bare, response, mask)  # (B, R)
-        by_position = kl.sum(0) / mask.sum(0)  # (R,)
-        record["kl_teacher_student_by_position"] = by_position.tolist()
-        record["kl_teacher_base"], _, _ = sampled_kl(
-            teacher, shown, base, bare, u, tok, cfg.max_new_tokens
-        )
-    # two responses to read: one of the skill, one of the first prior benchmark
-    prior = [benchmark.examples[0] for benchmark in tasks["prior"].values()]
-    chosen = [queries[0], *prior[:1]]
-    contexts = [student_prompt(example, tok) for example in chosen]
-    texts = greedy_responses(student, contexts, tok, cfg.max_new_tokens)
-    record["responses"] = [
-        {"prompt": example.prompt, "response": text, "right": example.answer}
-        for example, text in zip(chosen, texts, strict=True)
-    ]
-    return record
-
-
-def first_queries(model, benchmark, tok, cfg):
-    """The first examples of a benchmark, at most 128, and no more than rows_at_once."""
-    queries = benchmark.examples[:128]
-    longest = max(len(teacher_prompt(example, tok)) for example in queries)
-    return queries[: rows_at_once(model, longest + cfg.max_new_tokens)]
-
-
-# ---- Users' own files ----------------------------------------------------------------
-#
-# A file of JSON lines is a skill: see read_examples. tok is a ChatTokenizer then, and
-# tok.template the template of the teacher's prompt.
-
-TEMPLATE = """
-{prompt}
-
-This is an example for a response to the question:
-{demonstration}
-
-Now answer with a response of your own, including the thinking process.
-"""  # of the official code; the paper's ends with a colon
-
-
-def messages_of(example, prompt):
-    """A conversation whose last turn is the prompt: [{"role": ..., "content": ...}]."""
-    turns = [*example.earlier, ("user", prompt)]
-    return [{"role": role, "content": text} for role, text in turns]
-
-
-def fill_template(template, example):
-    """The template with prompt and demonstration in their places; braces that these
-    hold themselves stay as they are."""
-    texts = {"{prompt}": example.prompt, "{demonstration}": example.demo}
-    return re.sub(r"\{prompt\}|\{demonstration\}", lambda m: texts[m[0]], template)
-
-
-@torch.no_grad()
-def evaluate_own(student, base, tasks, tok, cfg):
-    """What users' own files have in addition. nll: name -> nats per token of the
-    demonstrations, the mean of each and then of all. kl_student_base_prior: name ->
-    KL(student || base) in nats per token, along what the student samples there."""
-    device = next(student.parameters()).device
-    nll, drift = {}, {}
-    for name, benchmark in [*tasks["new"].items(), *tasks["prior"].items()]:
-        shown = [example for example in benchmark.examples if example.demo]
-        if shown:
-            nll[name] = demo_nll(student, shown, tok)
-    for name, benchmark in tasks["prior"].items():
-        queries = first_queries(student, benchmark, tok, cfg)
-        n = cfg.max_new_tokens
-        u = get_uniform(queries, n, cfg.seed, "evaluate prior", device)  # (B, R)
-        bare = pad_batch(student_prompt, queries, tok, device)
-        drift[name], _, _ = sampled_kl(student, bare, base, bare, u, tok, n)
-    return {"nll": nll, "kl_student_base_prior": drift}
+    u = get_uniform(some, cfg.max_new_tokens, cfg.seed, "evaluate", device)  # (B, R)
+    response, mask = generate(p, *p_prompts, cfg.max_new_tokens, tok.end, u)  # (B, R)
+    p_hidden = response_hidden(p, *p_prompts, response, mask)  # (N, C)
+    q_hidden = response_hidden(q, *q_prompts, response, mask)  # (N, C)
+    weight = (mask / mask.sum(1, keepdim=True) / len(some))[mask]  # (N,)
+    # KL(teacher || student), with q in the place of the student
+    kl, _ = chunked_kl(q_hidden, p_hidden, q.head(), p.head(), weight, "forward")
+    return kl.item()
 
 
 @torch.no_grad()
@@ -737,10 +609,8 @@ def demo_nll(model, examples, tok):
     """-log p(demonstration | prompt) in nats per token: the mean over the tokens of a
     demonstration, its end included, then over examples."""
     device, total = next(model.parameters()).device, 0.0
-    longest = max(len(demo_response(e, tok) + student_prompt(e, tok)) for e in examples)
-    n = rows_at_once(model, longest)
-    for i in range(0, len(examples), n):
-        rows = examples[i : i + n]
+    for i in range(0, len(examples), ROWS):
+        rows = examples[i : i + ROWS]
         bare = pad_batch(student_prompt, rows, tok, device)  # (B, P), (B,)
         response, lengths = pad_batch(demo_response, rows, tok, device)  # (B, R), (B,)
         mask = loss_mask(rows, lengths)  # (B, R)
@@ -750,66 +620,142 @@ def demo_nll(model, examples, tok):
     return total / len(examples)
 
 
-# ---- Users' rows, and their grades ---------------------------------------------------
+@torch.no_grad()
+def token_pull(student, teacher, example, tok, max_new_tokens, seed):
+    """What each method pulls on, token by token, in nats: {"sdft": rows, "sft": rows}.
+    Both models are in eval mode.
 
+    SDFT's rows are of a response that the student samples: token, KL(teacher ||
+    student), and the three likeliest tokens of both, with their probabilities. SFT's
+    are of the demonstration: token, -log p of the student.
+    """
+
+    def logits(gpt, tokens_of, response, mask):  # (R, V)
+        prompt = pad_batch(tokens_of, [example], tok, response.device)
+        return gpt.logits(response_hidden(gpt, *prompt, response, mask))
+
+    def name(token):
+        return "<end>" if token == tok.end else tok.decode([token])
+
+    def likeliest(row):  # (V,)
+        p, tokens = row.softmax(-1).topk(3)
+        return [[name(i), x] for i, x in zip(tokens.tolist(), p.tolist(), strict=True)]
+
+    device = next(student.parameters()).device
+    bare = pad_batch(student_prompt, [example], tok, device)
+    u = get_uniform([example], max_new_tokens, seed, "pull", device)  # (1, R)
+    response, mask = generate(student, *bare, max_new_tokens, tok.end, u)  # (1, R)
+    s = logits(student, student_prompt, response, mask)
+    t = logits(teacher, teacher_prompt, response, mask)
+    demo, _ = pad_batch(demo_response, [example], tok, device)  # (1, R)
+    log_p = logits(student, student_prompt, demo, demo >= 0).log_softmax(-1)
+    kl, nll = kl_reference(s, t, "forward"), -log_p.gather(1, demo.T)[:, 0]  # (R,) both
+    tokens = [name(i) for i in response[mask].tolist()]
+    both = map(likeliest, s), map(likeliest, t)
+    rows = {
+        "sdft": zip(tokens, kl.tolist(), *both, strict=True),
+        "sft": zip(map(name, demo[0].tolist()), nll.tolist(), strict=True),
+    }
+    return {method: [list(row) for row in each] for method, each in rows.items()}
+
+
+@torch.no_grad()
+def evaluate(models, base, skill, tasks, tok, cfg):
+    """What a record of an evaluation holds: accuracies on all tasks and, on held-out
+    queries of the skill, in nats per token, KL(student || base) and, if there is a
+    teacher, KL(teacher || base), each along its own samples.
+
+    Args:
+        models: {"student": GPT}, and {"teacher": GPT} where the method has one.
+        base: the model before fine-tuning, to measure KL from.
+        skill: the last one trained; tasks: see make_tasks.
+    Returns: a dict of plain values, as it is written to metrics.jsonl.
+    """
+    student, teacher = models["student"].eval(), models.get("teacher")
+    record, task, n = {}, tasks["new"][skill], cfg.max_new_tokens
+    for group, benchmarks in tasks.items():
+        graded = {name: each for name, each in benchmarks.items() if each.grade}
+        record[group] = {k: accuracy(student, x, tok, n) for k, x in graded.items()}
+
+    def kl_from_base(p, prompt, examples):
+        return sampled_kl(p, prompt, base, student_prompt, examples, tok, cfg)
+
+    record["kl_student_base"] = kl_from_base(student, student_prompt, task.examples)
+    record["kl_teacher_base"], record["teacher_gate"] = None, None
+    if teacher is not None:
+        record["kl_teacher_base"] = kl_from_base(teacher, teacher_prompt, task.examples)
+        # its own gate: with a non-zero ema_rate, the first thing that falls when
+        # student and teacher drift together
+        if task.grade:
+            record["teacher_gate"] = accuracy(teacher, task, tok, n, teacher_prompt)
+    if tok.chat:  # users' rows: also what is not graded
+        named = {**tasks["new"], **tasks["prior"]}
+        shown = {k: [e for e in x.examples if e.demo] for k, x in named.items()}
+        record["nll"] = {k: demo_nll(student, x, tok) for k, x in shown.items() if x}
+        record["kl_student_base_prior"] = {
+            name: kl_from_base(student, student_prompt, each.examples)
+            for name, each in tasks["prior"].items()
+        }
+    first = next((e for e in task.examples if e.demo), None)
+    if first:
+        pull = token_pull(student, teacher or student, first, tok, n, cfg.seed)
+        record["pull"] = pull | {"prompt": first.prompt, "demo": first.demo}
+    # two responses to read: one of the skill, one of the first prior benchmark
+    some = [each.examples[0] for each in (task, *list(tasks["prior"].values())[:1])]
+    texts = get_texts(student, [student_prompt(e, tok) for e in some], tok, n)
+    record["responses"] = [
+        {"prompt": example.prompt, "response": text, "right": example.answer}
+        for example, text in zip(some, texts, strict=True)
+    ]
+    return record
+
+
+# ---- Users' own rows, and their grades -----------------------------------------------
+
+TEMPLATE = """
+{prompt}
+
+This is an example for a response to the question:
+{demonstration}
+
+Now answer with a response of your own, including the thinking process.
+"""  # of the official code; the paper's ends with a colon
 PROMPTS = ("prompt", "messages", "instruction")  # a row has one of these keys
 DEMOS = (  # and one of these, or a demonstration as the last of its messages
     "demonstration", "completion", "golden_response", "privileged_context", "output"
 )  # fmt: skip
+OTHERS = ("input", "answer", "grade", "id", "task")  # and perhaps some of these
 ROLES, GRADES = ("system", "user", "assistant"), ("exact", "contains", "choice")
 MAX_ERRORS = 20  # lines that are named one by one
 
 
-def check_text(value, key):
-    """The value of a key, if it is a text that a model can read."""
+def fill_template(template, example):
+    """The template with prompt and demonstration in their places; braces that these
+    hold themselves stay as they are."""
+    texts = {"{prompt}": example.prompt, "{demonstration}": example.demo}
+    return re.sub(r"\{prompt\}|\{demonstration\}", lambda m: texts[m[0]], template)
+
+
+def text_of(value, key):
+    """The value of a key, if a model can read it. A list of texts is its lines."""
+    if isinstance(value, list) and value:
+        return "\n".join(text_of(line, key) for line in value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{key}: expected text, found {json.dumps(value)[:40]}")
     value.encode()  # raises for half a character, as "\\ud83d"
     return value
 
 
-def parse_turns(value, key, role):
-    """A text, a list of its lines, or a list of messages, as [(role, text), ...]."""
-    if isinstance(value, list) and value and isinstance(value[0], str):
-        value = "\n".join(check_text(line, key) for line in value)
-    if not isinstance(value, list):
-        return [(role, check_text(value, key))]
+def turns_of(value, key, role):
+    """[(role, text), ...] of a list of messages, or of a text, which has this role."""
+    if not isinstance(value, list) or isinstance((value or [""])[0], str):
+        return [(role, text_of(value, key))]
     for turn in value:
         known = isinstance(turn, dict) and turn.get("role") in ROLES
         if not known or any(turn[each] for each in turn.keys() - {"role", "content"}):
             found = json.dumps(turn)[:80]
             raise ValueError(f"{key}: expected a role and content only, found {found}")
-    return [(t["role"], check_text(t.get("content"), f"{key}: content")) for t in value]
-
-
-def parse_row(row, needs_demo):
-    """A row as ([(role, text), ...], demonstration, answers); "" and () if none."""
-    keys = [key for key in row if key in PROMPTS] if isinstance(row, dict) else []
-    demo_keys = [key for key in row if key in DEMOS] if keys else []
-    if len(keys) != 1 or len(demo_keys) > 1:
-        found = ", ".join(row) if isinstance(row, dict) else json.dumps(row)[:40]
-        one_of = " or ".join(PROMPTS)
-        raise ValueError(f"expected {one_of}, and a demonstration; found {found}")
-    turns = parse_turns(row[keys[0]], keys[0], "user")
-    if keys[0] != "instruction" and "input" in row:
-        raise ValueError(f"input goes with instruction, not with {keys[0]}")
-    if row.get("input") not in (None, ""):  # Alpaca's rows: instruction, input, output
-        text = check_text(row["input"], "input")
-        turns[-1] = ("user", f"{turns[-1][1]}\n\n{text}")
-    demo = ""
-    for key in demo_keys:
-        said = parse_turns(row[key], key, "assistant")
-        if "user" in dict(said):
-            raise ValueError(f"{key}: a demonstration has no turn of the user")
-        demo = "\n".join(text for _, text in said)
-    if not demo and turns and turns[-1][0] == "assistant":
-        demo = turns.pop()[1]
-    if not turns or turns[-1][0] != "user" or (needs_demo and not demo):
-        found = ", ".join(row)
-        raise ValueError(f"expected a user's turn and a demonstration; found {found}")
-    answers = row.get("answer", [])
-    answers = answers if isinstance(answers, list) else [answers]
-    return turns, demo, tuple(check_text(each, "answer") for each in answers)
+    return [(turn["role"], text_of(turn.get("content"), key)) for turn in value]
 
 
 def unique(pairs):
@@ -819,49 +765,64 @@ def unique(pairs):
     return dict(pairs)
 
 
-def read_examples(path, needs_demo=True, grade=None):
+def parse_row(line, i, needs_demo, grade):
+    """Line i of a file, as bytes: its Example, and the keys that are not used."""
+    row = json.loads(line.decode(), object_pairs_hook=unique)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {json.dumps(row)[:40]}")
+    prompts, demos = ([key for key in row if key in keys] for keys in (PROMPTS, DEMOS))
+    turns = turns_of(row[prompts[0]], prompts[0], "user") if len(prompts) == 1 else []
+    if prompts == ["instruction"] and row.get("input"):  # Alpaca's rows
+        turns[-1] = ("user", f"{turns[-1][1]}\n\n{text_of(row['input'], 'input')}")
+    for key in demos:
+        turns += turns_of(row[key], key, "assistant")
+    demo = turns.pop()[1] if turns and turns[-1][0] == "assistant" else ""
+    if not turns or turns[-1][0] != "user" or (needs_demo and not demo):
+        raise ValueError(f"expected {' or '.join(PROMPTS)}, and one demonstration that "
+                         f"answers the user; found {', '.join(row)}")  # fmt: skip
+    answer = row.get("answer", [])
+    answer = answer if isinstance(answer, list) else [answer]
+    answer = tuple(text_of(each, "answer") for each in answer)
+    grade = row.get("grade") or grade
+    if grade not in (*GRADES, "none"):
+        raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {grade}")
+    if grade == "exact" and demo and not answer:
+        answer = (demo,)
+    *earlier, (_, prompt) = turns
+    grade = grade if answer and grade != "none" else ""
+    example = Example(prompt, demo, answer, i, earlier=tuple(earlier), grade=grade)
+    used = {*PROMPTS, *DEMOS, *OTHERS[prompts != ["instruction"] :]}
+    return example, row.keys() - used
+
+
+def read_examples(path, needs_demo=True, grade="contains"):
     """A file of JSON lines as a list of Example, whose ids are line numbers, and a list
     of remarks on it.
 
-    Args: grade, for rows that name none: one of GRADES, or "none"; by default contains.
+    Args: grade, for rows that name none: one of GRADES, or "none".
     Raises: ValueError that says what is wrong, in MAX_ERRORS lines at most; OSError.
     """
     content, examples, errors, unused = Path(path).read_bytes(), [], [], Counter()
-    known = {*PROMPTS, *DEMOS, "input", "answer", "grade", "id", "task"}
-    try:
-        text = content.decode(json.detect_encoding(content))  # UTF-8 or UTF-16
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8: {error.reason}") from None
-    if text.lstrip().startswith("["):
-        raise ValueError(f"{path}: one list; write a row a line: jq -c '.[]' does that")
-    for i, line in enumerate(text.split("\n"), 1):  # (splitlines() splits at U+2028)
-        if not line.strip():
-            continue
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path}: UTF-16; iconv -f utf-16 -t utf-8 makes it UTF-8")
+    if content.lstrip().startswith(b"["):
+        raise ValueError(f"{path}: one list; jq -c '.[]' writes one row a line")
+    for i, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
         try:
-            row = json.loads(line, object_pairs_hook=unique)
-            turns, demo, answer = parse_row(row, needs_demo)
-            own = row.get("grade") or grade or "contains"
-            if own not in (*GRADES, grade):
-                raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {own}")
+            if line.strip():
+                example, keys = parse_row(line, i, needs_demo, grade)
+                examples.append(example)
+                unused.update(keys)
         except (ValueError, RecursionError) as error:
             errors.append(f"{path}:{i}: {error}".replace(": line 1 column", ", column"))
-            continue
-        if own == "exact" and demo and not answer:
-            answer = (demo,)
-        *earlier, (_, prompt) = turns
-        earlier, own = tuple(earlier), own if answer and own != "none" else ""
-        examples.append(Example(prompt, demo, answer, i, earlier=earlier, grade=own))
-        unused.update(f"key {key!r}" for key in row.keys() - known)
-    without = [str(e.id) for e in examples if not e.grade]
-    if 0 < len(without) < len(examples):
-        lines = ", ".join(without[:MAX_ERRORS])
-        errors.append(f"{path}: the others have an answer, but not lines {lines}")
+    without = [str(e.id) for e in examples if not e.grade][:MAX_ERRORS]
+    if without and any(e.grade for e in examples):
+        errors.append(f"{path}: only lines {', '.join(without)} have no answer")
     if errors or not examples:
         more = [f"... and {len(errors) - MAX_ERRORS} more"] * (len(errors) > MAX_ERRORS)
         raise ValueError("\n".join(errors[:MAX_ERRORS] + more) or f"{path}: no rows")
     grades = ", ".join(sorted({e.grade or "none" for e in examples}))
-    remarks = [f"{what} of {n} rows is not used" for what, n in unused.items()]
+    remarks = [f"key {key!r} of {n} rows is not used" for key, n in unused.items()]
     return examples, [f"{len(examples)} rows, grade: {grades}", *remarks]
 
 
@@ -952,8 +913,9 @@ class ChatTokenizer:
         self.n_tokens = max(self.hf.get_vocab().values()) + 1
         form = self.hf.backend_tokenizer.to_str() + str(self.hf.chat_template)
         self.digest = hashlib.sha256(form.encode()).hexdigest()[:12]
-        texts = ([{"role": "user", "content": x}] for x in ("x", self.hf.eos_token))
-        n, n_with_marker = (self.chat(text).count(self.end) for text in texts)
+        n, n_with_marker = (
+            self.chat((), text).count(self.end) for text in ("x", self.hf.eos_token)
+        )
         self.sanitizes = n == n_with_marker
 
     def encode(self, text):
@@ -965,14 +927,17 @@ class ChatTokenizer:
         ids = ids[:-1] if ids and ids[-1] == self.end else ids
         return self.hf.decode(ids, clean_up_tokenization_spaces=False)
 
-    def chat(self, messages):
-        """Messages [{"role", "content"}, ...] as ids, in the form that the model was
-        trained on and up to where its response begins. A thinking model is told not to
-        think. Raises: ValueError if the template refuses the messages."""
+    def chat(self, earlier, prompt):
+        """(role, text) of what was said earlier and the user's prompt, as ids, in the
+        form that the model was trained on and up to where its response begins. A
+        thinking model is told not to think. Raises: ValueError if the template, which
+        is a program, refuses them."""
+        turns = [*earlier, ("user", prompt)]
         try:
             return self.hf.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False,
+                [{"role": role, "content": text} for role, text in turns],
+                add_generation_prompt=True, return_dict=False,
                 sanitize_control_tokens=True, enable_thinking=False,
             )  # fmt: skip
-        except Exception as error:  # the template is a program, and fails as it likes
+        except Exception as error:  # of any kind
             raise ValueError(f"the chat template: {error}") from None

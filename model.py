@@ -3,10 +3,10 @@
     hidden   = GPT.hidden(tokens)                           # last block, final norm
     logits   = hidden @ head.T                              # of the next token
     response ~ generate(model, prompts)                     # token by token, cached
-    KL       = kl_reference(student_logits, teacher_logits) # three formulas, on paper
+    KL       = kl_reference(student_logits, teacher_logits) # the formulas, on paper
     loss     = chunked_nll(hidden, head, tokens, weight)    # SFT's loss
     loss     = chunked_kl(hidden, head, teacher's, weight)  # SDFT's loss
-    KL       = fused_kl(student_logits, ...)                # its row kernel
+    KL       = fused_kl(student_logits, teacher_logits, w)  # the kernel of chunked_kl
 
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
          H query heads   G key/value heads   D head size   S columns of the cache
@@ -21,8 +21,6 @@ The divergences: SDFT, arXiv 2601.19897, section 3 and appendix A.1.
 
 import contextlib
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +46,7 @@ class GPTConfig:
     n_head: int = 12  # query heads
     n_kv_head: int = 12  # key/value heads; fewer than n_head: grouped queries
     n_embd: int = 192  # channels
-    n_inner: int = 1024  # channels inside the MLP
+    n_inner: int = 512  # channels inside the MLP
     head_dim: int = 0  # channels of a head; 0: n_embd / n_head
     rope_theta: float = 1000.0  # of the rotary positions; a real model brings its own
     norm_eps: float = 1e-6  # of RMSNorm
@@ -57,41 +55,27 @@ class GPTConfig:
     tie_weights: bool = True  # the head is the token embedding
 
     def __post_init__(self):
-        if self.head_dim == 0 and self.n_embd % self.n_head:
-            raise ValueError(
-                f"n_embd {self.n_embd} must be a multiple of n_head {self.n_head}"
-            )
+        assert self.head_dim or self.n_embd % self.n_head == 0, "n_embd % n_head != 0"
         self.head_dim = self.head_dim or self.n_embd // self.n_head
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head {self.n_head} must be a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head size {self.head_dim} must be even")
-        if not 0 <= self.n_tokens <= self.vocab_size:
-            raise ValueError(f"n_tokens {self.n_tokens} > vocab_size {self.vocab_size}")
+        assert self.n_head % self.n_kv_head == 0, "n_head % n_kv_head != 0"
+        assert self.head_dim % 2 == 0, f"head size {self.head_dim} is odd"
+        assert 0 <= self.n_tokens <= self.vocab_size, "n_tokens > vocab_size"
 
 
 class Linear(nn.Linear):
-    """Its weights are float32 and are cast to x.dtype on use. (Cast weights would lose
-    the small steps of AdamW and of the teacher's average.)"""
+    """Its weights are float32 and are cast to x.dtype on use. (Weights in bfloat16
+    would lose the small steps of AdamW and of the teacher's average.)"""
 
     def forward(self, x):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """weight * x / sqrt(mean(x^2) + eps), in float32: bfloat16 has too few digits."""
 
     def forward(self, x):
-        w = self.weight
-        y = x.to(w.dtype)  # float32: bfloat16 has too few digits for a mean
-        y = F.rms_norm(y, w.shape, w, self.eps)  # w * y / sqrt(mean(y^2) + eps)
-        return y.to(x.dtype)
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
 
 
 def rotation_tables(config):
@@ -116,30 +100,24 @@ class KVCache:
     Columns 0..P-1 hold the prompts with their pads, column P + t token t of every
     response: a step writes one column, whatever the lengths of the prompts. A column
     index is not a position; that is fine, because keys are rotated before they are
-    stored.
-    `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0. `used`
-    is how many columns hold something, an int on the host: reading it waits for no GPU.
+    stored. `mask` (B, 1, 1, S) is added to attention scores: -inf at the pads, else 0.
+    `used` columns hold something.
     """
 
     def __init__(self, config, prompts, lengths, max_new_tokens, dtype):
         (B, P), device = prompts.size(), prompts.device
-        G, D = config.n_kv_head, config.head_dim
-        S = P + max_new_tokens
+        G, D, S = config.n_kv_head, config.head_dim, P + max_new_tokens
         self.k = torch.empty(config.n_layer, B, G, S, D, device=device, dtype=dtype)
         self.v = torch.empty_like(self.k)
         column = torch.arange(S, device=device)
         pads = (column >= lengths[:, None]) & (column < P)  # (B, S)
-        self.mask = torch.zeros(B, S, device=device, dtype=dtype)
-        self.mask = self.mask.masked_fill(pads, -math.inf)[:, None, None]
-        self.used = 0
-
-    def reserve(self, T):
-        """Take T more columns into use; each layer then writes into them."""
-        self.used += T
-        assert self.used <= self.k.size(3), f"{self.used} > a cache of {self.k.size(3)}"
+        mask = torch.zeros(B, S, device=device, dtype=dtype)
+        self.mask = mask.masked_fill(pads, -math.inf)[:, None, None]  # (B, 1, 1, S)
+        self.used = 0  # an int on the host: reading it waits for no GPU
 
     def write(self, layer, k, v):
-        """Store k and v, (B, G, T, D) each; return all so far, (B, G, used, D) each."""
+        """Store k and v, (B, G, T, D) each, in the last T of the used columns; return
+        all so far, (B, G, used, D) each."""
         new = slice(self.used - k.size(2), self.used)
         self.k[layer, :, :, new], self.v[layer, :, :, new] = k, v
         return self.k[layer, :, :, : self.used], self.v[layer, :, :, : self.used]
@@ -175,21 +153,18 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.write(layer, k, v)  # (B, G, used, D), both
 
-        # Both are softmax(q k^T / sqrt(D)) v, over the columns that q may see.
+        # Both are softmax(q k^T / sqrt(D)) v, over the columns that q may see. Query
+        # head h goes with key head h // (H/G).
+        attention = F.scaled_dot_product_attention
         if k.size(2) == T:
             # Nothing came before: whole sequences, or prompts that fill a cache. Each
             # token sees those to its left, so none sees the pads to its right.
-            k = k[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
-            v = v[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)
-            k, v = k.reshape(B, H, T, D), v.reshape(B, H, T, D)  # (B, H, T, D)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+            y = attention(q, k, v, is_causal=True, enable_gqa=G < H)  # (B, H, T, D)
         else:
             # One token a row (T = 1) sees its cache. Grouped queries without copying k
             # and v: the H/G query heads of a group take the place of T.
-            q = q.reshape(B, G, H // G, D)  # query head h goes with key head h // (H/G)
-            seen = cache.mask[..., : cache.used]  # (B, 1, 1, used)
-            # (B, G, H/G, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            q = q.reshape(B, G, H // G, D)  # (B, G, H/G, D)
+            y = attention(q, k, v, cache.mask[..., : cache.used])  # (B, G, H/G, D)
         y = y.reshape(B, H, T, D).transpose(1, 2).reshape(B, T, H * D)  # (B, T, H * D)
         return self.o_proj(y)  # (B, T, C)
 
@@ -223,8 +198,8 @@ class GPT(nn.Module):
 
     `dtype` is that of the activations; the parameters are float32 always. `dropout` is
     the share of each residual branch that is dropped in train mode; the trainers set
-    it. `checkpointing` keeps only the input of each block and recomputes the block in
-    the backward pass: it costs a forward pass and saves most of the memory.
+    it. `checkpointing`: keep only the input of each block, and recompute the block in
+    the backward pass. That costs a forward pass and saves most of the memory.
     """
 
     def __init__(self, config, generator=None):
@@ -256,24 +231,21 @@ class GPT(nn.Module):
         """The hidden states after the last norm: (B, T, C), in the activations' dtype.
 
         Args:
-            idx: tokens, int64 (B, T).
+            idx: tokens, int64 (B, T), T <= block_size.
             positions: None for whole sequences that start at position 0; int64 (B,) for
                 one more token per row (T = 1), with its cache.
-        Raises: ValueError if T > block_size.
         """
-        B, T = idx.size()
-        if T > self.config.block_size:
-            raise ValueError(f"{T} tokens > block_size {self.config.block_size}")
-        used = 0 if cache is None else cache.used
+        T = idx.size(1)
+        assert T <= self.config.block_size, f"{T} > {self.config.block_size}"
         if positions is None:
-            assert not used, f"positions? {used} columns of the cache are in use"
+            assert cache is None or not cache.used, "positions? the cache is in use"
             cos, sin = self.cos[:T], self.sin[:T]  # (T, D/2)
         else:  # (B, 1, 1, D/2): each row at a position of its own
-            assert used and T == 1, f"{T} tokens a row, {used} columns in use"
+            assert cache.used and T == 1, f"{T} tokens, {cache.used} columns in use"
             cos = self.cos[positions][:, None, None]
             sin = self.sin[positions][:, None, None]
         if cache is not None:
-            cache.reserve(T)
+            cache.used += T  # each layer writes into these columns
         x = self.wte(idx).to(self.dtype)  # (B, T, C)
         p = self.dropout if self.training else 0.0
         for layer, block in enumerate(self.h):
@@ -300,13 +272,16 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx, positions, cache))
 
 
-def check_prompts(prompts, lengths):
-    """Raise ValueError unless every length is 1 to P. (An empty prompt has no column
-    that predicts the first token: 0 - 1 would index the last column.)"""
+def check_fit(model, prompts, lengths, n_tokens):
+    """Raise ValueError unless each of the prompts has 1 to P tokens (an empty one has
+    no column that predicts the first token) and n_tokens fit into block_size."""
     B, P = prompts.size()
     if lengths.shape != (B,) or ((lengths < 1) | (lengths > P)).any():
+        raise ValueError(f"{B} prompts in {P} columns cannot have lengths {lengths}")
+    if n_tokens > model.config.block_size:
         raise ValueError(
-            f"{B} prompts in {P} columns have lengths of 1 to {P}, not {lengths}"
+            f"prompts of up to {P} tokens and their responses need {n_tokens} tokens "
+            f"> block_size {model.config.block_size}; nothing is cut"
         )
 
 
@@ -328,21 +303,15 @@ def response_hidden(model, prompts, lengths, response, mask):
         response: int64 (B, R), padded on the right with any token.
         mask: bool (B, R), true at the N tokens that are wanted.
     Returns: (N, C), row after row.
-    Raises: ValueError if the longest row has more than block_size tokens, or for
-        lengths that no prompt can have.
+    Raises: ValueError, see check_fit.
     """
     B, R = response.size()
     assert mask.shape == (B, R) and len(prompts) == B, (mask.shape, prompts.shape)
     assert mask.dtype == torch.bool, mask.dtype
-    check_prompts(prompts, lengths)
     row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
     column = lengths[row] + t - 1  # (N,) where it is predicted
     T = max(column.tolist(), default=0) + 1  # later columns are not needed
-    if T + 1 > model.config.block_size:  # + 1: the last token counts, as in generate
-        raise ValueError(
-            f"a prompt of up to {prompts.size(1)} tokens and its response need {T + 1} "
-            f"> block_size {model.config.block_size}; nothing is cut"
-        )
+    check_fit(model, prompts, lengths, T + 1)  # + 1: the last token counts
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response follows its own prompt
@@ -353,10 +322,9 @@ def response_hidden(model, prompts, lengths, response, mask):
 
 
 def sample_token(logits, u, temperature=1.0):
-    """One token per row: the first whose cumulative probability exceeds u.
-
-    Neither top-k nor top-p: a response that trains must come from the distribution
-    that is trained.
+    """One token per row: the first whose cumulative probability exceeds u. Neither
+    top-k nor top-p: a response that trains must come from the distribution that is
+    trained.
 
     Args:
         logits: float32 (B, V); u: float32 (B,) in [0, 1), unused at temperature 0.
@@ -389,18 +357,10 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     Returns: response int64 (B, R') and mask bool (B, R'), R' <= R the longest sampled.
         The mask is true up to and *including* the end; after it the response is padded
         with `end`. A response that never ends keeps all R tokens, and its mask is true.
-    Raises: ValueError if prompt and response do not fit into block_size, or for lengths
-        that no prompt can have.
+    Raises: ValueError, see check_fit.
     """
-    B, P = prompts.size()
-    R = max_new_tokens
-    check_prompts(prompts, lengths)
-    if P + R > model.config.block_size:
-        raise ValueError(
-            f"a prompt of {P} tokens and a response of {R} need {P + R} "
-            f"> block_size {model.config.block_size}; nothing is cut"
-        )
-    assert temperature >= 0, f"temperature {temperature} < 0"
+    (B, P), R, device = prompts.size(), max_new_tokens, prompts.device
+    check_fit(model, prompts, lengths, P + R)
     if temperature > 0:
         assert u.shape == (B, R), "one number for each row and position"
         assert ((u >= 0) & (u < 1)).all(), "u is uniform in [0, 1)"
@@ -408,8 +368,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     model.eval()
     # Tensors made under inference_mode (cheaper than no_grad) cannot take part in
     # autograd later. The response has to, so it is allocated outside.
-    response = torch.full((B, R), end, device=prompts.device)
-    row = torch.arange(B, device=prompts.device)  # the rows that have not ended yet
+    response = torch.full((B, R), end, device=device)
+    row = torch.arange(B, device=device)  # the rows that have not ended yet
     with model.sampling():
         cache = KVCache(model.config, prompts, lengths, R, model.dtype)
         hidden = model.hidden(prompts, cache=cache)  # (B, P, C)
@@ -428,7 +388,7 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     model.train(training)
     n_tokens = ((response != end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
     R = int(n_tokens.max())
-    mask = torch.arange(R, device=prompts.device) < n_tokens[:, None]  # (B, R)
+    mask = torch.arange(R, device=device) < n_tokens[:, None]  # (B, R)
     return response[:, :R], mask
 
 
@@ -452,14 +412,6 @@ KLS = ("forward", "reverse", "jsd")
 LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
 
 
-def check_kl(student_logits, teacher_logits, kl):
-    """Raise ValueError for another kl, or for shapes that differ: those would be
-    broadcast or, on a GPU, read beyond the end of a row."""
-    shapes = tuple(student_logits.shape), tuple(teacher_logits.shape)
-    if kl not in KLS or shapes[0] != shapes[1]:
-        raise ValueError(f"{kl!r}, one of {KLS}? logits {shapes[0]} and {shapes[1]}")
-
-
 def kl_reference(student_logits, teacher_logits, kl="forward"):
     """The divergence at each position, in nats, as one would write it on paper.
 
@@ -468,9 +420,8 @@ def kl_reference(student_logits, teacher_logits, kl="forward"):
 
     Args: student_logits and teacher_logits (..., V); kl, one of KLS.
     Returns: (...), differentiable in student_logits.
-    Raises: ValueError if the shapes differ, or for another kl.
     """
-    check_kl(student_logits, teacher_logits, kl)
+    assert kl in KLS and student_logits.shape == teacher_logits.shape, kl
     dtype = torch.promote_types(student_logits.dtype, torch.float32)
     log_s = torch.log_softmax(student_logits, -1, dtype).clamp(min=LOG_ZERO)
     with torch.no_grad():
@@ -566,38 +517,23 @@ def chunked_kl(
     """
     assert len(teacher_hidden) == len(hidden), (len(teacher_hidden), len(hidden))
     names = ("kl_student_teacher", "student_entropy", "teacher_entropy")
-    sums = {name: weight.new_zeros(()) for name in names} if watch else {}
+    sums = weight.new_zeros(3)
 
     def row_loss(s, w, rows):
         t = make_logits(teacher_hidden[rows], teacher_head, temperature)  # (chunk, V)
         if watch:
-            reverse = kl_reference(s, t, "reverse")
-            for name, x in zip(names, (reverse, entropy(s), entropy(t)), strict=True):
-                sums[name] += weight[rows] @ x
+            numbers = kl_reference(s, t, "reverse"), entropy(s), entropy(t)
+            sums.add_(torch.stack(numbers) @ weight[rows])  # (3, chunk) @ (chunk,)
         return fused_kl(s, t, w, kl), s
 
-    return ChunkedLoss.apply(hidden, head, weight, temperature, row_loss), sums
+    loss = ChunkedLoss.apply(hidden, head, weight, temperature, row_loss)
+    return loss, dict(zip(names, sums, strict=True)) if watch else {}
 
 
 def entropy(logits):
     """The entropy of softmax(logits) in nats, (...) of logits (..., V)."""
     log_p = torch.log_softmax(logits, -1)
     return -(log_p.exp() * log_p).sum(-1)
-
-
-@torch.no_grad()
-def kl_models(p, p_prompts, q, q_prompts, response, mask):
-    """KL(p || q) in nats at each token of the response, (B, R), for two models p and q,
-    each after (prompts, lengths) of its own; 0 where the mask is false."""
-    p_hidden = response_hidden(p, *p_prompts, response, mask)  # (N, C)
-    q_hidden = response_hidden(q, *q_prompts, response, mask)  # (N, C)
-    p_head, q_head = p.head(), q.head()  # once: shards are gathered by all processes
-    values, n = p_head.new_zeros(mask.shape), chunk_rows(p_head)  # (B, R)
-    values[mask] = torch.cat([  # q is in the student's place
-        kl_reference(make_logits(b, q_head), make_logits(a, p_head), "forward")
-        for a, b in zip(p_hidden.split(n), q_hidden.split(n), strict=True)
-    ])  # fmt: skip
-    return values
 
 
 # ---- The fused log-softmax KL kernel -------------------------------------------------
@@ -611,11 +547,10 @@ def fused_kl(s, t, weight, kl="forward"):
             weight * gradient over s.
         weight: (N,), of the dtype of the logits; kl, one of KLS.
     Returns: the divergences (N,), not weighted.
-    Raises: ValueError if the shapes differ, or for another kl.
     """
-    check_kl(s, t, kl)
+    assert kl in KLS and s.shape == t.shape, kl  # (a GPU would read beyond a row)
     assert weight.shape == s.shape[:1] and weight.dtype == s.dtype, weight
-    if s.is_cuda and s.dtype == torch.float32 and triton is not None:
+    if s.is_cuda and s.dtype == torch.float32 and triton is not None and kl != "jsd":
         return kl_rows_triton(s, t, weight, kl)
     # Some rows at a time stay in the processor's cache (2^17 floats are 0.5 MB): main
     # memory gives s and t once and takes the gradient once. On a GPU all at once.
@@ -633,8 +568,13 @@ def kl_rows_torch(s, t, weight, kl):
         reverse = E_s[diff] - log_ratio
 
     where s and t are relative to the largest of their row. The largest probability is
-    exp(0 - lse), which gives lse.
+    exp(0 - lse), which gives lse. jsd, which is seldom used, is left to autograd.
     """
+    if kl == "jsd":
+        with torch.enable_grad():
+            value = kl_reference(x := s.detach().clone().requires_grad_(), t, kl)
+        s.copy_(torch.autograd.grad(value, x, weight)[0])
+        return value.detach()
     s.clamp_(min=LOG_ZERO)
     t = t.clamp(min=LOG_ZERO)
     p_s, p_t = s.softmax(-1), t.softmax(-1)
@@ -644,18 +584,10 @@ def kl_rows_torch(s, t, weight, kl):
     if kl == "forward":
         value = log_ratio - torch.linalg.vecdot(p_t, diff)
         torch.sub(p_s, p_t, out=s)
-    elif kl == "reverse":
+    else:
         mean = torch.linalg.vecdot(p_s, diff)  # E_s[diff]
         value = mean - log_ratio
         torch.mul(p_s, diff.sub_(mean[:, None]), out=s)
-    else:
-        log_p = diff.sub_(log_ratio[:, None])  # log p_s - log p_t; from it, to m:
-        over_m = math.log(2) - F.softplus(log_p)  # log p_t - log m
-        teacher_m = torch.linalg.vecdot(p_t, over_m)
-        over_m = math.log(2) - F.softplus(log_p.neg_())  # log p_s - log m
-        student_m = torch.linalg.vecdot(p_s, over_m)
-        value = 0.5 * teacher_m + 0.5 * student_m
-        torch.mul(p_s, over_m.sub_(student_m[:, None]), out=s).mul_(0.5)
     s.mul_(weight[:, None])
     return value
 
@@ -670,25 +602,15 @@ if triton is not None:
         return tl.where(s < -1e30, -1e30, s), tl.where(t < -1e30, -1e30, t)
 
     @triton.jit
-    def log_over_mixture(x):
-        """log p_s - log m from x = log p_s - log p_t; of -x it is log p_t - log m."""
-        far = 0.6931471805599453 - tl.maximum(-x, 0.0) - tl.log(1 + tl.exp(-tl.abs(x)))
-        near = x * (0.5 - x * (0.125 - x * x / 192))  # the series: far loses digits
-        return tl.where(tl.abs(x) < 0.1, near, far)
-
-    @triton.jit
     def kl_kernel(
         s_ptr, t_ptr, weight_ptr, value_ptr, V: tl.constexpr, KL: tl.constexpr,
         BLOCK: tl.constexpr,
     ):  # fmt: skip
         """One program is one row; diff and log_ratio are those of kl_rows_torch.
 
-        log p_s - log p_t = diff - log_ratio, which loses no digits where the two are
-        near (but some where all logits of a row are far from the teacher's)
-
         Bytes moved, for rows of V floats: the first pass reads s and t, the last reads
-        them again and writes the gradient over s, 5 * 4 V (jsd: one pass more, 7 * 4 V;
-        a row that fits into one block stays in the L1 cache: 3 * 4 V).
+        them again and writes the gradient over s, 5 * 4 V (a row that fits into one
+        block stays in the L1 cache: 3 * 4 V).
         """
         row = tl.program_id(0).to(tl.int64)  # row * V can be more than 2^31
         s_ptr, t_ptr = s_ptr + row * V, t_ptr + row * V
@@ -714,35 +636,22 @@ if triton is not None:
         # not lse_s - lse_t, the difference of two rounded numbers
         log_ratio = (max_s - max_t) + tl.log(sum_s / sum_t)
         mean = sum_diff / (sum_t if KL == "forward" else sum_s)  # E_t or E_s[diff]
-        if KL == "forward":
-            value = log_ratio - mean
-        elif KL == "reverse":
-            value = mean - log_ratio
-        else:  # pass 2 of jsd: both divergences from the mixture
-            teacher_m, mean = 0.0, 0.0
-            for i in range(0, V, BLOCK):
-                s, t = load_logits(s_ptr, t_ptr, i + tl.arange(0, BLOCK), V)
-                x = s - t - log_ratio  # log p_s - log p_t
-                teacher_m += tl.sum(tl.exp(t - lse_t) * log_over_mixture(-x), 0)
-                mean += tl.sum(tl.exp(s - lse_s) * log_over_mixture(x), 0)
-            value = 0.5 * teacher_m + 0.5 * mean
+        value = log_ratio - mean if KL == "forward" else mean - log_ratio
         tl.store(value_ptr + row, value)
-        for i in range(0, V, BLOCK):  # the last pass: the gradient
+        for i in range(0, V, BLOCK):  # pass 2: the gradient
             cols = i + tl.arange(0, BLOCK)
             s, t = load_logits(s_ptr, t_ptr, cols, V)
-            x, p_s = s - t - log_ratio, tl.exp(s - lse_s)
+            p_s, p_t = tl.exp(s - lse_s), tl.exp(t - lse_t)
             if KL == "forward":  # p_s - p_t; where near, p_t (p_s/p_t - 1)
-                p_t = tl.exp(t - lse_t)
+                x = s - t - log_ratio  # log p_s - log p_t
                 g = tl.where(tl.abs(x) < 1, p_t * (tl.exp(x) - 1), p_s - p_t)
-            elif KL == "reverse":
-                g = p_s * (s - t - mean)
             else:
-                g = 0.5 * p_s * (log_over_mixture(x) - mean)
+                g = p_s * (s - t - mean)
             tl.store(s_ptr + cols, w * g, mask=cols < V)
 
 
 def kl_rows_triton(s, t, weight, kl):
-    """fused_kl in one kernel, for a GPU; logits float32."""
+    """fused_kl in one kernel, for a GPU: forward or reverse; logits float32."""
     assert all(x.is_contiguous() for x in (s, t, weight)), "a row is found at row * V"
     value, V = torch.empty_like(weight), s.size(-1)
     # columns that a program takes at a time, and its warps (32 threads each): a large
@@ -751,9 +660,7 @@ def kl_rows_triton(s, t, weight, kl):
     warps = 8 if block >= 2048 else 4
     if len(s):
         with torch.cuda.device_of(s):  # Triton would take the current one
-            kl_kernel[(len(s),)](
-                s, t, weight, value, V, kl, BLOCK=block, num_warps=warps
-            )
+            kl_kernel[(len(s),)](s, t, weight, value, V, kl, block, num_warps=warps)
     return value
 
 
@@ -789,38 +696,36 @@ def shard(gpt, device):
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean: see whole
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
     fsdp.register_fsdp_forward_method(gpt, "hidden")
+
+    @contextlib.contextmanager
+    def sampling():
+        """All weights are gathered once, and not for every token, and each process may
+        end when its own responses have ended."""
+        gpt.set_reshard_after_forward(False)
+        for part in parts:
+            part.unshard()
+        try:
+            with torch.inference_mode():
+                yield
+        finally:
+            gpt.set_reshard_after_forward(True)
+            for part in parts:
+                part.reshard()
+
+    def deepcopy(memo):
+        """Another GPT in shards, with the same weights: torch leaves this to us."""
+        with torch.device("meta"):  # takes no memory
+            twin = GPT(gpt.config)
+        twin.dtype, twin.checkpointing = gpt.dtype, gpt.checkpointing
+        twin = shard(twin, device).to_empty(device=device)
+        twin.cos, twin.sin = gpt.cos, gpt.sin
+        twin.load_state_dict(gpt.state_dict())
+        return twin.train(gpt.training)
+
     # what a GPT in shards does in another way
     gpt.head = lambda: whole(gpt.lm_head.weight)[: gpt.config.n_tokens or None]
-    gpt.sampling = lambda: gathered(parts)
-    gpt.__deepcopy__ = lambda memo: copy_shards(gpt, device)
+    gpt.sampling, gpt.__deepcopy__ = sampling, deepcopy
     return gpt
-
-
-def copy_shards(gpt, device):
-    """copy.deepcopy of a GPT in shards, which torch leaves to us."""
-    with torch.device("meta"):  # takes no memory
-        twin = GPT(gpt.config)
-    twin.dtype, twin.checkpointing = gpt.dtype, gpt.checkpointing
-    twin = shard(twin, device).to_empty(device=device)
-    twin.cos, twin.sin = gpt.cos, gpt.sin
-    twin.load_state_dict(gpt.state_dict())
-    return twin.train(gpt.training)
-
-
-@contextlib.contextmanager
-def gathered(parts):
-    """For the sampler: all weights are gathered once, and not for every token, and each
-    process may end when its own responses have ended."""
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
-            part.reshard()
 
 
 # ---- Real models, through transformers -----------------------------------------------
@@ -832,14 +737,14 @@ def pairs(gpt, hf):
     table = [(gpt.wte, [hf.model.embed_tokens]), (gpt.ln_f, [hf.model.norm])]
     table += [] if gpt.config.tie_weights else [(gpt.lm_head, [hf.lm_head])]
     for block, layer in zip(gpt.h, hf.model.layers, strict=True):
-        a, b = block.attn, layer.self_attn
+        a, b, mlp = block.attn, layer.self_attn, layer.mlp
         table += [
             (block.ln_1, [layer.input_layernorm]),
             (a.qkv_proj, [b.q_proj, b.k_proj, b.v_proj]),
             (a.o_proj, [b.o_proj]),
             (block.ln_2, [layer.post_attention_layernorm]),
-            (block.mlp.gate_up_proj, [layer.mlp.gate_proj, layer.mlp.up_proj]),
-            (block.mlp.down_proj, [layer.mlp.down_proj]),
+            (block.mlp.gate_up_proj, [mlp.gate_proj, mlp.up_proj]),
+            (block.mlp.down_proj, [mlp.down_proj]),
         ]
         table += [(a.q_norm, [b.q_norm]), (a.k_norm, [b.k_norm])] if a.qk_norm else []
     for ours, theirs in table:
@@ -849,34 +754,25 @@ def pairs(gpt, hf):
 
 
 @torch.no_grad()
-def from_pretrained(name, n_tokens=0, weights=True):
+def from_pretrained(name, n_tokens=0):
     """A Hugging Face model, a folder or a name on the Hub, as our GPT: float32, on the
-    CPU; without weights (weights=False) on the meta device, which takes no memory.
+    CPU. Any model will do whose tensors all have a place in our GPT, if both compute
+    the same logits from random tokens.
 
-    No list says which models these are: each of their tensors must have its place in
-    our GPT, and both must compute the same logits from random tokens.
     Raises: ValueError that says what differs; what transformers raises.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM as Auto
 
-    if weights:
-        hf, info = AutoModelForCausalLM.from_pretrained(
-            name, dtype="auto", output_loading_info=True
-        )
-    else:
-        with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+    hf, info = Auto.from_pretrained(name, dtype="auto", output_loading_info=True)
     c, attn, rotary = hf.config, hf.model.layers[0].self_attn, hf.model.rotary_emb
     T, D = c.max_position_embeddings, attn.head_dim
-    with torch.device("meta"):
+    with torch.device("meta"):  # takes no memory
         gpt = GPT(GPTConfig(
             T, c.vocab_size, n_tokens, c.num_hidden_layers, c.num_attention_heads,
             c.num_key_value_heads, c.hidden_size, c.intermediate_size, D,
             norm_eps=c.rms_norm_eps, qkv_bias=attn.q_proj.bias is not None,
             qk_norm=hasattr(attn, "q_norm"), tie_weights=c.tie_word_embeddings,
         ))  # fmt: skip
-    if not weights:
-        return gpt
     gpt.to_empty(device="cpu")
     gpt.lm_head.weight = gpt.wte.weight if c.tie_word_embeddings else gpt.lm_head.weight
     odd = {theirs: key for key, theirs in hf.named_parameters()}
@@ -896,8 +792,8 @@ def from_pretrained(name, n_tokens=0, weights=True):
     window, kind = getattr(c, "sliding_window", None) or T, rotary.rope_type
     if odd or not error < 1e-3 or window < T or kind in ("dynamic", "longrope"):
         raise ValueError(
-            f"it computes what our GPT does not. Its logits differ by {error:.1g} of "
-            f"their standard deviation; tensors without a partner: {odd[:3]}; sliding "
+            f"it computes what our GPT does not: logits differ by {error:.1g} of their "
+            f"standard deviation; tensors without a partner: {odd[:3]}; sliding "
             f"window: {window} of {T} tokens; rotary positions: {kind}"
         )
     return gpt.train()
@@ -906,15 +802,11 @@ def from_pretrained(name, n_tokens=0, weights=True):
 @torch.no_grad()
 def save_pretrained(gpt, name, folder):
     """Write a GPT as a folder that transformers loads: float32, with all else from
-    `name`, the model it came from. Each file replaces one of its name; others stay."""
+    `name`, the model it came from."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
     for ours, theirs in pairs(gpt, hf):
         theirs.data = ours.cpu()
-    os.makedirs(folder, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        hf.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(name).save_pretrained(temporary)
-        for file in os.listdir(temporary):
-            os.replace(os.path.join(temporary, file), os.path.join(folder, file))
+    hf.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(name).save_pretrained(folder)

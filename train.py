@@ -16,7 +16,6 @@ is not finite, 130 or 143 stopped by Ctrl-C or SIGTERM with everything saved.
 """
 
 import argparse
-import ast
 import contextlib
 import copy
 import hashlib
@@ -31,7 +30,7 @@ import signal
 import sys
 import time
 import zipfile
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,20 +55,14 @@ from model import GPT, GPTConfig
 
 METHODS = {"sft": sft, "sdft": sdft}
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what it sets
-SHARD_TORCH = (2, 13)  # the oldest torch for --shard: in 2.9.1 the tests of it fail
 LOCKS = []  # files that are locked; main closes them when it ends
 
 # The base model: larger steps than in fine-tuning, each example seen once.
 BASE = sft.Config(
-    steps=700, batch_size=64, micro_batches=2, lr=2e-3, warmup_steps=100, beta2=0.95,
-    weight_decay=0.1, dropout=0.2, log_every=200, save_every=250,
+    steps=700, batch_size=64, micro_batches=4, lr=3e-3, warmup_steps=100, beta2=0.95,
+    weight_decay=0.1, dropout=0.2, save_every=250,
 )  # fmt: skip
 GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
-# Defaults of flags that are in no Config, and what --quick has in their place
-USUAL = {
-    "demos": 2048, "eval_size": 400, "gate_margin": 0.2, "base_steps": BASE.steps,
-    "seed": 0, "n_layer": GPTConfig.n_layer, "n_embd": GPTConfig.n_embd,
-}  # fmt: skip
 QUICK = {"base_steps": 30, "steps": 4, "eval_size": 32, "gate_margin": -1.0}
 # Defaults of a real model (--init), for both methods: the paper's ranges (table 3) and
 # its code's clipping. A file with fewer rows than a batch is a batch.
@@ -77,20 +70,6 @@ REAL = {
     "steps": 100, "batch_size": 32, "lr": 2e-5, "warmup_steps": 10, "grad_clip": 1.0,
     "dropout": 0.0, "max_new_tokens": 128,
 }  # fmt: skip
-
-# Lowest and highest value of a flag, both allowed.
-RANGES = {
-    **dict.fromkeys(("steps", "log_every", "save_every", "base_steps"), (1, 10**7)),
-    **dict.fromkeys(("warmup_steps", "eval_every"), (0, 10**7)),
-    **dict.fromkeys(("demos", "eval_size"), (8, 10**7)),
-    **dict.fromkeys(("batch_size", "micro_batches"), (1, 10**6)),
-    "n_layer": (1, 1000), "n_embd": (16, 10**5), "lr": (0, 1e3), "dropout": (0, 0.9),
-    "max_new_tokens": (1, 10**5), "seed": (0, 2**62), "ema_rate": (0, 1),
-    "temperature": (1e-3, 1e3), "skip_first_tokens": (0, 10**5),
-    "gate_margin": (-1, 1), "threads": (0, 1024),
-}  # fmt: skip
-CHOICES = {"kl": model.KLS}
-HIDDEN = ("beta2", "weight_decay", "grad_clip")  # fields of a Config that are no flags
 
 
 # ---- The whole run, from top to bottom -----------------------------------------------
@@ -105,90 +84,70 @@ class UserError(ValueError):
 
 
 def whole_run(args, stop):
-    """Check everything, then base model, gate, and one method after the other."""
+    """Read and check everything, and only then train: minutes are not lost."""
     if args.show is not None:
         return show(args.show or [args.out])
-    world_size = start_processes(args)
-    device = choose_device(args.device)
-    dtype = choose_dtype(device, args.init)
-    threads = (0 if args.init else 2) if args.threads is None else args.threads
-    if threads:
-        torch.set_num_threads(threads)
-    name = str(dtype).removeprefix("torch.")
-    say(f"device {device}, activations {name}, seed {args.seed}, processes "
-        f"{world_size}, threads {torch.get_num_threads()}, torch {torch.__version__}, "
-        f"CPU {torch.backends.cpu.get_cpu_capability()}")
-    if args.init:
-        args.init = first_does(hinted, "model", find_model, args.init)
+    device = start_processes(args)
     if args.sample is not None:
-        return show_sample(args, device, dtype)
-    check_shard(args, device, world_size)
+        return show_sample(args, device)
 
-    # what there is to learn, and what there is to forget
-    if args.init:
-        tok, config, stages, tasks = read_own(args, device, world_size)
-        world, base_cfg = None, None
-        if args.check_data:
-            return None
-    else:
-        tok, world = data.Tokenizer(), data.World(args.seed)
-        stages = {
-            skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
-            for skill in data.SKILLS
-        }
-        tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
-        config, base_cfg = base_settings(args, world_size)
-        n_examples = base_cfg.batch_size * base_cfg.steps
-        check_batches("base model", base_cfg, world_size, n_examples)
-    configs = {method: config_of(method, args) for method in methods_of(args)}
-
-    # fail now rather than after minutes of training
+    # what there is to learn, what may be forgotten, and the model before its training
+    prepare = read_own if args.init else make_world
+    tok, stages, tasks, base, path, made_of = prepare(args, device)
+    if args.check_data:
+        return None
+    n_rows = min(map(len, stages.values()))
+    configs = {method: config_of(method, args, n_rows) for method in methods_of(args)}
     for method, cfg in configs.items():
-        check_batches(method, cfg, world_size, min(map(len, stages.values())))
-        for name, stage in stages.items() if world else ():  # (read_rows has done it)
-            sizes = tok, cfg.max_new_tokens, config.block_size
-            hinted("fit", data.check_lengths, name, stage, *sizes)
+        check_batches(method, cfg, n_rows)
+        for name, stage in stages.items():
+            sizes = cfg.max_new_tokens, base.config.block_size
+            data.check_lengths(name, stage, tok, *sizes)
+
+    # does it go on, or is it new? What is in the way is found before any training
     first_does(lock, Path(args.out))
-    path = Path(args.init or find_base(args, config, base_cfg, world, tok, dtype))
-    made = "is used" if path.exists() else f"will be made, {base_cfg.steps} updates"
-    say(f"plan: base model: {path} {made}")
     resumed, about = {}, {"tokenizer": tok.digest, "template": tok.template}
     for method, cfg in configs.items():
-        settings = settings_of(cfg, config, (stages, tasks)) | about
-        resumed[method] = first_does(plan_method, args, method, settings, path)
-    if args.quick:
-        say("--quick: far too short for the base to read a demonstration; the gate is "
-            "not enforced, and no effect will show")
+        settings = settings_of(cfg, base.config, (stages, tasks)) | about
+        resumed[method] = first_does(check_folder, args, method, settings)
 
-    # the base model, and what a demonstration adds to it
-    if args.init:
-        base = hinted("model", model.from_pretrained, args.init, tok.n_tokens)
-        say(f"base model: {base.num_params():,} parameters, from {path}")
-    else:
-        base = GPT(config, data.make_rng(args.seed, "weights"))
-    base.dtype, base.checkpointing = dtype, bool(args.checkpointing)
+    base.checkpointing = args.checkpointing
     base = model.shard(base, device) if args.shard else base.to(device)
-    made_of = config, base_cfg, base, world, tok
-    seconds = 0.0 if args.init else get_base(path, *made_of, stop)
+    seconds = get_base(path, base, *made_of, tok, stop) if made_of else 0.0
     gate = check_gate(args, base, tasks, tok, configs)
-
+    start = path.absolute() if args.init else os.path.relpath(path, args.out)
+    note = {"base": str(start), "base_seconds": seconds, "gate": gate}
+    note |= {"init": bool(args.init), "skills": list(stages)}
     final = {}
     for method, cfg in configs.items():
-        where = path.absolute() if args.init else os.path.relpath(path, args.out)
-        note = {"base": str(where), "gate": gate, "init": bool(args.init)}
-        note |= {"skills": list(stages), "base_seconds": seconds}
-        folder = first_does(open_folder, args, method, resumed[method])
+        folder = Path(args.out) / method
+        if not resumed[method]:
+            first_does(make_room, folder)
         run = Run(folder, resumed[method], stop, note, about)
         # (the last one may change the base itself: a copy of a real one is large)
         student = base if method == list(configs)[-1] else copy.deepcopy(base)
-        final[method] = fine_tune(method, run, cfg, student, stages, tasks, tok)[-1]
+        final[method] = fine_tune(method, run, cfg, student, stages, tasks, tok)
     if len(final) > 1:
         say(f"\nafter all skills:\n{table(list(final.values()), list(final))}")
-    for method in final:
-        say(f"files: {Path(args.out) / method}/results.json and metrics.jsonl")
 
 
-# ---- The base model ------------------------------------------------------------------
+def make_world(args, device):
+    """The tiny world: tokenizer, stages, tasks, a GPT with its first weights, the file
+    of the base model and what it is made of."""
+    tok, world = data.Tokenizer(), data.World(args.seed)
+    stages = {
+        skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
+        for skill in data.SKILLS
+    }
+    tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
+    config, cfg = base_settings(args, world_size())
+    check_batches("base model", cfg, cfg.batch_size)
+    base = GPT(config, data.make_rng(args.seed, "weights"))
+    path = find_base(args, config, cfg, world, tok)
+    return tok, stages, tasks, base, path, (cfg, world)
+
+
+# ---- The base model and its gate -----------------------------------------------------
 
 
 def base_settings(args, world_size):
@@ -205,47 +164,44 @@ def base_settings(args, world_size):
         BASE, seed=args.seed, steps=args.base_steps,
         warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
         micro_batches=max(1, BASE.micro_batches // world_size),  # shared out
+        log_every=max(1, args.base_steps // 10),
     )  # fmt: skip
     return config, cfg
 
 
-def find_base(args, config, cfg, world, tok, dtype):
-    """Where the base model is, or will be when it is made."""
-    # the key does not depend on the number of processes, or on what is recorded
+def find_base(args, config, cfg, world, tok):
+    """Where the base model is, or will be when it is made. The name of its folder
+    depends on all that decides it: configurations, a sample of its corpus, the code
+    that trains it; not on the number of processes, or on what is recorded."""
     cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
-    key = base_key(config, cfg, world, tok, dtype)
+    sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
+    batch = data.get_batch(sample, len(sample), cfg.seed, 0)  # also their order
+    prompts = [data.student_prompt(example, tok) for example in batch]
+    learnt = [each.tolist() for each in sft.get_responses(batch, tok, "cpu")]
+    code = inspect.getsource(model), inspect.getsource(sft)
+    key = digest(repr((asdict(config), asdict(cfg), prompts, learnt, code)))
     return Path(args.out) / "base" / key / "base.pt"
 
 
-def get_base(path, config, cfg, student, world, tok, stop):
+def get_base(path, student, cfg, world, tok, stop):
     """Put the base model into the student, from its file or by making it. Returns the
     seconds that it took, now or earlier."""
-    about = {**asdict(config), "seed": cfg.seed, "key": path.parent.name}
     if not first_does(path.exists):
         first_does(lock, path.parent)
     if first_does(path.exists):  # perhaps made by another run since we looked
         content = read_checkpoint(path)
-        if "base" not in content:
-            raise UserError(f"{path} is not a base model", "delete it")
-        if other := differences(content["base"], about):
-            raise UserError(f"{path} is another base (its own -> asked for): {other}",
-                            "delete it")  # fmt: skip
         student.load_state_dict(content["model"])
         say(f"base model: found in {path.parent}")
-        if other := differences(content["machine"], machine_of(student)):
-            say(f"  made on another machine (then -> now): {other}")
         return content["seconds"]
     say(f"base model: {student.num_params():,} parameters, {cfg.steps} updates of "
         f"{cfg.batch_size}; kept in {path.parent} for the next run")
     corpus = data.make_base_corpus(world, tok, cfg.batch_size * cfg.steps, cfg.seed)
     run = Run(path.parent, resume=True, stop=stop)
-    train_in(run, sft, student, {"base": corpus}, {}, tok, cfg)
+    sft.train(student, {"base": corpus}, {}, tok, cfg, run)
     seconds = time.perf_counter() - run.clock  # since the last record
     seconds += sum(record["seconds"] for record in read_metrics(path.parent))
-    first_does(write_checkpoint, path, {
-        "base": about, "seconds": seconds, "machine": machine_of(student),
-        "model": student.state_dict(),
-    })  # fmt: skip
+    content = {"model": student.state_dict(), "config": asdict(student.config)}
+    first_does(write_checkpoint, path, {**content, "seconds": seconds})
     return seconds
 
 
@@ -284,71 +240,82 @@ def check_gate(args, base, tasks, tok, configs):
 # ---- One method ----------------------------------------------------------------------
 
 
-def open_folder(args, method, resume):
-    """The folder of one method's files. What a run left in it is kept under another
-    name; nothing is lost."""
+def check_folder(args, method, settings):
+    """Is there a run of the method that goes on? Raises UserError if it is another one,
+    or one that is not finished. Changes nothing."""
     folder = Path(args.out) / method
-    if files_in(folder) and not resume:
+    saved = folder / "checkpoint.pt"
+    if args.resume and saved.exists():
+        content = read_run(saved)
+        read_metrics(folder)
+        then = {key: content["settings"].get(key) for key in settings}
+        check_settings(folder, then, settings)
+        say(f"plan: {method}: {folder} goes on after update {content['step']}")
+        return True
+    if saved.exists() and not (folder / "results.json").exists():
+        raise UserError(
+            f"{folder} holds a run that was not finished",
+            "go on with --resume, choose another --out, or delete the folder",
+        )
+    new = "nothing to resume, a new run" if args.resume else "a new run"
+    say(f"plan: {method}: {new} in {folder}")
+    return False
+
+
+def files_in(folder):
+    """The names in a folder that a run would write to, no matter who wrote them."""
+    names = ("checkpoint.pt", "metrics.jsonl", "results.json", "model")
+    return [name for name in names if os.path.lexists(folder / name)]
+
+
+def make_room(folder):
+    """Make a folder for a new run. What another one has left there is kept."""
+    if files_in(folder):
+        say(f"the old run in {folder} is kept, in {free_name(folder)}")
         os.replace(folder, free_name(folder))
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+
+
+def free_name(path):
+    """<path>.previous1, .previous2, ...: the first that is not there."""
+    names = (f"{path.name}.previous{n}" for n in itertools.count(1))
+    return next(p for p in map(path.with_name, names) if not os.path.lexists(p))
 
 
 def fine_tune(method, run, cfg, student, stages, tasks, tok):
     """Run one method on all skills; the student, which has the base's weights, is
-    trained in place. Returns its evaluations: of the base, and at the end of each
-    stage."""
+    trained in place. Returns its last evaluation."""
     trainer = METHODS[method]
     say(f"\n{method}: " + ", ".join(
         f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
         for key, value in asdict(cfg).items()
     ))
-    evaluations = train_in(run, trainer, student, stages, tasks, tok, cfg)
+    evaluations = trainer.train(student, stages, tasks, tok, cfg, run)
     if run.note["init"]:
         path = run.folder / "model"
         first_does(write_model, whole_gpt(student), run.note["base"], path)
         say(f"model: {path}, a folder that transformers loads")
     seconds = first_does(write_results, run, method, cfg, evaluations, student)
-    rows = stage_ends(evaluations)
-    say(f"\n{method}, {seconds:.0f} s:\n{table(rows)}")
-    return rows
-
-
-def train_in(run, trainer, *args):
-    """trainer.train, with the last good checkpoint named if it breaks off."""
-    try:
-        return trainer.train(*args, run)
-    except FloatingPointError as error:
-        saved = run.checkpoint if run.checkpoint.exists() else "none yet"
-        raise FloatingPointError(f"{error}; last good checkpoint: {saved}") from None
+    say(f"\n{method}, {seconds:.0f} s:\n{table(stage_ends(evaluations))}\n"
+        f"files: results.json and metrics.jsonl in {run.folder}")
+    return evaluations[-1]
 
 
 def write_results(run, method, cfg, evaluations, student):
     """results.json from what is recorded; returns the seconds of fine-tuning, those
     before a resume included."""
-    spent = {}
-    for record in read_metrics(run.folder):
-        spent[record["skill"]] = spent.get(record["skill"], 0) + record["seconds"]
-    keys = ("skill", "new", "prior", "kl_student_base", "kl_teacher_base")
-    keys += ("nll", "kl_student_base_prior") if run.note["init"] else ()
-    ends = [row for row in evaluations if row["stage_end"]]
+    seconds = sum(record["seconds"] for record in read_metrics(run.folder))
     results = {
         "method": method,
         "seed": cfg.seed,
         "config": asdict(cfg),
         "machine": machine_of(student),
-        "seconds": {
-            "base": run.note["base_seconds"], "fine_tune": sum(spent.values())
-        },
+        "seconds": {"base": run.note["base_seconds"], "fine_tune": seconds},
         "teacher_gate": run.note["gate"],
-        "base": {key: evaluations[0][key] for key in ("new", "prior")},
-        "stages": [
-            {key: row[key] for key in keys} | {"seconds": spent.get(row["skill"], 0)}
-            for row in ends
-        ],
+        "evaluations": stage_ends(evaluations),
     }
     write_text(run.folder / "results.json", json.dumps(results, indent=1))
-    return sum(spent.values())
+    return seconds
 
 
 def stage_ends(evaluations):
@@ -375,6 +342,7 @@ class Run:
         self.metrics = self.folder / "metrics.jsonl"
         self.settings, self.evaluations = {}, []
         self.clock = time.perf_counter()  # when the last record was made
+        self.span = 0, 1, self.clock  # first and last step, and the begin: see progress
 
     def load(self, models, optimizer, cfg, examples):
         """Put a saved run into models and optimizer. Returns the step where it goes on
@@ -388,9 +356,8 @@ class Run:
         self.settings["first weights"] = digest_of(student)
         start, spent = 0, 0.0
         if not self.resume and first_does(files_in, self.folder):
-            raise UserError(
-                f"{self.folder} holds a run", "resume it, or take another folder"
-            )
+            message = f"{self.folder} holds a run"
+            raise UserError(message, "resume it, or take another folder")
         if first_does(self.checkpoint.exists):
             weights = {}  # filled in the first process alone
             saved = first_does(self.read, weights)
@@ -418,6 +385,7 @@ class Run:
 
     def progress(self, start, end):
         """The steps from start to end - 1; on a terminal, a bar with the time left."""
+        self.span = start, end, time.perf_counter()
         return tqdm(
             range(start, end), self.folder.name if self.note else "base model",
             initial=start, total=end, disable=None if is_first() else True,
@@ -438,11 +406,19 @@ class Run:
         """A line of metrics.jsonl, and the same on the screen."""
         before, self.clock = self.clock, time.perf_counter()
         record["seconds"] = round(self.clock - before, 3)  # since the last record
-        first_does(append_line, self.metrics, json.dumps(record))
+        first_does(self.append, json.dumps(record) + "\n")
         if is_first():
-            say(describe(record, self.evaluations, self.note.get("gate")))
+            start, end, begun = self.span
+            left = (self.clock - begun) / (record["step"] + 1 - start)
+            left = f"  {left * (end - record['step']):.0f} s left"
+            text = describe(record, self.evaluations, self.note.get("gate"))
+            say(text + ("" if "new" in record else left))
         if "new" in record:
             self.evaluations.append(record)
+
+    def append(self, line):
+        with open(self.metrics, "a", encoding="utf-8") as file:
+            file.write(line)
 
     def save(self, step, models, optimizer, evaluations):
         """All that a resume needs; everything random is derived from (seed, step)."""
@@ -468,27 +444,19 @@ def read_metrics(folder):
     path = folder / "metrics.jsonl"
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
-        rows = [dict(json.loads(line)) for line in text.split("\n")[:-1]]
-        for row in rows:
-            row["skill"], int(row["step"]), float(row["seconds"])  # or it raises
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
+        assert all({"skill", "step", "seconds"} <= row.keys() for row in rows)
         return rows
-    except (ValueError, TypeError, KeyError, OverflowError):
+    except (ValueError, AttributeError, AssertionError):
         message = f"{path}: not every line is a record"
         raise UserError(message, "repair it, or choose another --out") from None
 
 
 def settings_of(cfg, config, examples):
     """All that decides a run but its first weights, as plain values: a resume must find
-    the same."""
-    return {**asdict(cfg), **asdict(config), "examples": digest(repr(examples))}
-
-
-@torch.no_grad()
-def digest_of(student):
-    weights = hashlib.sha256()
-    for p in student.parameters():
-        weights.update(model.whole(p).cpu().numpy().tobytes())
-    return weights.hexdigest()[:12]
+    the same. (Another number of micro-batches makes the same updates.)"""
+    settings = {**asdict(cfg), **asdict(config), "examples": digest(repr(examples))}
+    return {key: value for key, value in settings.items() if key != "micro_batches"}
 
 
 def check_settings(folder, saved, now):
@@ -502,17 +470,15 @@ def check_settings(folder, saved, now):
 def machine_of(student):
     """What rounding depends on: with the same values a resume is exact to the bit."""
     first = next(student.parameters())
-    device = first.device.type
+    device, name = first.device.type, torch.backends.cpu.get_cpu_capability()
     return {
-        "device": device,
+        "device": device + ", in shards" * hasattr(first, "full_tensor"),
         "dtype": str(student.dtype),
-        **({"shards": True} if hasattr(first, "full_tensor") else {}),
-        "processes": dist.get_world_size() if dist.is_initialized() else 1,
+        "processes": world_size(),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),  # a str subclass, which a load would refuse
-        "capability": torch.backends.cpu.get_cpu_capability() if device == "cpu"
-        else torch.cuda.get_device_name() if device == "cuda" else device,
-    }  # fmt: skip
+        "capability": torch.cuda.get_device_name() if device == "cuda" else name,
+    }
 
 
 def differences(saved, now):
@@ -525,15 +491,26 @@ def digest(text):
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+@torch.no_grad()
+def digest_of(student):
+    """A digest of all weights."""
+    weights = hashlib.sha256()
+    for p in student.parameters():
+        weights.update(model.whole(p).cpu().numpy().tobytes())
+    return weights.hexdigest()[:12]
+
+
 class Stop:
-    """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once."""
+    """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once. So do
+    the signals of schedulers and of a closed terminal, unless the parent ignores them.
+    """
 
     def __init__(self):
+        names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+        kinds = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        kinds = [kind for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN]
+        self.before = {kind: signal.signal(kind, self.ask) for kind in kinds}
         self.signal = 0
-        self.before = {
-            signum: signal.signal(signum, self.ask)
-            for signum in (signal.SIGINT, signal.SIGTERM)
-        }
 
     def ask(self, signum, _):
         self.signal = signum
@@ -543,14 +520,6 @@ class Stop:
             with contextlib.suppress(OSError):
                 os.write(2, b"\nstopping after this step; once more stops at once\n")
 
-    def agreed(self):
-        """The signal that stopped the run, the same number in every process."""
-        found = [self.signal]
-        if dist.is_initialized():
-            found = [0] * dist.get_world_size()
-            dist.all_gather_object(found, self.signal)
-        return max(found)
-
     def restore(self):
         """Give a notebook its own handlers back."""
         for signum, handler in self.before.items():
@@ -558,6 +527,67 @@ class Stop:
 
 
 # ---- Flags ---------------------------------------------------------------------------
+#
+# Each field of these classes and of sdft.Config is a flag; the comment beside it is its
+# --help.
+
+
+@dataclass
+class RunFlags:
+    method: str = "sdft"  # sft, sdft, or both from the same base
+    out: str = "out"  # folder for all files
+    quick: bool = False  # half a minute, to see that it runs; it shows no effect
+    resume: bool = False  # go on with the run in --out
+    sample: str = None  # a prompt; no training: what the models respond to it
+    demo: str = None  # with --sample: what the teacher, shown this, would change
+    show: list = None  # no training: tables of finished runs, in --out or these folders
+    device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
+    threads: int = None  # of a CPU, 0: all cores; without it 2, with --init all
+    gate_margin: float = 0.2  # what a demonstration must add to the base's accuracy
+    checkpointing: bool = False  # less memory: activations are computed twice
+
+
+@dataclass
+class OwnFlags:
+    init: str = None  # instead of the tiny world's base model: a Hugging Face model of
+    # Llama's shape (SmolLM2, Qwen2.5, Qwen3, Llama 3), a folder or a name on the Hub
+    data: list = None  # files of JSON lines: each is a skill, learnt in turn
+    eval: list = None  # held-out rows: a file for each of --data, or one for all
+    # (without it, those of --data)
+    prior: list = None  # files of what may be forgotten
+    grade: str = "contains"  # what makes a response right, in rows that do not say
+    template: str = None  # a file: the teacher's prompt, with {prompt} and
+    # {demonstration} in it; without it, the paper's
+    check_data: bool = False  # no training: read everything, show both contexts
+    shard: bool = False  # with torchrun: each process holds a part of every tensor, for
+    # what outgrows one GPU (torch's FSDP2)
+
+
+@dataclass
+class WorldFlags:
+    demos: int = 2048  # demonstrations for each skill
+    eval_size: int = 400  # held-out queries for each accuracy
+    base_steps: int = BASE.steps  # updates that make the base model
+    n_layer: int = GPTConfig.n_layer  # blocks of the model
+    n_embd: int = GPTConfig.n_embd  # its channels, in heads of 16
+    distance: str = "terms"  # how far demonstrations are from the model's responses:
+    # own, worded alike; known, in a style that it knows; terms, with words that it
+    # never writes
+
+
+# fields of a Config that are not flags
+HIDDEN = ("warmup_steps", "beta2", "weight_decay", "grad_clip")
+CHOICES = {
+    "method": ("sft", "sdft", "both"), "grade": (*data.GRADES, "none"),
+    "distance": data.DISTANCES, "kl": model.KLS,
+}  # fmt: skip
+# Lowest and highest value of a number, both allowed; of the others 1 to 10^7
+RANGES = {
+    "eval_every": (0, 10**7), "skip_first_tokens": (0, 10**7),
+    "demos": (8, 10**7), "eval_size": (8, 10**7), "n_embd": (16, 10**5),
+    "lr": (0, 1e3), "dropout": (0, 0.9), "ema_rate": (0, 1), "temperature": (1e-3, 1e3),
+    "gate_margin": (-1, 1), "threads": (0, 1024), "seed": (0, 2**62),
+}  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -565,133 +595,62 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, f"python {self.prog} --help lists every flag")
 
 
-def number(name, kind):
-    """A type for argparse: int or float within RANGES[name]."""
-    low, high = RANGES[name]
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:  # also false for nan
-            what = "a whole number" if kind is int else "a number"
-            message = f"{text!r} is not {what} from {low} to {high}"
-            raise argparse.ArgumentTypeError(message)
-        return value
-
-    return parse
-
-
-def field_help(config):
-    """name -> the comment beside a field of a dataclass, which is its --help. It may go
-    on in the lines below."""
-    source = inspect.getsource(config)
-    found = re.findall(r"^    (\w+): .*?  # (.*(?:\n    # .*)*)$", source, re.MULTILINE)
-    return {name: text.replace("\n    #", "") for name, text in found}
-
-
-def add_flags(group, config, names, other=None):
-    """A --flag for each named field of a dataclass, None if it is not given. other: a
-    dataclass whose default --help also shows, where it differs."""
-    texts, kinds = field_help(config), {f.name: type(f.default) for f in fields(config)}
-    for name in names:
-        shown = default = getattr(config, name)
-        if other and getattr(other, name) != default:
-            shown = f"{default}, sft: {getattr(other, name)}"
-        kind = {"type": number(name, kinds[name])} if name in RANGES else {}
-        kind |= {"choices": CHOICES[name]} if name in CHOICES else {"metavar": "N"}
-        text = f"{texts[name]} (default: {shown})".replace("%", "%%")
-        group.add_argument("--" + name.replace("_", "-"), help=text, **kind)
-
-
 def make_parser():
     parser = Parser(
-        prog="train.py",
+        prog="train.py", allow_abbrev=False,
         description="SDFT and SFT on three skills in a row, from a base made here.",
-        allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, width=96),
-    )
-    add = parser.add_argument_group("run").add_argument
-    add("--method", choices=("sdft", "sft", "both"), default="sdft",
-        help="both: from the same base, on the same demonstrations (default: sdft)")
-    add("--out", default="out", help="folder for all files (default: out)")
-    add("--quick", action="store_true",
-        help="half a minute, to see that it runs; far too short to show the effect")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--sample", metavar="PROMPT",
-        help="no training: what the base and --method respond to it")
-    add("--show", nargs="*", metavar="OUT", help="no training: the tables of finished "
-        "runs in --out, or in these folders and beside each other")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N, mps (default: auto)")
-    add("--threads", type=number("threads", int), metavar="N",
-        help="on a CPU; more than 2 hardly help the tiny world (0: all cores; default: "
-        "2, with --init all)")
-    add("--checkpointing", action="store_true",
-        help="less memory: activations are computed again in the backward pass")
-    add("--shard", action="store_true",
-        help="with torchrun and --init: each process holds a part of every tensor, for "
-        "what outgrows one GPU (torch's FSDP2)")
-    add = parser.add_argument_group("a real model and your own data").add_argument
-    add("--init", metavar="MODEL", help="in place of the tiny world's base model: a "
-        "Hugging Face model of Llama's shape (SmolLM2, Qwen2.5, Qwen3, Llama 3), as a "
-        "folder or as its name on the Hub")
-    add("--data", nargs="+", action="extend", metavar="FILE",
-        help="JSON lines: each file is a skill, learnt one after the other")
-    add("--eval", nargs="+", action="extend", metavar="FILE", help="held-out rows: a "
-        "file for each of --data, or one for all (without it, those of --data)")
-    add("--prior", nargs="+", action="extend", metavar="FILE",
-        help="what may be forgotten")
-    add("--grade", choices=(*data.GRADES, "none"), help="what makes a response right, "
-        "in rows that do not name their grade (default: contains)")
-    add("--template", metavar="FILE", help="the teacher's prompt, with {prompt} and "
-        "{demonstration} in it (default: the paper's)")
-    add("--check-data", action="store_true",
-        help="no training: read everything, show both contexts of the first rows")
-    add = parser.add_argument_group("world and base model").add_argument
-    for name, text in (
-        ("demos", "demonstrations for each skill"),
-        ("eval_size", "held-out queries for each accuracy"),
-        ("gate_margin", "what a demonstration must add to the base's accuracy"),
-        ("base_steps", "updates that make the base model"),
-    ):
-        add("--" + name.replace("_", "-"), type=number(name, type(USUAL[name])),
-            metavar="N", help=f"{text} (default: {USUAL[name]})")
-    add_flags(parser.add_argument_group("model"), GPTConfig, ("n_layer", "n_embd"))
-    add("--distance", choices=data.DISTANCES, default="terms",
-        help="how far demonstrations are from the model's own responses: own, worded "
-        "alike; known, in a style that it knows; terms, with words it never writes "
-        "(default: terms)")
-    shared = [f.name for f in fields(sft.Config) if f.name not in HIDDEN]
-    own = [f.name for f in fields(sdft.Config) if f.name not in (*shared, *HIDDEN)]
-    add_flags(parser.add_argument_group("training"), sdft.Config, shared, sft.Config)
-    add_flags(parser.add_argument_group("self-distillation"), sdft.Config, own)
+    )  # fmt: skip
+    for title, config in (
+        ("run", RunFlags), ("a real model and your own data", OwnFlags),
+        ("tiny world and its base model", WorldFlags), ("training", sdft.Config),
+    ):  # fmt: skip
+        group, source = parser.add_argument_group(title), inspect.getsource(config)
+        texts = re.findall(r"^    (\w+): .*?  # (.*(?:\n    # .*)*)$", source, re.M)
+        texts = {name: text.replace("\n    #", "") for name, text in texts}
+        for field in fields(config):
+            name, default, other = field.name, field.default, field.default
+            if config is sdft.Config:
+                other = getattr(sft.Config, name, default)
+            shown = default if other == default else f"{default}, sft: {other}"
+            text = texts.pop(name).replace("%", "%%")
+            text += "" if shown in (None, False) else f" (default: {shown})"
+            if config is sdft.Config and name != "seed":
+                default = None  # see config_of
+            if field.type is bool:
+                how = {"action": "store_true"}
+            elif field.type is list:
+                how = {"nargs": "*", "action": "extend"}
+            else:
+                how = {"type": field.type, "choices": CHOICES.get(name)}
+            if name not in HIDDEN:
+                flag = "--" + name.replace("_", "-")
+                group.add_argument(flag, default=default, help=text, **how)
     return parser
 
 
 def parse_args(argv):
-    """The flags as a namespace; what was not given has its default, but for the fields
+    """The flags as a namespace. What was not given has its default, but for the fields
     of a Config, which are None: see config_of."""
-    args = make_parser().parse_args(argv)
-    for name, value in {**USUAL, **(QUICK if args.quick else {})}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.defaults = dict(REAL) if args.init else {}
-    own = ("data", "eval", "prior", "grade", "template", "shard", "check_data")
-    if not args.init:
-        for name in own:
-            if getattr(args, name):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} needs --init", "--init MODEL, a real model")
-    elif not args.data and args.sample is None:
+    parser = make_parser()
+    if parser.parse_args(argv).quick:
+        parser.set_defaults(**QUICK)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        low, high = RANGES.get(name, (1, 10**7))
+        flag = "--" + name.replace("_", "-")
+        if type(value) in (int, float) and not low <= value <= high:  # nan, too
+            raise UserError(f"{flag} {value}: it should be {low} to {high}")
+        unused = WorldFlags if args.init else OwnFlags
+        if hasattr(unused, name) and value != parser.get_default(name):
+            where = "the tiny world" if args.init else "--init MODEL, a real model"
+            raise UserError(f"{flag} has no effect here", f"it goes with {where}")
+    if args.init and not args.data and args.sample is None:
         raise UserError("--init needs --data", "a file of JSON lines; or --sample")
     cfg = config_of("sdft", args)
-    if "sdft" in methods_of(args) and cfg.skip_first_tokens >= cfg.max_new_tokens:
-        raise UserError(
-            f"--skip-first-tokens {cfg.skip_first_tokens} leaves nothing of a response "
-            f"of at most {cfg.max_new_tokens} tokens in the loss",
-            "skip fewer, or raise --max-new-tokens",
-        )
+    if args.method != "sft" and cfg.skip_first_tokens >= cfg.max_new_tokens:
+        raise UserError("--skip-first-tokens leaves nothing of a response in the loss",
+                        "skip fewer, or raise --max-new-tokens")  # fmt: skip
     return args
 
 
@@ -699,158 +658,108 @@ def methods_of(args):
     return list(METHODS) if args.method == "both" else [args.method]
 
 
-def config_of(method, args):
-    """The Config of a method: a flag before the default of a real model (args.defaults)
-    before the method's own."""
-    config, values = METHODS[method].Config, {}
-    for name in (field.name for field in fields(config)):
-        value = getattr(args, name, None)
-        value = args.defaults.get(name) if value is None else value
-        if value is not None:
-            values[name] = value
-    cfg = config(**values)
-    if args.init and args.micro_batches is None:  # of 8 rows at most
-        share = max(1, cfg.batch_size // int(os.environ.get("WORLD_SIZE", 1)))
-        cfg.micro_batches = next(
+def config_of(method, args, n_rows=10**9):
+    """The Config of a method: a flag before the default of a real model before the
+    method's own. n_rows: of the smallest file, a limit for the batches of --init."""
+    config, processes = METHODS[method].Config, int(os.environ.get("WORLD_SIZE", 1))
+    given = {f.name: getattr(args, f.name, None) for f in fields(config)}
+    values = {name: value for name, value in given.items() if value is not None}
+    if args.init:
+        n_rows = max(n_rows - n_rows % processes, processes)
+        usual = {**REAL, "batch_size": min(REAL["batch_size"], n_rows)}
+        values = {**usual, **values}
+        share = max(1, values["batch_size"] // processes)
+        values.setdefault("micro_batches", next(  # of 8 rows at most
             n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
-        )
-    return cfg
+        ))  # fmt: skip
+    return config(**values)
 
 
-# ---- Before a run: can it be done, and what will it replace? -------------------------
-
-
-def check_batches(name, cfg, world_size, n_examples):
-    parts = world_size * cfg.micro_batches
-    if cfg.batch_size % parts:
+def check_batches(name, cfg, n_examples):
+    parts = world_size() * cfg.micro_batches
+    if cfg.batch_size % parts or cfg.batch_size > n_examples:
         raise UserError(
-            f"{name}: a batch of {cfg.batch_size} cannot be cut into equal parts for "
-            f"{world_size} processes x {cfg.micro_batches} micro-batches",
-            f"a --batch-size that is a multiple of {parts}, or another number of "
-            "processes",
+            f"{name}: a batch of {cfg.batch_size} from {n_examples} examples, for "
+            f"{world_size()} processes x {cfg.micro_batches} micro-batches of one size",
+            f"a --batch-size that is a multiple of {parts}, and no more than there are",
         )
-    if cfg.batch_size > n_examples:
-        raise UserError(
-            f"{name}: batch size {cfg.batch_size} > {n_examples} examples",
-            "a smaller --batch-size, or more --demos (rows of --data)",
-        )
-
-
-def plan_method(args, method, settings, path):
-    """Say what becomes of the folder of a method, and check what can be checked of a
-    run that is to go on. Changes nothing. Returns whether it is resumed."""
-    folder = Path(args.out) / method
-    saved = folder / "checkpoint.pt"
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is not a folder", "choose another --out")
-    if args.resume and saved.exists():
-        content = read_run(saved)
-        read_metrics(folder)
-        then = {key: content["settings"].get(key) for key in settings}
-        check_settings(folder, then, settings)
-        own = Path(args.out) / content["note"].get("base", path)
-        if not path.exists() and own.absolute() != path.absolute():
-            raise UserError(
-                f"{folder} started from {own}, and these flags make another base model",
-                "give the flags that it was started with, or choose another --out",
-            )
-        say(f"plan: {method}: {folder} goes on after update {content['step']}")
-        return True
-    if saved.exists() and not (folder / "results.json").exists():
-        raise UserError(
-            f"{folder} holds a run that was not finished",
-            "go on with --resume, choose another --out, or delete the folder",
-        )
-    new = "nothing to resume, a new run" if args.resume else "a new run"
-    found = files_in(folder)
-    kept = f"; {', '.join(found)} kept, in {free_name(folder)}" if found else ""
-    say(f"plan: {method}: {new} in {folder}{kept}")
-    return False
-
-
-def files_in(folder):
-    """The names in a folder that a run would write to, no matter who wrote them."""
-    names = ("checkpoint.pt", "metrics.jsonl", "results.json", "model")
-    return [name for name in names if os.path.lexists(folder / name)]
-
-
-def free_name(folder):
-    """<folder>.previous1, .previous2, ...: the first that is not there."""
-    names = (f"{folder.name}.previous{n}" for n in itertools.count(1))
-    paths = map(folder.with_name, names)
-    return next(path for path in paths if not os.path.lexists(path))
 
 
 # ---- A real model, and users' own data ---------------------------------------------
 
-HINTS = {
-    "model": "--init takes an instruct model of Llama's shape (SmolLM2, Qwen2.5, "
-    "Qwen3, Llama 3), as a folder or as its name on the Hub",
-    "rows": 'see "Your own model and data" in the README',
-    "fit": "change these rows, or give a smaller --max-new-tokens",
-}
 
-
-def hinted(hint, action, *args):
-    """action(*args); its error as a UserError with that hint. (A model's files can lead
-    to any kind of error in transformers.)"""
+def load_own(name, device, bytes_per_weight=8):
+    """A Hugging Face model, a folder or a name on the Hub, whose files are downloaded
+    if they are not in the cache: its folder, tokenizer and GPT. Any error of
+    transformers, whose readers raise many kinds, becomes a UserError."""
     try:
-        return action(*args)
+        from huggingface_hub import snapshot_download
+        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()  # of loading; a download shows its own
+        kinds = ["*.json", "*.safetensors", "*.jinja", "*.model"]
+        local = Path(name).is_dir()
+        folder = name if local else snapshot_download(name, allow_patterns=kinds)
+        with torch.device("meta"):  # takes no memory
+            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+        need = shell.num_parameters() * bytes_per_weight / 1e9
+        if need > (free := free_memory(device)):
+            raise MemoryError(f"it needs {need:.3g} GB, {free:.3g} GB are free")
+        tok = data.ChatTokenizer(folder)
+        gpt = model.from_pretrained(folder, tok.n_tokens)
     except ImportError as error:
         raise UserError(f"--init: {error}", "pip install transformers") from error
     except Exception as error:
-        text = str(error)
-        if hint == "model":
-            text = f"{args[0]}: {' '.join(text.split())[:500]}"
-        raise UserError(text, HINTS[hint]) from error
+        raise UserError(
+            f"{name}: {' '.join(str(error).split())[:500]}",
+            "--init takes an instruct model of Llama's shape (SmolLM2, Qwen2.5, Qwen3, "
+            "Llama 3) that fits into memory, as a folder or as its name on the Hub",
+        ) from error
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        gpt.dtype = torch.bfloat16  # of activations; the tiny world's stay float32
+    return folder, tok, gpt
 
 
-def find_model(name):
-    """The folder of a model: `name` itself or, for a name on the Hub, that of its files
-    in the cache, into which they are downloaded if they are not there."""
-    from huggingface_hub import snapshot_download
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading; a download shows its own
-    if Path(name).is_dir():
-        return name
-    kinds = ["*.json", "*.safetensors", "*.jinja", "*.model"]
-    return snapshot_download(name, allow_patterns=kinds)
+def free_memory(device):
+    """GB that are free on the device; infinity where the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 1e9
+    info = Path("/proc/meminfo")
+    if device.type != "cpu" or not info.exists():
+        return math.inf
+    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
+    return int(found[1]) / 1e6 if found else math.inf
 
 
-def read_own(args, device, world_size):
-    """All that a user brings: tokenizer, GPTConfig, and stages and tasks as the tiny
-    world has them. What depends on the number of rows goes into args.defaults."""
+def read_own(args, device):
+    """All that a user brings, as make_world has it."""
     evals, prior = args.eval or args.data, args.prior or []
-    for path in (args.init, args.template or "", *args.data, *evals, *prior):
-        for method in methods_of(args):  # its folder may be moved, see open_folder
+    with_demos = dict.fromkeys([*args.data, *evals])
+    for path in (args.init, args.template or "", *with_demos, *prior):
+        for method in methods_of(args):  # its folder may be moved, see make_room
             folder = Path(args.out) / method
             if folder.resolve() in Path(path).resolve().parents:
                 raise UserError(f"{path} is in {folder}, where this run writes",
                                 "choose another --out")  # fmt: skip
-    tok = hinted("model", data.ChatTokenizer, args.init)
-    shell = hinted("model", model.from_pretrained, args.init, tok.n_tokens, False)
-    free, shards = free_memory(device), world_size if args.shard else 1
-    need = 20e-9 * shell.num_params() / shards  # weights, gradients, AdamW's two, base
-    say(f"plan: {need:.3g} GB for weights, gradients, AdamW and the base, and SDFT's "
-        f"teacher and the activations; {free or math.nan:.1f} GB are free")
-    if free is not None and need > free:
-        raise UserError(f"{args.init} needs {need:.3g} GB, {free:.3g} GB are free",
-                        "a smaller model, or --shard on several GPUs")  # fmt: skip
+    # weights, gradients, AdamW's two and the base; then come the teacher (4 more) and
+    # the activations
+    share = world_size() if args.shard else 1
+    args.init, tok, base = load_own(args.init, device, 20 / share)
+    say(f"model: {args.init}, {base.num_params():,} parameters")
     if args.template:
         tok.template = Path(args.template).read_text(encoding="utf-8-sig")
         for place in ("{prompt}", "{demonstration}"):
             if place not in tok.template:
-                raise UserError(f"{args.template}: no {place} in it", HINTS["rows"])
+                raise UserError(f"{args.template}: no {place} in it")
     if not tok.sanitizes:
         say("warning: a marker in your texts, such as <|im_end|>, acts as one in this "
             "version of transformers: pip install -U transformers")
     if len(evals) not in (1, len(args.data)):
         raise UserError(f"{len(args.data)} files in --data, {len(evals)} in --eval",
                         "one for each, or one for all")  # fmt: skip
-    with_demos = dict.fromkeys([*args.data, *evals])
     rows = {
-        path: read_rows(args, path, path in with_demos, tok, shell.config.block_size)
+        path: read_rows(args, path, path in with_demos, tok, base.config.block_size)
         for path in {**with_demos, **dict.fromkeys(prior)}
     }
     stages = {Path(path).stem: rows[path] for path in args.data}
@@ -858,111 +767,96 @@ def read_own(args, device, world_size):
     if len({*stages, *old}) < len(args.data) + len(prior):
         raise UserError("two files of one name in --data and --prior",
                         "a skill has the name of its file: rename one")  # fmt: skip
+    new = {}
     evals = evals * len(stages) if len(evals) == 1 else evals
-    new = {
-        name: data.make_benchmark(rows[path])
-        for name, path in zip(stages, evals, strict=True)
-    }
+    for (name, stage), path in zip(stages.items(), evals, strict=True):
+        new[name] = data.make_benchmark(rows[path])
+        trained = {(e.earlier, e.prompt) for e in stage}
+        both = [e.id for e in rows[path] if (e.earlier, e.prompt) in trained]
+        if both and args.eval:
+            say(f"warning: {name}: held-out prompts are also in --data: {both[:20]}")
+        for part in (data.student_prompt, data.teacher_prompt, data.demo_response):
+            ids = part(stage[0], tok)  # literally what the models will read
+            say(f"--- {name}, line {stage[0].id}: {part.__name__}, {len(ids)} tokens\n"
+                f"{tok.decode([*ids, tok.end])}")
     if not args.eval:
         say("no --eval: the new skills are measured on the rows that are trained on")
-    for name, stage in stages.items():
-        trained = {(e.earlier, e.prompt) for e in stage}
-        held_out = new[name].examples if args.eval else []
-        both = [str(e.id) for e in held_out if (e.earlier, e.prompt) in trained]
-        if both:
-            say(f"warning: {name}: the held-out prompts of lines "
-                f"{', '.join(both[:20])} are also in --data")
-        show_contexts(name, stage[0], tok)
-    batch = min(REAL["batch_size"], *map(len, stages.values()))
-    args.defaults["batch_size"] = max(1, batch - batch % world_size)
-    return tok, shell.config, stages, {"new": new, "prior": old}
+    return tok, stages, {"new": new, "prior": old}, base, Path(args.init), None
 
 
 def read_rows(args, path, needs_demo, tok, block_size):
     """The rows of a file, which must fit into block_size tokens; prints what a user
     should know of them."""
-    n = max(config_of(method, args).max_new_tokens for method in methods_of(args))
-    examples, remarks = hinted("rows", data.read_examples, path, needs_demo, args.grade)
-    hinted("fit", data.check_lengths, path, examples, tok, n, block_size)
+    n = config_of("sdft", args).max_new_tokens
+    examples, remarks = data.read_examples(path, needs_demo, args.grade)
+    data.check_lengths(path, examples, tok, n, block_size)
     cut = sum(len(data.demo_response(e, tok)) > n for e in examples if e.demo)
     if cut:
         remarks.append(f"{cut} demonstrations are longer than --max-new-tokens {n}, "
                        "where the model's own responses are cut")  # fmt: skip
     grade = data.make_benchmark(examples).grade
-    wrong = [str(e.id) for e in examples if grade and e.demo and not grade(e, e.demo)]
+    wrong = [e.id for e in examples if grade and e.demo and not grade(e, e.demo)]
     if wrong:
         remarks.append(f"{len(wrong)} demonstrations are wrong by their own answer, "
-                       f"lines {', '.join(wrong[:20])}")  # fmt: skip
-    for remark in remarks:
-        say(f"{path}: {remark}")
+                       f"lines {wrong[:20]}")  # fmt: skip
+    say("\n".join(f"{path}: {remark}" for remark in remarks))
     return examples
-
-
-def show_contexts(name, example, tok):
-    """Both contexts of an example, literally: what the models will read."""
-    for part in (data.student_prompt, data.teacher_prompt, data.demo_response):
-        ids = part(example, tok)
-        say(f"--- {name}, line {example.id}: {part.__name__}, {len(ids)} tokens\n"
-            f"{tok.decode([*ids, tok.end])}")
-
-
-def free_memory(device):
-    """GB that are free on the device, or None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / 1e9
-    info = Path("/proc/meminfo")
-    if device.type != "cpu" or not info.exists():
-        return None
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
-    return int(found[1]) * 1024 / 1e9 if found else None
 
 
 # ---- Device and processes ------------------------------------------------------------
 
 
-def choose_device(name):
-    """The torch.device of this process."""
-    local, n_cuda = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{local}"  # each process has its own
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: no such device", "try cpu or cuda") from None
-    hint = "fewer processes, or --device cpu"
-    needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # the same in all processes
-    if device.type == "cuda" and max(needed, device.index + 1) > n_cuda:
-        raise UserError(f"--device {name}: {n_cuda} CUDA devices found", hint)
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: not available here", hint)
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"--device {name}: not supported", hint)
-    return device
-
-
-def choose_dtype(device, init):
-    """That of activations: bfloat16 for a real model, where the GPU has it. Weights are
-    float32 always, and so is the tiny world, which was measured in nothing else."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast and init else torch.float32
-
-
 def start_processes(args):
-    """Join the process group if torchrun started us; how many processes are there?"""
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if "RANK" in missing and "WORLD_SIZE" in missing:
-        return 1
-    if missing:
-        message = f"started as one of several processes, but {missing} not set"
-        raise UserError(message, "torchrun --standalone --nproc_per_node=2 train.py")
+    """The torch.device of this process, which joins the others if torchrun started
+    several: each has its own GPU."""
+    several = [name for name in TORCHRUN if name in os.environ]
+    torchrun = "torchrun --standalone --nproc_per_node=2 train.py"
+    if "RANK" in several and len(several) < len(TORCHRUN):
+        message = f"one of several processes, but only {several} are set"
+        raise UserError(message, torchrun)
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return dist.get_world_size()
+    if len(several) == len(TORCHRUN):
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    threads = (0 if args.init else 2) if args.threads is None else args.threads
+    if threads:
+        torch.set_num_threads(threads)
+    old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+    if args.shard and (world_size() == 1 or device.type == "mps" or old):
+        message = "--shard needs several processes, on a CPU or on CUDA, and torch 2.13"
+        raise UserError(message, f"{torchrun} ... --shard")
+    say(f"device {device}, seed {args.seed}, processes {world_size()}, "
+        f"threads {torch.get_num_threads()}, torch {torch.__version__}, "
+        f"CPU {torch.backends.cpu.get_cpu_capability()}")
+    return device
+
+
+def choose_device(name):
+    """The torch.device of this process. Raises UserError, in all processes alike."""
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    n_gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type == "cuda":
+            index = device.index if device.index is not None else needed - 1
+            assert index < n_gpus, f"{n_gpus} GPUs for {needed} processes"
+            local = int(os.environ.get("LOCAL_RANK", 0))
+            device = torch.device("cuda", local if device.index is None else index)
+        assert device.type in ("cpu", "cuda", "mps"), "not supported"
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        what = str(error).splitlines()[0]
+        hint = "fewer processes, or --device cpu"
+        raise UserError(f"--device {name}: {what}", hint) from None
+    return device
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_first():
@@ -993,20 +887,6 @@ def say(text):
         sys.stdout.flush()
 
 
-def check_shard(args, device, world_size):
-    """Raise UserError where --shard cannot be."""
-    if args.shard and world_size == 1:
-        raise UserError(
-            "--shard needs several processes, and this is one",
-            "torchrun --standalone --nproc_per_node=2 train.py ... --shard",
-        )
-    if args.shard and tuple(map(int, torch.__version__.split(".")[:2])) < SHARD_TORCH:
-        raise UserError("--shard: gradient norms are wrong in so old a torch",
-                        "pip install -U 'torch>=2.13,<2.14'")  # fmt: skip
-    if args.shard and device.type not in ("cpu", "cuda"):
-        raise UserError(f"--shard: not on {device}", "--device cuda, or --device cpu")
-
-
 # ---- Weights of one process, of several, and of shards -------------------------------
 
 
@@ -1022,15 +902,14 @@ def state_options():
 def whole_state(models, optimizer):
     """The weights of all models and AdamW's state, by the names of parameters."""
     torch_state, options = state_options()
-    return {
-        "models": {
-            name: torch_state.get_model_state_dict(gpt, options=options)
-            for name, gpt in models.items()
-        },
-        "optimizer": torch_state.get_optimizer_state_dict(
-            models["student"], optimizer, options=options
-        ),
+    weights = {
+        name: torch_state.get_model_state_dict(gpt, options=options)
+        for name, gpt in models.items()
     }
+    adamw = torch_state.get_optimizer_state_dict(
+        models["student"], optimizer, options=options
+    )
+    return {"models": weights, "optimizer": adamw}
 
 
 def load_weights(saved, models, optimizer):
@@ -1095,19 +974,10 @@ def write_model(gpt, name, folder):
         raise OSError(f"{folder} not written: {error}") from error
 
 
-def append_line(path, line):
-    """Add a line to a file. Raises OSError, with the path, when the disk is full."""
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-    except OSError as error:
-        raise OSError(f"{path} not written: {error.strerror}") from None
-
-
-def read_checkpoint(path, mmap=False):
+def read_checkpoint(path, needed=("model",), mmap=False):
     """The dict of write_checkpoint, its tensors on the CPU (mmap: read when they are
-    used). Raises UserError if the file is cut, damaged or not a checkpoint; nothing in
-    it is ever executed."""
+    used). Raises UserError if the file is cut, damaged, or lacks one of the keys that
+    are needed; nothing in it is ever executed."""
     if not path.is_file():
         raise UserError(f"{path}: no such file", "is the path right?")
     try:
@@ -1115,28 +985,22 @@ def read_checkpoint(path, mmap=False):
             damaged = file.testzip()  # torch.load checks no sum
             # a flipped bit here would make a folder of a tensor, which is read as noise
             damaged = damaged or any(entry.external_attr for entry in file.infolist())
-        if not damaged:
-            content = torch.load(path, "cpu", weights_only=True, mmap=mmap)
-            if isinstance(content, dict):
-                return content
-        what = "it is damaged" if damaged else "it is not a dict"
+        assert not damaged, "it is damaged"
+        content = torch.load(path, "cpu", weights_only=True, mmap=mmap)
+        missing = [key for key in needed if key not in content]
+        assert not missing, f"it has no {', '.join(missing)}: of another version?"
+        return content
     except Exception as error:  # the readers of zip and pickle raise many kinds
-        what = f"{type(error).__name__}: {error}"
-    hint = "delete it and run again, or choose another --out"
-    raise UserError(f"{path} cannot be read: {what.splitlines()[0]}", hint)
+        what = f"{type(error).__name__}: {error}".splitlines()[0]
+        hint = "delete it and run again, or choose another --out"
+        raise UserError(f"{path} cannot be read: {what}", hint) from None
 
 
 def read_run(path, mmap=True):
     """What Run.save wrote. (AdamW would keep a mapped file as its state, so a run that
     goes on reads it whole.)"""
-    content = read_checkpoint(path, mmap)
-    needed = {"step", "settings", "machine", "config", "models", "note"}
-    if missing := sorted(needed - content.keys()):
-        raise UserError(
-            f"{path} is not a run of this train.py: it has no {', '.join(missing)}",
-            "it may be of another version, or a base model; choose another --out",
-        )
-    return content
+    needed = ("step", "settings", "machine", "config", "models", "note")
+    return read_checkpoint(path, needed, mmap)
 
 
 def lock(folder):
@@ -1154,29 +1018,6 @@ def lock(folder):
         raise UserError(message, "wait for it, or choose another --out") from None
     except OSError as error:  # Windows, and some network disks
         say(f"{folder}: no locks here ({error}): do not start two runs in it")
-
-
-def source_of(module):
-    """The code of a module as text, without comments and docstrings."""
-    tree = ast.parse(inspect.getsource(module))
-    for node in ast.walk(tree):
-        kinds = ast.Module, ast.ClassDef, ast.FunctionDef
-        if isinstance(node, kinds) and ast.get_docstring(node):
-            node.body[0] = ast.Pass()
-    return ast.unparse(tree)
-
-
-def base_key(config, cfg, world, tok, dtype):
-    """What decides the base model, as a name for its folder: configurations, a sample
-    of its corpus, and the code that trains it. New words in a docstring, or another
-    column of a table, keep it."""
-    sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
-    batch = data.get_batch(sample, len(sample), cfg.seed, 0)  # also their order
-    prompts = [data.student_prompt(example, tok) for example in batch]
-    learnt = [each.tolist() for each in sft.get_responses(batch, tok, "cpu")]
-    code = [source_of(module) for module in (model, sft)]
-    made_of = asdict(config), asdict(cfg), prompts, learnt, str(dtype), code
-    return digest(repr(made_of))
 
 
 # ---- Tables and samples --------------------------------------------------------------
@@ -1208,26 +1049,9 @@ def table(rows, labels=None):
 
 
 def describe(record, earlier=(), gate=None):
-    """A record of metrics.jsonl as a line or more for the screen: an evaluation with
-    the earlier ones, and a warning if the teacher has lost what it knew of a skill."""
+    """A record of metrics.jsonl as lines for the screen."""
     if "new" in record:
-        lines = [table([*stage_ends(earlier), record])]
-        for row in record["responses"]:
-            lines.append(f"  {short(row['prompt'])}  ->  {short(row['response'])}")
-        for name, kl in record.get("kl_student_base_prior", {}).items():
-            lines.append(f"  KL(student || base) on {name}: {kl:.3f} nats per token")
-        skill, now = record["skill"], record["teacher_gate"]
-        if now is not None:
-            lines.append(f"  the teacher, shown the demonstration: {now:.2f}")
-            seen = [row["teacher_gate"] for row in earlier if row["skill"] == skill]
-            then = max([now, *(x for x in seen if x is not None)])
-            then = max(then, gate["skills"].get(skill, 0) if gate else 0)
-            if now < then - GATE_LOSS:
-                lines.append(
-                    f"warning: on {skill} the teacher has fallen from {then:.2f}: it "
-                    "follows its student astray; try a lower --ema-rate, or 0"
-                )
-        return "\n".join(lines)
+        return describe_evaluation(record, earlier, gate)
     numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
     lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
     if record["eos_rate"] == 0:
@@ -1241,6 +1065,42 @@ def describe(record, earlier=(), gate=None):
     return "\n".join(lines)
 
 
+def describe_evaluation(record, earlier, gate):
+    """The table so far, two responses, and a warning if the teacher has lost what it
+    knew of the skill at the gate or in an earlier evaluation."""
+    lines = [table([*stage_ends(earlier), record])]
+    for row in record["responses"]:
+        lines.append(f"  {short(row['prompt'])}  ->  {short(row['response'])}")
+    for name, kl in record.get("kl_student_base_prior", {}).items():
+        lines.append(f"  KL(student || base) on {name}: {kl:.3f} nats per token")
+    if "pull" in record and len(stage_ends(earlier)) < 2:  # before and after a stage
+        lines.append(show_pull(record["pull"]))
+    skill, now = record["skill"], record["teacher_gate"]
+    if now is not None:
+        lines.append(f"  the teacher, shown the demonstration: {now:.2f}")
+        seen = [row["teacher_gate"] for row in earlier if row["skill"] == skill]
+        then = max(gate["skills"].get(skill, 0) if gate else 0, *seen, now)
+        if now < then - GATE_LOSS:
+            lines.append(
+                f"warning: on {skill} the teacher has fallen from {then:.2f}: it "
+                "follows its student astray; try a lower --ema-rate, or 0"
+            )
+    return "\n".join(lines)
+
+
+def show_pull(pull):
+    """data.token_pull as lines of the screen."""
+    lines = [f"  {short(pull['prompt'])}   the demonstration: {short(pull['demo'])}",
+             "  SDFT: KL(teacher || student) at each token of the student's response"]
+    for token, kl, *both in pull["sdft"][:16]:
+        s, t = ("  ".join(f"{name} {p:.2f}" for name, p in each) for each in both)
+        kl = max(kl, 0)  # rounding may leave -1e-8
+        lines.append(f"    {token:10s}{kl:7.3f}   student  {s:36s}   teacher  {t}")
+    tokens = "  ".join(f"{token} {nll:.2f}" for token, nll in pull["sft"][:32])
+    lines += ["  SFT: -log p(token) of the demonstration", f"    {tokens}"]
+    return "\n".join(lines)
+
+
 def short(text):
     """A text as one line of the screen; metrics.jsonl has it whole."""
     line = " / ".join(text.split("\n"))
@@ -1251,90 +1111,69 @@ def show(folders):
     """The tables of the finished runs in these folders and, of several runs, their last
     lines as one."""
     last = {}
-    for folder in (Path(out) / method for out in folders for method in METHODS):
-        try:
-            text = (folder / "results.json").read_text(encoding="utf-8")
-            results, rows = json.loads(text), read_metrics(folder)
-            rows = stage_ends([row for row in rows if "new" in row])
-            seconds, seed = results["seconds"]["fine_tune"], results["seed"]
-            say(f"\n{folder}, seed {seed}, {seconds:.0f} s:\n{table(rows)}")
-            last[f"{folder}, seed {seed}"] = rows[-1]
-        except FileNotFoundError:
+    for folder, method in itertools.product(folders, METHODS):
+        path = Path(folder) / method / "results.json"
+        if not path.exists():
             continue
-        except (KeyError, IndexError, TypeError, json.JSONDecodeError):
-            raise UserError(
-                f"results.json and metrics.jsonl in {folder} are not what a run writes",
-                "leave the folder out, or run again",
-            ) from None
+        try:
+            results = json.loads(path.read_text(encoding="utf-8"))
+            rows, seconds = results["evaluations"], results["seconds"]["fine_tune"]
+            title = f"{path.parent}, seed {results['seed']}"
+            say(f"\n{title}, {seconds:.0f} s:\n{table(rows)}")
+            last[title] = rows[-1]
+        except (KeyError, IndexError, TypeError, ValueError):
+            hint = "leave the folder out, or run again"
+            raise UserError(f"{path} is not what a run writes", hint) from None
     if not last:
         raise UserError(f"no finished run in {', '.join(folders)}", "another folder?")
     if len(last) > 1:
         say("\n" + table(list(last.values()), list(last)))
 
 
-def show_sample(args, device, dtype):
-    """What the base and the fine-tuned model respond to one prompt: greedily, and two
-    samples. A saved run knows its own seed, sizes and base. --init alone shows the
-    base."""
-    methods = methods_of(args)
-    paths = {method: Path(args.out) / method / "checkpoint.pt" for method in methods}
-    if args.init and not any(path.exists() for path in paths.values()):
-        tok, gpt = load_own(args.init, device, dtype)
-        n = args.max_new_tokens or REAL["max_new_tokens"]
-        return respond("base", gpt, n, args, tok)
-    for method, path in paths.items():
-        if not path.exists():
-            raise UserError(
-                f"no run of {method} in {args.out}",
-                f"python train.py --method {method} --out {args.out} makes one",
-            )
-        saved = read_run(path)
-        base = Path(args.init or Path(args.out) / saved["note"]["base"])
-        if args.init and not saved["note"]["init"]:
+def show_sample(args, device):
+    """What the base and the fine-tuned models respond to args.sample. A saved run knows
+    its own seed, sizes and base. --init alone shows the base."""
+    shown = False
+    for method in methods_of(args):
+        path = Path(args.out) / method / "checkpoint.pt"
+        saved = read_run(path) if path.exists() or not args.init else None
+        note = saved["note"] if saved else {"init": True, "base": args.init}
+        if args.init and not note["init"]:
             message = f"{path.parent} is a run of the tiny world"
             raise UserError(message, "leave --init out")
-        if saved["note"]["init"]:
-            written = path.parent / "model"  # it also has the shape and the tokenizer
-            tok, gpt = load_own(base if base.exists() else written, device, dtype)
-            if other := differences(saved["config"], asdict(gpt.config)):
-                raise UserError(f"{path.parent} started from another model than {base} "
-                                f"(saved -> there): {other}", "leave --init out")
+        base = Path(args.init or Path(args.out) / note["base"])
+        if note["init"]:  # the run's own model has the shape and the tokenizer, too
+            there = base.exists() or not saved
+            name = base if there else path.parent / "model"
+            _, tok, gpt = load_own(str(name), device)
         else:
-            tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"])).to(device)
-            gpt.dtype = dtype
-        steps = saved["settings"]["steps"] * len(saved["note"]["skills"])
-        say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
-            f"{saved['step']} of {steps}")
-        if not base.exists():
-            say(f"base   not shown: {base} is gone")
-        elif method == methods[0]:
-            if not saved["note"]["init"]:
-                gpt.load_state_dict(read_checkpoint(base)["model"])
-            respond("base", gpt, saved["settings"]["max_new_tokens"], args, tok)
-        gpt.load_state_dict(saved["models"]["student"])
-        respond(method, gpt, saved["settings"]["max_new_tokens"], args, tok)
-    return None
-
-
-def load_own(name, device, dtype):
-    """Tokenizer and GPT of a Hugging Face model."""
-    name = hinted("model", find_model, name)
-    tok = hinted("model", data.ChatTokenizer, name)
-    gpt = hinted("model", model.from_pretrained, name, tok.n_tokens).to(device)
-    gpt.dtype = dtype
-    return tok, gpt
+            there = base.exists()
+            tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"]))
+            gpt.load_state_dict(read_checkpoint(base)["model"] if there else {}, there)
+        gpt.to(device)
+        n = saved["settings"]["max_new_tokens"] if saved else REAL["max_new_tokens"]
+        if not shown:
+            respond("base", gpt, n, args, tok) if there else say(f"{base} is gone")
+            shown = True
+        if saved:
+            say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
+                f"{saved['step']}")
+            gpt.load_state_dict(saved["models"]["student"])
+            respond(method, gpt, n, args, tok)
 
 
 def respond(name, gpt, n, args, tok):
     """Show the greedy response to args.sample, and two samples, of at most n tokens."""
-    ids = data.student_prompt(data.Example(args.sample, "", ""), tok)
-    device = next(gpt.parameters()).device
-    say(f"{name:5s}  {data.greedy_responses(gpt, [ids], tok, n)[0]}")
-    prompts, lengths = data.pad_right([ids] * 2, tok.end, device)
-    u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample")).to(device)
-    response, mask = model.generate(gpt, prompts, lengths, n, tok.end, u)
-    for row, count in zip(response.tolist(), mask.sum(1).tolist(), strict=True):
-        say(f"       sampled: {tok.decode(row[:count])}")
+    example = data.Example(args.sample, args.demo or "", "")
+    contexts = [data.student_prompt(example, tok)] * 2
+    say(f"{name:5s}  {data.get_texts(gpt, contexts[:1], tok, n)[0]}")
+    u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample"))
+    u = u.to(next(gpt.parameters()).device)
+    for text in data.get_texts(gpt, contexts, tok, n, u, temperature=1):
+        say(f"       sampled: {text}")
+    if args.demo:
+        pull = data.token_pull(gpt, gpt, example, tok, n, args.seed)
+        say(show_pull(pull | {"prompt": args.sample, "demo": args.demo}))
 
 
 # ---- The program ---------------------------------------------------------------------
@@ -1349,6 +1188,15 @@ def command_line(argv):
     return f"{start} {shlex.join(argv)}"
 
 
+def tell(text):
+    """Print an error, in one process. torchrun ends all when one ends, so the others
+    wait until the first has spoken."""
+    if not is_first():
+        return time.sleep(2)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(text, file=sys.stderr, flush=True)
+
+
 def main(argv):
     """Run, and turn what the user can fix into an error, a hint and an exit code."""
     for name in ("stdout", "stderr"):
@@ -1358,14 +1206,6 @@ def main(argv):
         elif hasattr(stream, "reconfigure"):  # a terminal may lack a character
             stream.reconfigure(errors="replace")
     stop = Stop()
-
-    def tell(text):
-        if is_first():
-            with contextlib.suppress(OSError):  # nobody reads it
-                print(text, file=sys.stderr, flush=True)
-        else:  # torchrun ends all when one ends: the first must have spoken before
-            time.sleep(2)
-
     try:
         whole_run(parse_args(argv), stop)
     except BrokenPipeError:  # python train.py | head -1
@@ -1379,16 +1219,19 @@ def main(argv):
               file=sys.stderr)
         return 2
     except (OSError, ValueError) as error:
-        hint = getattr(error, "hint", "") or "is the path right, and is the disk full?"
+        hint = getattr(error, "hint", "") or (
+            "is the path right, and is the disk full?" if isinstance(error, OSError)
+            else 'see "Your own model and data" in the README'
+        )  # fmt: skip
         tell(f"error: {error}\nhint: {hint}")
         return 2
     except FloatingPointError as error:
-        tell(f"error: {error}\nhint: try a lower --lr")
+        tell(f"error: {error}\nhint: try a lower --lr; checkpoint.pt is still good")
         return 3
     except KeyboardInterrupt:
         again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
         tell(f"stopped; to go on: {command_line(again)}")
-        return 128 + stop.agreed()
+        return 128 + (stop.signal or signal.SIGTERM)  # 0: it came to another process
     finally:
         stop.restore()
         while LOCKS:
