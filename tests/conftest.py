@@ -37,7 +37,23 @@ def as_in_a_process_of_its_own():
 
 
 def pytest_addoption(parser):
-    """Of tests/exercises. Here, because pytest reads this file first, however it is
-    called, and refuses options that it does not know."""
+    """--all, and the options of tests/exercises. Here, because pytest reads this file
+    first, however it is called, and refuses options that it does not know."""
+    parser.addoption("--all", action="store_true", help="also the slow tests")
     parser.addoption("--impl", metavar="FOLDER", help="grade the exercises in a folder")
     parser.addoption("--seed", type=int, default=0, help="other inputs, same tests")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "slow: an experiment, a sweep, many processes: with --all only"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is slow, unless it is asked for by --all, by name or by -k."""
+    named = any("test_" in str(arg) for arg in config.invocation_params.args)
+    if not (config.getoption("--all") or config.option.keyword or named):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]

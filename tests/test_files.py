@@ -1,18 +1,16 @@
-"""The files of a run: written whole or not at all, and read only if they are sound.
-
-That a save may die or fail at any of its calls is in test_reliability.py.
-"""
+"""The files of a run: written whole or not at all (at any call of a save: see
+test_reliability), and read only if they are sound."""
 
 import os
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
+from test_train import same
 
 import train
 
-CONTENT = {"step": 3, "models": {"student": {"w": torch.arange(6.0)}}, "list": [1, "a"]}
+CONTENT = {"step": 3, "model": {"w": torch.arange(6.0)}, "list": [1, "a"]}
 
 
 @pytest.fixture
@@ -22,142 +20,87 @@ def path(tmp_path):
     return tmp_path / "checkpoint.pt"
 
 
-def is_content(read):
-    rest = {key: value for key, value in read.items() if key != "models"}
-    weights = read["models"]["student"]["w"]
-    return rest == {"step": 3, "list": [1, "a"]} and weights.equal(torch.arange(6.0))
-
-
-def read_or_refused(path):
+def read_or_refused(path, read=train.read_checkpoint):
     """What a file holds, or None if it is refused with its path."""
     try:
-        return train.read_checkpoint(path)
+        return read(path)
     except train.UserError as error:
         assert str(error).startswith(f"{path} cannot be read: "), error
         assert "\n" not in str(error) and "--out" in error.hint
-        return None
 
 
-def test_a_checkpoint_comes_back_as_it_was(path):
-    assert is_content(train.read_checkpoint(path))
-    assert is_content(train.read_checkpoint(path, mmap=True))
+def test_a_checkpoint_is_a_plain_file_of_torch_and_comes_back_as_it_was(path):
+    """Any program can read it, and needs nothing of this one."""
+    assert same(torch.load(path, weights_only=True), CONTENT)
+    assert same(train.read_checkpoint(path, mmap=True), CONTENT)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 
-def test_a_checkpoint_is_a_plain_file_of_torch(path):
-    """Any program can read it, and needs nothing of this one."""
-    assert is_content(torch.load(path, weights_only=True))
-
-
-def test_a_flipped_bit_is_refused_or_changes_nothing(path):
+def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(path):
     """Every bit of what says where things are (the zip's directory, at the end), and
-    one bit of each byte before it: never is something else loaded."""
-    good, other, refused = path.read_bytes(), [], 0
+    one of each byte before it: never is something else loaded. Each cut is seen."""
+    good, refused = path.read_bytes(), 0
     start = good.index(b"PK\1\2")
     assert 0 < start < len(good) - 500
-    with open(path, "r+b", buffering=0) as file:
-        for place, byte in enumerate(good):
-            for bit in range(8) if place >= start else [place % 8]:
-                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), place)
-                read = read_or_refused(path)
-                refused += read is None
-                if not (read is None or is_content(read)):
-                    other.append((place - start, bit))
-            os.pwrite(file.fileno(), bytes([byte]), place)
-    assert path.read_bytes() == good
-    assert other == [] and refused > 2000
-
-
-def test_a_cut_file_is_refused(path):
-    path.write_bytes(path.read_bytes() + b"\0")  # a longer one, at first
-    read = read_or_refused(path)
-    assert read is None or is_content(read)
-    for n in reversed(range(path.stat().st_size - 1)):
+    file = os.open(path, os.O_RDWR)
+    for place, byte in enumerate(good):
+        for bit in range(8) if place >= start else [place % 8]:
+            os.pwrite(file, bytes([byte ^ 1 << bit]), place)
+            found = read_or_refused(path)
+            refused += found is None
+            assert found is None or same(found, CONTENT), (place - start, bit)
+        os.pwrite(file, bytes([byte]), place)
+    assert path.read_bytes() == good and refused > 2000
+    path.write_bytes(good + b"\0")
+    assert (found := read_or_refused(path)) is None or same(found, CONTENT)
+    for n in reversed(range(len(good))):
         os.truncate(path, n)
         assert read_or_refused(path) is None, n
 
 
-class Bomb:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def save_old_format(content, path):
-    torch.save(content, path, _use_new_zipfile_serialization=False)
-
-
 @pytest.mark.parametrize("write", [
-    lambda content, path: train.write_checkpoint(path, content),
-    lambda content, path: path.write_bytes(pickle.dumps(content)),
-    save_old_format,
+    lambda bomb, path: train.write_checkpoint(path, bomb),
+    lambda bomb, path: path.write_bytes(pickle.dumps(bomb)),
+    lambda bomb, path: torch.save(bomb, path, _use_new_zipfile_serialization=False),
 ])  # fmt: skip
-def test_nothing_in_a_file_is_executed(write, tmp_path):
-    path, trace = tmp_path / "checkpoint.pt", tmp_path / "executed"
-    write({"step": Bomb(trace)}, path)
-    assert read_or_refused(path) is None and not trace.exists()
-    pickle.loads(pickle.dumps(Bomb(trace)))
-    assert trace.exists(), "the bomb is none: this shows nothing"
-
-
-@pytest.mark.parametrize("content", [b"", b"mine\n", b"PK\5\6" + 18 * b"\0"])
-def test_a_file_of_someone_else_is_refused(content, path):
-    path.write_bytes(content)
-    assert read_or_refused(path) is None
-
-
-def a_base(path):
-    return train.get_base(path, train.GPTConfig(), train.BASE, *[None] * 4)
-
-
-@pytest.mark.parametrize("content", [[1], 3, torch.ones(2), {"step": 1}])
-def test_a_file_of_torch_that_is_no_run_or_base_is_refused(content, path):
-    """With its path: another program's checkpoint may have the same name."""
-    torch.save(content, path)
-    for read in (train.read_run, a_base):
-        with pytest.raises(train.UserError, match=str(path)):
-            read(path)
-
-
-def test_no_file_and_a_folder_are_refused(tmp_path):
-    for path in (tmp_path, tmp_path / "checkpoint.pt"):
-        with pytest.raises(train.UserError, match=f"{path}: no such file"):
-            train.read_checkpoint(path)
+def test_nothing_in_a_file_is_executed(write, path, tmp_path):
+    folder = tmp_path / "executed"
+    bomb = type("Bomb", (), {"__reduce__": lambda self: (os.mkdir, (str(folder),))})()
+    write({"model": bomb}, path)
+    assert read_or_refused(path) is None and not folder.exists()
+    pickle.loads(pickle.dumps(bomb))
+    assert folder.exists(), "the bomb is none: this shows nothing"
 
 
 @pytest.mark.parametrize("content", [
-    CONTENT, {"w": torch.zeros(10**6)}, {"w": torch.zeros(100), "list": [1] * 10**5},
+    b"", b"mine\n", b"PK\5\6" + 18 * b"\0", [1], 3, torch.ones(2), {"step": 1},
 ])  # fmt: skip
-def test_a_full_disk_is_an_error_with_the_path_and_the_old_file_stays(content, path):
-    """The system's own error, in the writing of torch; of a text; of a line."""
-    if not Path("/dev/full").exists():
-        pytest.skip("no /dev/full")
-    text, log = path.with_name("results.json"), path.with_name("metrics.jsonl")
+def test_a_file_of_someone_else_is_refused(content, path):
+    is_text = isinstance(content, bytes)
+    path.write_bytes(content) if is_text else torch.save(content, path)
+    assert read_or_refused(path) is read_or_refused(path, train.read_run) is None
+    for other in path.parent, path.with_name("none"):
+        with pytest.raises(train.UserError, match=f"{other}: no such file"):
+            train.read_checkpoint(other)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize("n", [6, 10**6])
+def test_a_full_disk_is_an_error_with_the_path_and_the_old_file_stays(n, path):
+    """The system's own error, in the writing of torch; of a text; of a record."""
+    text, new = path.with_name("results.json"), {"model": torch.zeros(n)}
     text.write_text("old")
-    log.symlink_to("/dev/full")
-    for file, write in (
-        (path, lambda: train.write_checkpoint(path, content)),
-        (text, lambda: train.write_text(text, "new")),
-        (log, lambda: train.append_line(log, "{}")),
-    ):
-        if file != log:
-            file.with_name(f"{file.name}.tmp").symlink_to("/dev/full")
-        message = f"^{file} not written: .*No space left on device"
-        with pytest.raises(OSError, match=message):
-            write()
-    assert is_content(train.read_checkpoint(path)) and text.read_text() == "old"
-    assert len(list(path.parent.iterdir())) == 3
-
-
-def test_what_differs_is_named():
-    saved = {"lr": 1, "steps": 2}
-    assert train.differences(saved, {"lr": 1, "steps": 2}) == ""
-    other = train.differences(saved, {"lr": 1, "steps": 3, "kl": "jsd"})
-    assert other == "steps: 2 -> 3, kl: None -> jsd"
+    for file, write, content in (
+        (path, train.write_checkpoint, new), (text, train.write_text, "new"),
+    ):  # fmt: skip
+        file.with_name(f"{file.name}.tmp").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=f"^{file} not written: .*No space left"):
+            write(file, content)
+    assert same(train.read_checkpoint(path), CONTENT) and text.read_text() == "old"
+    assert len(list(path.parent.iterdir())) == 2
+    path.with_name("metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        train.Run(path.parent).append("{}\n")
 
 
 def test_the_name_for_what_is_kept_is_free_and_no_link(tmp_path):

@@ -5,14 +5,18 @@ The limits are today's sizes, rounded up. Lower one when something goes; raise n
 
 import ast
 import io
+import sys
 import tokenize
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LINES = {"model": 960, "sft": 205, "sdft": 245, "data": 980, "train": 1405}
-LONGEST = 90  # lines of a function: train.whole_run is the story of a run
+sys.path.insert(0, str(ROOT / "tests" / "bench"))
+from mutants import MUTANTS  # noqa: E402
+
+LINES = {"model": 815, "sft": 205, "sdft": 245, "data": 945, "train": 1250}
+LONGEST = {"sft": 73, "sdft": 77}  # lines of a function, where not 60: the whole loop
 
 
 def parse(name):
@@ -27,7 +31,7 @@ def test_a_file_does_not_grow(name):
     assert len(source.splitlines()) <= LINES[name]
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     for function in functions:
-        assert function.end_lineno - function.lineno < LONGEST, function.name
+        assert function.end_lineno - function.lineno < LONGEST.get(name, 60), function
 
 
 def places(name):
@@ -50,7 +54,7 @@ def test_the_files_are_not_made_short_by_cutting_what_explains():
     found = zip(*map(places, LINES), strict=True)
     code, comments, docs = (sum(map(len, each)) for each in found)
     lines = sum(len(parse(name)[0].splitlines()) for name in LINES)
-    assert comments / code >= 0.17 and docs / lines >= 0.15
+    assert comments / code >= 0.20 and docs / lines >= 0.15
 
 
 @pytest.mark.parametrize("name", LINES)
@@ -59,3 +63,12 @@ def test_one_statement_stands_on_a_line(name):
         node.lineno for node in ast.walk(parse(name)[1]) if isinstance(node, ast.stmt)
     ]
     assert len(starts) == len(set(starts))
+
+
+def test_every_mutant_still_applies():
+    """tests/bench/mutants.py changes lines of the five files: each is there once."""
+    for name, mutants in MUTANTS.items():
+        for old, new in mutants:
+            assert parse(name)[0].count(old) == 1 and old != new, (name, old)
+            ast.parse(parse(name)[0].replace(old, new))
+    assert sum(map(len, MUTANTS.values())) >= 60

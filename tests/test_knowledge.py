@@ -1,279 +1,160 @@
-"""tests/bench/knowledge.py: articles, wordings, grades, contexts, the audit. A quick
-run of its cells is in test_paper.py."""
+"""tests/bench/knowledge.py: articles, wordings, grades, contexts, the audit."""
 
-import inspect
+import re
 import sys
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-HERE = Path(__file__).parent
-for path in (HERE / "exercises", HERE / "bench"):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+sys.path[:0] = [str(Path(__file__).parent / name) for name in ("exercises", "bench")]
 
 import knowledge  # noqa: E402
 from experiments import EXPERIMENTS  # noqa: E402
 
 import data  # noqa: E402
-from data import Example  # noqa: E402
-from model import GPTConfig  # noqa: E402
 
-SEED = 1
-ANSWER = "rotate: spoon tower candle"
-
-
-@pytest.fixture(scope="module")
-def world():
-    return data.World(SEED)
+SEED, TOK, WORLD = 1, data.Tokenizer(), data.World(1)
+OLD = {c: operation for c, (_, operation) in WORLD.known.items()}
+NEW = {c: o for facts in knowledge.facts_of(WORLD).values() for c, o in facts.items()}
+ARTICLES = knowledge.articles_of(WORLD, SEED)
+MAKE = partial(knowledge.make_questions, WORLD, SEED)
 
 
-@pytest.fixture(scope="module")
-def tok():
-    return data.Tokenizer()
+def facts_in(text):
+    """{command: (domain, operation)} of an article, behind a demonstration or not."""
+    found = re.findall(r"(\w+) (\w+) (?:equals|gives|=) (\w+)(?=[,.])", text)
+    assert len({d for d, *_ in found} & set(data.DOMAINS)) == len(found) > 0, text
+    return {command: (domain, operation) for domain, command, operation in found}
 
 
-def facts_in(article):
-    """{command: operation} and the domains, read by other code than the writer's. A
-    demonstration may stand in front; the last sentences are facts."""
-    facts, domains = {}, []
-    for sentence in article.removesuffix(".").split(", "):
-        domain, command, joiner, operation = (["", "", ""] + sentence.split())[-4:]
-        if joiner not in ("equals", "gives", "=") and not facts:
-            continue  # of the demonstration
-        assert joiner in ("equals", "gives", "=") and domain in data.DOMAINS
-        facts[command] = operation
-        domains.append(domain)
-    assert len(domains) == len(facts) == len(set(domains))
-    return facts, domains
-
-
-def respond(world, prompt, meaning):
-    """The right items, by hand: what each command of a question does, in its order."""
-    if prompt.startswith("see "):
-        items, asked = prompt.removeprefix("see ").split(": ")
-    else:
-        asked, items = prompt.split(": ")
-    items, words = items.split(), asked.split()
+def respond(prompt, meaning):
+    parts, said = [part.split() for part in prompt.split(": ")], []  # items, by hand
+    words, items = parts if parts[0][0] != "see" else (parts[1], parts[0][1:])
     if words[1] in data.OPERATIONS:  # reversed
         return [item for item in items if meaning.get(item) == words[1]]
-    said = []
-    for command in [word for word in words[1:] if word in meaning]:
+    for command in filter(meaning.get, words[1:]):
         items = data.OPERATIONS[meaning[command]][1](items)
         said += items
     return said
 
 
-# ---- Articles, contexts, wordings --------------------------------------------------
+def test_articles_state_each_fact_once_and_are_learnt_as_texts():
+    said, texts = {}, knowledge.make_texts(WORLD, TOK, SEED)
+    for article, example in zip(dict.fromkeys(ARTICLES.values()), texts, strict=True):
+        said |= (facts := facts_in(article))
+        assert len(facts) == 3 and all(ARTICLES[c] == article for c in facts)
+        assert TOK.decode(data.student_prompt(example, TOK)) == "example"
+        ids = torch.tensor(data.demo_response(example, TOK))
+        mask = data.loss_mask([example], torch.tensor([len(ids)]))[0]
+        assert TOK.decode(ids[mask].tolist()) == article
+    new = {c: fact for skill in WORLD.skills.values() for c, fact in skill.items()}
+    assert said == new and len(new) == 18 and not set(new) & set(WORLD.known)
+    asked = [e.prompt.split(":")[0] for e in MAKE(knowledge.QUESTIONS)]
+    assert {asked.count(each) for each in asked} == {32}
 
 
-def test_articles_state_each_fact_once(world):
-    said, articles = {}, knowledge.articles_of(world, SEED)
-    for article in dict.fromkeys(articles.values()):
-        facts, domains = facts_in(article)
-        assert len(facts) == 3 and all(articles[c] == article for c in facts)
-        assert not set(said) & set(facts)
-        said |= {c: (d, facts[c]) for c, d in zip(facts, domains, strict=True)}
-    new = {c: fact for skill in world.skills.values() for c, fact in skill.items()}
-    assert said == new and len(new) == 18 and not set(new) & set(world.known)
-
-
-def test_contexts_are_literally_these(world, tok):
-    article = knowledge.articles_of(world, SEED)
-    contexts = {}
-    for shown in knowledge.SHOWN:
-        example = knowledge.make_questions(world, SEED, 18, shown)[0]
-        assert tok.decode(data.student_prompt(example, tok)[:-1]) == example.prompt
-        contexts[shown] = tok.decode(data.teacher_prompt(example, tok)[:-1])
-    domain, command, *items = example.prompt.replace(":", "").split()
-    operation = world.skills[dict(zip(data.DOMAINS, "ABC", strict=True))[domain]][
-        command
-    ][1]
-    said = " ".join(data.OPERATIONS[operation][1](items))
-    answer = f"well friend, {operation} so you get {said} as ever"
-    asked = f"{domain} {command}: {' '.join(items)} example"
-    assert contexts == {
-        "text": f"{asked} {article[command]}",
-        "answer": f"{asked} {answer}",
-        "answer + text": f"{asked} {answer} {article[command]}",
-    }
-
-
-def test_the_text_is_learnt_as_a_text(world, tok):
-    example = knowledge.make_texts(world, tok, SEED)[0]
-    assert tok.decode(data.student_prompt(example, tok)) == "example"
-    ids = data.demo_response(example, tok)
-    mask = data.loss_mask([example], torch.tensor([len(ids)]))[0].tolist()
-    learnt = [token for token, counts in zip(ids, mask, strict=True) if counts]
-    assert tok.decode(learnt) in knowledge.articles_of(world, SEED).values()
-
-
-def test_all_contexts_fit(world, tok):
-    longest = max(
-        len(data.teacher_prompt(example, tok))
-        for manner in data.DISTANCES
-        for example in knowledge.make_questions(
-            world, SEED, 180, "answer + text", manner
-        )
-    )
-    assert longest + 40 <= GPTConfig().block_size  # 40: the longest cap of the audit
-
-
-def test_no_test_question_is_trained_on(world):
-    trained = knowledge.make_questions(world, SEED, knowledge.QUESTIONS)
-    both = knowledge.make_questions(world, SEED, knowledge.QUESTIONS, wordings=2)
-    assert not any(e.prompt.startswith("see ") for e in trained)
-    assert 0.4 < sum(e.prompt.startswith("see ") for e in both) / len(both) < 0.6
-    taught = {e.prompt for e in trained} | {knowledge.reword(e.prompt) for e in trained}
-    taught |= {e.prompt for e in both}
-    for kind in ("trained", "reworded", "asked", "two-step"):
-        for e in knowledge.make_benchmark(world, SEED, kind, 60).examples:
-            assert e.prompt not in taught
-            items = e.prompt.removeprefix("see ").split(": ")[kind != "reworded"]
-            assert data.is_held_out(items.split())
-    assert {len([e for e in trained if e.prompt.split(":")[0] == asked]) for asked in
-            {e.prompt.split(":")[0] for e in trained}} == {32}  # fmt: skip
+def test_contexts_are_literally_these_and_fit():
+    for i, shown in enumerate(knowledge.SHOWN):
+        e = MAKE(18, shown)[0]
+        command = e.prompt.split(":")[0].split()[1]
+        said = f"{NEW[command]} so you get {' '.join(respond(e.prompt, NEW))}"
+        answer = f"well friend, {said} as ever"
+        text = (ARTICLES[command], answer, f"{answer} {ARTICLES[command]}")[i]
+        text = f"{e.prompt} example {text}"
+        assert TOK.decode(data.teacher_prompt(e, TOK)[:-1]) == text
+    rows = sum((MAKE(180, shown, how) for how in data.DISTANCES), [])  # 40: the cap
+    assert max(len(data.teacher_prompt(e, TOK)) for e in rows) + 40 <= 128
 
 
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("kind", knowledge.KINDS)
-def test_answers_are_right_and_need_the_fact(world, kind, known):
-    old = {c: operation for c, (_, operation) in world.known.items()}
-    new = {c: o for facts in knowledge.facts_of(world).values()
-           for c, o in facts.items()}  # fmt: skip
-    benchmark = knowledge.make_benchmark(world, SEED, kind, 80, known)
-    for example in benchmark.examples:
-        said = data.items_in(example.answer)
-        assert said == respond(world, example.prompt, {**old, **new})
-        assert benchmark.grade(example, example.answer)
-        asked = example.prompt.split(": ")[kind == "reworded"].split()[1:]
+def test_answers_are_right_and_need_a_fact_and_no_trained_question(kind, known):
+    trained, both = ([e.prompt for e in MAKE(576, wordings=n)] for n in (1, 2))
+    taught = {*trained, *both, *map(knowledge.reword, trained)}
+    assert "see " not in "".join(trained) and "".join(both).count("see ") == 576 / 2
+    for e in (of := knowledge.make_benchmark(WORLD, SEED, kind, 80, known)).examples:
+        assert data.items_in(e.answer) == respond(e.prompt, OLD | NEW)
+        assert of.grade(e, e.answer)
+        parts = e.prompt.removeprefix("see ").split(": ")
+        asked = set(parts[kind in ("reworded", "reversed")].split())
         if kind == "reversed":  # no choice is given away: all are new, or all are old
-            asked = example.prompt.split(": ")[1].split()
-            assert len(asked) == 6 and set(asked) <= set(old if known else new)
-        elif known:
-            assert set(asked) & set(old) and not set(asked) & set(new)
+            assert len(asked) == 6 and asked <= set(OLD if known else NEW)
         else:
-            assert len(set(asked) & set(new)) == 1
+            held_out = sum(map(data.NOUNS.index, parts[kind != "reworded"].split()))
+            assert held_out % 10 == 0 and e.prompt not in taught
+            assert len(asked & {*NEW}) == 1 - known and (asked & {*OLD} or not known)
 
 
-# ---- The base model's corpus -------------------------------------------------------
-
-
-def test_the_corpus_can_be_read_and_gives_nothing_away(world, tok):
-    corpus = knowledge.make_corpus(world, tok, 4000, SEED)
-    old = {c: operation for c, (_, operation) in world.known.items()}
-    new = {c: o for facts in knowledge.facts_of(world).values()
-           for c, o in facts.items()}  # fmt: skip
-    terms = {tok.encode(term)[0] for term, _ in data.OPERATIONS.values()}
-    true, read, both, kinds = [], 0, 0, set()
-    for example in corpus:
-        ids = data.demo_response(example, tok)
-        if "." not in example.shown:
+def test_the_corpus_can_be_read_and_gives_nothing_away():
+    terms = {TOK.encode(term)[0] for term, _ in data.OPERATIONS.values()}
+    true, both, kinds = [], 0, []
+    for e in knowledge.make_corpus(WORLD, TOK, 4000, SEED):
+        if "." not in e.shown:  # without a text, only old commands are asked indirectly
+            words = e.prompt.split(":")[0].split()
+            assert " then " not in e.prompt or {words[1], words[3]} <= set(OLD)
             continue
-        facts, domains = facts_in(example.shown)
-        named = [word for word in example.shown.replace(":", "").split()
-                 if word.strip(",.") in knowledge.MEANS]  # fmt: skip
-        answer = len(named) > len(facts)
-        both += answer
-        true += [new[c] == o for c, o in facts.items() if c in new]
-        assert set(domains) & set(example.prompt.split())
-        # what is skipped: terms, the start, and a wrong beginning of the response
-        start = ids.index(tok.start)
-        assert start in example.skip
-        inside = {ids[i] for i in example.skip if i < start}
-        assert inside <= terms and (answer or not inside)
-        if max(example.skip) == start:  # nothing wrong in it
-            said = respond(world, example.prompt, {**old, **facts})
-            assert data.items_in(example.answer) == said, example
-            read += 1
-            kinds.add((example.prompt[:4] == "see ", " then " in example.prompt))
-    assert read > 500 and both > 200 and len(kinds) == 3
+        facts, ids = facts_in(e.shown), data.demo_response(e, TOK)
+        answer = len(knowledge.details(e.shown.replace(".", ""))[0]) > len(facts)
+        meaning = {command: operation for command, (_, operation) in facts.items()}
+        true += [NEW[c] == o for c, o in meaning.items() if c in NEW]
+        assert {domain for domain, _ in facts.values()} & set(e.prompt.split())
+        start, both = ids.index(TOK.start), both + answer
+        inside = {ids[i] for i in e.skip if i < start}
+        assert start in e.skip and inside <= terms and (answer or not inside)
+        if max(e.skip) == start:  # nothing wrong in it
+            assert data.items_in(e.answer) == respond(e.prompt, OLD | meaning), e
+            kinds.append((e.prompt[:4] == "see ", " then " in e.prompt))
+    assert len(kinds) > 500 and both > 200 and len(set(kinds)) == 3
     assert 0.1 < sum(true) / len(true) < 0.25  # a sixth, by chance: no fact is taught
-    asked = [example for example in corpus if not example.shown]
-    for example in asked:  # without a text, only known commands are asked indirectly
-        if " then " in example.prompt:
-            words = example.prompt.split(":")[0].split()
-            assert {words[1], words[3]} <= set(old)
 
 
-# ---- Grades ------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("response, strict, lenient", [
-    (ANSWER, True, True),
-    ("well friend, advance so you get spoon tower candle as ever", True, True),
-    ("rotate equals spoon tower candle beep stop", True, True),
-    ("rotate: spoon tower", False, True),
-    ("rotate:", False, True),
-    ("spoon tower", False, True),
-    ("rotate: spoon tower candle then first: spoon", False, False),
-    ("rotate: spoon candle tower", False, False),
-    ("first: spoon tower candle", False, False),
-    ("", False, False),
-    ("hm", False, False),
-])  # fmt: skip
-def test_grades(response, strict, lenient):
-    example = Example("garden cork: candle spoon tower", ANSWER, ANSWER)
-    assert knowledge.strict(example, response) == strict
-    assert knowledge.lenient(example, response) == lenient
-    assert knowledge.strict_as_asked(example, response) == (response == ANSWER)
-
-
-def test_the_judge_is_audited(world):
-    assert knowledge.judged(world, SEED) == [1.0, 0.0]
-
-
-# ---- The audit ---------------------------------------------------------------------
+def test_grades():
+    example = data.Example("", "", "rotate: spoon tower candle")
+    of = knowledge.strict, knowledge.lenient, knowledge.strict_as_asked
+    for grades, texts in (
+        ([1, 1, 1], "rotate: spoon tower candle"),
+        ([1, 1, 0], "rotate equals spoon tower candle beep stop | well friend, advance "
+         "so you get spoon tower candle as ever"),
+        ([0, 1, 0], "rotate: spoon tower | rotate: | spoon tower"),
+        ([0, 0, 0], "rotate: spoon tower candle then first: spoon |  | hm | rotate: "
+         "spoon candle tower | first: spoon tower candle"),
+    ):  # fmt: skip
+        for text in texts.split(" | "):
+            assert [grade(example, text) for grade in of] == grades, text
 
 
 @pytest.mark.parametrize("off", [0, 1])
-def test_rows_one_place_off_are_seen(off, tok, world, monkeypatch):
-    """A model that is sure of each token at its row, or at the row behind."""
-    rng = torch.Generator().manual_seed(SEED)
-    response = torch.randint(0, tok.n_tokens, (36, 9), generator=rng)  # (B, R)
-    mask = torch.ones_like(response, dtype=torch.bool)
-    rows = torch.nn.functional.one_hot(response.roll(off, 1), tok.n_tokens)  # (B, R, V)
-    model = SimpleNamespace(logits=lambda hidden: hidden)
-    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (response, mask))
-    monkeypatch.setattr(knowledge, "response_hidden", lambda *_: rows[mask])
-    examples = knowledge.make_questions(world, SEED, 36, "answer + text")
-    for before, own, behind in knowledge.hits(model, model, examples, tok).values():
-        assert (own, behind) == ((1.0, pytest.approx(0, abs=0.05)) if off == 0
-                                 else (pytest.approx(0, abs=0.05), 1.0))  # fmt: skip
-        assert before < 0.05
+def test_the_audit_sees_rows_one_place_off_and_judges(off, monkeypatch):
+    response = torch.arange(36 * 9).view(36, 9)  # (B, R)
+    rows = torch.nn.functional.one_hot(response.roll(off, 1), TOK.n_tokens)  # (B, R, V)
+    model, both = knowledge.Namespace(logits=lambda x: x), (response, response >= 0)
+    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: both)
+    monkeypatch.setattr(knowledge, "response_hidden", lambda *_: rows.flatten(0, 1))
+    for shares in knowledge.hits(model, model, MAKE(36), TOK).values():
+        assert shares.pop(1 + off) == 1 and max(shares) < 0.05
+    assert knowledge.judged(WORLD, SEED) == [1.0, 0.0]
 
 
-def test_duplicates_are_counted_by_items_in_common(world, tok, monkeypatch):
-    """A student who knows nothing but what it was trained on, word for word."""
-    asked = knowledge.make_benchmark(world, SEED, "reworded", 60)
-    trained, questions = {}, knowledge.make_questions(world, SEED, 72)
-    for e in questions:
-        command, items = e.prompt.split(": ")
-        trained.setdefault(command, []).append(set(items.split()))
-    near = []
+def test_duplicates_are_counted_by_items_in_common(monkeypatch):
+    asked = knowledge.make_benchmark(WORLD, SEED, "reworded", 60)
+    trained, near, texts = MAKE(72), [], []
     for e in asked.examples:
         items, command = e.prompt.removeprefix("see ").split(": ")
-        near.append(max(len(set(items.split()) & each) for each in trained[command]))
-    assert len(set(near)) > 1
-    texts = [e.answer if n == max(near) else "hm"
-             for e, n in zip(asked.examples, near, strict=True)]  # fmt: skip
+        near.append(max(len(set(items.split()) & set(other.prompt.split()))
+                        for other in trained if command in other.prompt))  # fmt: skip
+        texts.append(e.answer if near[-1] else "hm")
     monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (None, None))
     monkeypatch.setattr(knowledge.probes, "texts_of", lambda *_: texts)
-    assert knowledge.by_duplicates(None, questions, asked, tok) == {
-        str(n): [float(n == max(near)), near.count(n)] for n in sorted(set(near))
-    }
-    few = knowledge.by_duplicates(None, [], asked, tok)
-    assert list(few) == ["0"] and few["0"][1] == 60, "nothing was trained on"
+    right = {str(n): [n, near.count(n)] for n in (0, 1)}
+    assert knowledge.by_duplicates(None, trained, asked, TOK) == right
+    assert knowledge.by_duplicates(None, [], asked, TOK)["0"][1] == 60, "none is near"
 
 
-def test_rows_name_arms_that_exist():
-    specs = [row[2] for name in ("knowledge", "audit")
-             for row in EXPERIMENTS[name]["rows"]]  # fmt: skip
-    arms = {spec["arm"] for spec in specs if "arm" in spec}
-    assert arms == set(knowledge.ARMS)
-    asked = inspect.signature(knowledge.run).parameters
-    for spec in specs:
-        for key in set(spec) - {"run"} - set(asked):
-            assert hasattr(knowledge.sdft.Config(), key), f"{key} is no setting"
+def test_rows_name_arms_and_settings_that_exist():
+    rows = EXPERIMENTS["knowledge"]["rows"] + EXPERIMENTS["audit"]["rows"]
+    known = {"run", *knowledge.run.__code__.co_varnames[:8]}
+    known |= vars(knowledge.sdft.Config()).keys()
+    assert {spec["arm"] for *_, spec in rows if "arm" in spec} == set(knowledge.ARMS)
+    assert all(spec.keys() <= known for *_, spec in rows)

@@ -1,7 +1,7 @@
 """--shard: two processes that hold a part each compute what one computes.
 
-Over gloo, on the CPU. All that needs two processes is done in one group of them, by the
-script GROUP, since to start one takes seconds; each test reads what it left behind.
+Over gloo, on the CPU, in one group of two, by the script GROUP, since to start one
+takes seconds; each test reads what it left behind.
 """
 
 import json
@@ -17,18 +17,17 @@ import torch
 import train
 
 pytest.importorskip("transformers", reason="pip install transformers")
-if tuple(map(int, torch.__version__.split(".")[:2])) < train.SHARD_TORCH:
-    pytest.skip("--shard needs a newer torch", allow_module_level=True)
-from test_own_run import SHORT, files, folder, load, read, run, weights_of  # noqa: E402
-
-__all__ = ["files", "folder"]  # fixtures
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
+    pytest.skip("--shard needs torch 2.13 or newer", allow_module_level=True)
+from test_own_run import load, make_files, read, run, stop_at, weights_of  # noqa: E402
+from test_pretrained import make_folder  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
-ROOT = Path(__file__).parents[1]
+ROOT, OUTS = Path(__file__).parents[1], ("one", "two", "cut", "plain")
 
 # A GPT in shards beside a whole one, then train.py with one command line after another
 GROUP = """
-import copy, json, shutil, sys, time
+import copy, itertools, json, pathlib, shutil, sys, time
 import torch
 import torch.distributed as dist
 import model, train
@@ -38,11 +37,10 @@ torch.set_num_threads(1)
 dist.init_process_group("gloo")
 dist.init_process_group = lambda *args, **more: None  # one group serves all
 dist.destroy_process_group = lambda: None
-rank, lines = dist.get_rank(), json.loads(sys.argv[1])
+rank, (name, *lines), found = dist.get_rank(), json.loads(sys.argv[1]), []
 prompts = torch.arange(36).view(4, 9) % 11
 lengths, own = torch.tensor([9, 4, 2, 7]), slice(2 * rank, 2 * rank + 2)
 u = torch.rand(4, 12, generator=torch.Generator().manual_seed(1))
-found = []
 
 
 def loss_of(student, teacher, rows):
@@ -58,230 +56,170 @@ def loss_of(student, teacher, rows):
     return loss.detach(), response, mask, hidden.detach()
 
 
-for tie in (True, False):
-    for dtype in (torch.float32, torch.bfloat16):
-        config = GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, n_inner=21,
-                           vocab_size=13, n_tokens=11, tie_weights=tie)
-        gpt = GPT(config, torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            for p in gpt.parameters():
-                p.mul_(4)  # far from uniform
-        gpt.dtype, gpt.dropout = dtype, 0.1
-        gpt.checkpointing = not tie
-        cut = model.shard(copy.deepcopy(gpt), torch.device("cpu"))
-        teacher = copy.deepcopy(gpt).requires_grad_(False).eval()
-        shown = copy.deepcopy(cut).requires_grad_(False).eval()
-        kept = sum(p.to_local().numel() for p in shown.parameters())
-        # what each rank computes with shards, it computes alone with a whole model
-        loss, *mine = loss_of(cut, shown, own)
-        same_loss, *same = loss_of(gpt, teacher, own)
-        equal = [torch.equal(x, y) for x, y in zip(mine, same, strict=True)]
-        ends = [None, None]
-        dist.all_gather_object(ends, mine[0].size(1))
-        gpt.zero_grad()
-        for rows in (slice(0, 2), slice(2, 4)):  # the gradient of both ranks' rows
-            loss_of(gpt, teacher, rows)
-        grads = [model.whole(p.grad) for p in cut.parameters()]
-        error = max((g - p.grad).abs().max().item() / p.grad.abs().max().item()
-                    for g, p in zip(grads, gpt.parameters(), strict=True))
-        norm = torch.nn.utils.clip_grad_norm_(cut.parameters(), 1.0).item()
-        found.append({
-            "dtype": str(dtype), "kept": kept / gpt.num_params(), "ends": ends,
-            "equal": equal, "loss": [loss.item(), same_loss.item()], "error": error,
-            "norm": norm,
-            "shards": all(hasattr(p, "full_tensor") for m in (cut, shown)
-                          for p in m.parameters()),
-        })
-with open(f"{lines[0][-1]}.{rank}.json", "w") as file:
-    json.dump(found, file)
+for tie, dtype in itertools.product((True, False), (torch.float32, torch.bfloat16)):
+    config = GPTConfig(n_layer=2, n_head=6, n_kv_head=2, n_embd=24, n_inner=21,
+                       vocab_size=13, n_tokens=11, tie_weights=tie)
+    gpt = GPT(config, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for p in gpt.parameters():
+            p.mul_(4)  # far from uniform
+    gpt.dtype, gpt.dropout, gpt.checkpointing = dtype, 0.1, not tie
+    cut = model.shard(copy.deepcopy(gpt), torch.device("cpu"))
+    teacher, shown = (copy.deepcopy(x).requires_grad_(False).eval() for x in (gpt, cut))
+    # what each rank computes with shards, it computes alone with a whole model
+    mine, same = loss_of(cut, shown, own), loss_of(gpt, teacher, own)
+    gpt.zero_grad()
+    for rows in (slice(0, 2), slice(2, 4)):  # the gradient of both ranks' rows
+        loss_of(gpt, teacher, rows)
+    grads = [model.whole(p.grad) for p in cut.parameters()]
+    kept = sum(p.to_local().numel() for p in shown.parameters())
+    found.append({
+        "kept": kept / gpt.num_params(),
+        "shards": all(hasattr(p, "full_tensor") for p in cut.parameters()),
+        "equal": [torch.equal(x, y) for x, y in zip(mine, same, strict=True)],
+        "end": mine[1].size(1),
+        "limit": 1e-5 if dtype == torch.float32 else 0.03,
+        "error": max(((g - p.grad).abs().max() / p.grad.abs().max()).item()
+                     for g, p in zip(grads, gpt.parameters(), strict=True)),
+        "norm": torch.nn.utils.clip_grad_norm_(cut.parameters(), 1.0).item(),
+    })
 
-real = train.Run.stop_wanted
-for argv in lines[1:]:
+real, load = train.Run.stop_wanted, train.load_own
+for stop, *argv in lines:
     steps = iter(range(100))
-    if argv[0] == "stop":
+    if stop:
         train.Run.stop_wanted = lambda self: float(next(steps) == 3)
-    code = train.main(argv[1:])
+    train.load_own = lambda name, device, n: found.append(n) or load(name, device, n)
+    assert train.main(argv) == (143 if stop else 0)
     train.Run.stop_wanted = real
-    assert code == (128 if argv[0] == "stop" else 0), code
-    if argv[0] == "stop" and rank == 0:
+    if stop and rank == 0:
         shutil.copytree(argv[-1], argv[-1] + " copy")
+pathlib.Path(f"{name}.{rank}.json").write_text(json.dumps(found))
 time.sleep(0.1)  # see the end of train.main
 """
 
 
 @pytest.fixture(scope="module")
-def pair(folder, tmp_path_factory):
-    """The folder in which a group of two and one process have worked."""
-    place = tmp_path_factory.mktemp("pair")
-    own = files.__wrapped__(place)
-    argv = ["--init", str(folder), *own, *SHORT, "--log-every", "1"]
-    argv += ["--threads", "1"]
-    stopped = [*argv, "--shard", "--checkpointing"]
-    plain = [*argv, "--out", str(place / "plain")]
-    steps = iter(range(100))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.Run, "stop_wanted", lambda self: float(next(steps) == 3))
-        assert train.main(plain) == 128
+def pair(tmp_path_factory):
+    """A folder in which one process and a group have worked, their flags, what the
+    group has found and printed."""
+    place, threads = tmp_path_factory.mktemp("pair"), torch.get_num_threads()
+    source = make_folder(place / "source", tie_word_embeddings=True)
+    argv = [*make_files(place, source), "--log-every", "1"]
+    one, two, cut, plain = (["--out", str(place / name)] for name in OUTS)
+    assert stop_at(3, *argv, *plain) == 143
+    assert train.main([*argv, "--method", "both", *one]) == 0
+    torch.set_num_threads(threads)
+    shard = [*argv, "--shard"]
     lines = [
-        [str(place / "found")],
-        ["", *argv, "--shard", "--method", "both", "--out", str(place / "two")],
-        ["stop", *stopped, "--out", str(place / "cut")],
-        ["", *stopped, "--resume", "--out", str(place / "cut")],
-        ["", *plain, "--shard", "--resume"],
+        ["", *shard, "--method", "both", *two],
+        ["stop", *shard, "--checkpointing", *cut],
+        ["", *shard, "--checkpointing", "--resume", *cut],
+        ["", *shard, "--resume", *plain],
     ]
-    script = place / "group.py"
-    script.write_text(GROUP)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    (place / "group.py").write_text(GROUP)
+    torchrun = f"{sys.executable} -m torch.distributed.run --standalone".split()
+    torchrun.append("--nproc_per_node=2")
     done = subprocess.run(
-        [*torchrun, "--nproc_per_node=2", script, json.dumps(lines)],
+        [*torchrun, place / "group.py", json.dumps([str(place), *lines])],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=300,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    (place / "text").write_text(done.stdout)
-    code = train.main([*argv, "--method", "both", "--out", str(place / "one")])
-    assert code == 0
-    return place, argv
+    found = [json.loads(Path(f"{place}.{rank}.json").read_text()) for rank in (0, 1)]
+    return place, argv, found, done.stdout
 
 
-def found(pair):
-    return [json.loads((pair[0] / f"found.{rank}.json").read_text()) for rank in (0, 1)]
-
-
-def test_each_process_holds_half_of_student_and_teacher(pair):
-    for one, other in zip(*found(pair), strict=True):
-        assert one["shards"] and other["shards"]
+@pytest.mark.slow
+def test_a_process_holds_half_and_computes_what_it_computes_alone(pair):
+    """Loss, tokens, masks and hidden states to the bit, in bfloat16, too, where norms
+    stay float32; and so though the responses of one process end before those of the
+    other. Gradients are summed over processes. The memory that it asks for is half."""
+    both = list(zip(*pair[2], strict=True))
+    assert any(one["end"] != other["end"] for one, other in both[:4])
+    for one, other in both[:4]:
+        assert one["shards"] and other["shards"] and one["norm"] == other["norm"] > 0
         assert one["kept"] + other["kept"] == pytest.approx(1)
         assert 0.45 < one["kept"] < 0.55
+        for each in (one, other):
+            assert each["equal"] == [True] * 4 and each["error"] < each["limit"]
+    assert both[4:] == [(20 / 2, 20 / 2)] * 4  # bytes for each weight
 
 
-def test_what_a_process_computes_is_what_it_computes_alone(pair):
-    """Tokens, masks and hidden states to the bit, in bfloat16, too, where norms stay
-    float32; and so though the responses of one process end before those of the other.
-    """
-    assert any(one["ends"][0] != one["ends"][1] for one in found(pair)[0])
-    for one in sum(found(pair), []):
-        assert one["equal"] == [True] * 3
-        assert one["loss"][0] == one["loss"][1]
+def assert_same(x, y, where=""):
+    """Equal but for rounding, and of one kind and shape."""
+    assert type(x) is type(y), where
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for key in x:
+            assert_same(x[key], y[key], f"{where}, {key}")
+    elif isinstance(x, torch.Tensor):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
+        assert torch.allclose(x, y, atol=1e-5), where
+    elif isinstance(x, list):
+        for i, both in enumerate(zip(x, y, strict=True)):
+            assert_same(*both, f"{where}, {i}")
+    else:
+        y = pytest.approx(y, rel=1e-3, abs=1e-5) if isinstance(y, float) else y
+        assert x == y, where
 
 
-def test_gradients_are_summed_over_processes(pair):
-    for one, other in zip(*found(pair), strict=True):
-        assert one["error"] < (1e-5 if one["dtype"] == "torch.float32" else 0.03)
-        assert one["norm"] == other["norm"] > 0
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_a_run_in_shards_is_the_run_of_one_process(method, pair):
-    """Losses, evaluations, checkpoints of student, teacher, AdamW, and the folder."""
-    place = pair[0]
-    (results, lines), (wanted, wanted_lines) = (
-        read(place / name, method) for name in ("two", "one")
-    )
-    assert len(lines) == len(wanted_lines) == 9  # 6 updates, 3 evaluations
-    for line, other in zip(lines, wanted_lines, strict=True):
-        assert line.keys() == other.keys()
-        for key in line.keys() - {"seconds"}:
-            assert line[key] == close(other[key]), key
-    assert results["machine"].pop("shards") and results["machine"]["processes"] == 2
+    """Records, the folder, and a checkpoint of student, teacher and AdamW: a plain file
+    of whole tensors, where AdamW's state is by the names of parameters."""
+    outs = pair[0] / "two", pair[0] / "one"
+    (results, lines), (wanted, wanted_lines) = (read(out, method) for out in outs)
+    assert len(lines) == 9  # 6 updates, 3 evaluations
+    for line in lines + wanted_lines:
+        del line["seconds"]
+    assert_same(dict(enumerate(lines)), dict(enumerate(wanted_lines)))
+    assert results["machine"]["processes"] == 2
+    assert results["machine"]["device"] == "cpu, in shards"
     assert results["teacher_gate"] == wanted["teacher_gate"]
     saved, other = (
-        train.read_checkpoint(place / name / method / "checkpoint.pt")
-        for name in ("two", "one")
+        torch.load(out / method / "checkpoint.pt", weights_only=True) for out in outs
     )
-    assert_close(saved["models"], other["models"])
-    assert_close(saved["optimizer"]["state"], other["optimizer"]["state"])
+    assert_same(saved["models"], other["models"])
+    assert_same(saved["optimizer"], other["optimizer"])
+    weights = saved["models"]["student"]
+    assert saved["optimizer"]["state"].keys() == weights.keys() - {"lm_head.weight"}
     assert ("teacher" in saved["models"]) == (method == "sdft")
-    written, other = (load(place / name / method / "model") for name in ("two", "one"))
-    assert torch.equal(written.wte.weight, saved["models"]["student"]["wte.weight"])
-    assert torch.allclose(weights_of(written), weights_of(other), atol=1e-5)
-    moved = weights_of(other) - weights_of(load(Path(pair[1][1])))
+    written, one = (load(out / method / "model") for out in outs)
+    assert torch.equal(written.wte.weight, weights["wte.weight"])
+    assert torch.allclose(weights_of(written), weights_of(one), atol=1e-5)
+    moved = weights_of(one) - weights_of(load(pair[0] / "source"))
     assert moved.abs().max() > 1e-4  # so that 1e-5 says something
 
 
-def close(x):
-    """x, of which numbers may differ by rounding; lists of dicts hold texts."""
-    if isinstance(x, dict):
-        return {key: close(value) for key, value in x.items()}
-    if isinstance(x, list) and x and isinstance(x[0], dict):
-        return x
-    return pytest.approx(x, rel=1e-3, abs=1e-5) if isinstance(x, float | list) else x
-
-
-def assert_close(state, other):
-    assert state.keys() == other.keys()
-    for key, x in state.items():
-        if isinstance(x, dict):
-            assert_close(x, other[key])
-        else:
-            assert torch.allclose(x, other[key], atol=1e-5), key
-
-
-def test_a_stopped_run_in_shards_goes_on_to_the_bit(pair):
-    """With --checkpointing, which changes no number."""
-    place = pair[0]
-    one, other = (load(place / x / "sdft" / "model") for x in ("two", "cut"))
-    assert torch.equal(weights_of(one), weights_of(other))
-    assert "goes on after update 4" in (place / "text").read_text()
-
-
-def test_one_process_goes_on_with_a_run_in_shards(capsys, pair, tmp_path):
-    place, argv = pair
-    shutil.copytree(place / "cut copy", tmp_path / "out")
-    saved = train.read_checkpoint(tmp_path / "out" / "sdft" / "checkpoint.pt")
+@pytest.mark.slow
+def test_runs_go_on_in_shards_and_out_of_them(capsys, pair, tmp_path):
+    """From two processes to two, to the bit, and with --checkpointing, which changes no
+    number; from one to two (it does not fit any more); and from two to one."""
+    place, argv, _, text = pair
+    models = [load(place / name / "sdft" / "model") for name in OUTS]
+    one, two, cut, plain = map(weights_of, models)
+    assert torch.equal(two, cut) and "goes on after update 4" in text
+    assert torch.allclose(one, plain, atol=1e-5)
+    assert "not to the bit (saved -> now): device: cpu -> cpu, in shards, " in text
+    out = shutil.copytree(place / "cut copy", tmp_path / "out")
+    saved = train.read_run(out / "sdft" / "checkpoint.pt")
     assert saved["step"] == 4  # in the second stage: AdamW's state is part of it
-    assert train.main([*argv, "--resume", "--out", str(tmp_path / "out")]) == 0
-    text = capsys.readouterr().out
-    assert "not to the bit (saved -> now): " in text and "shards: True -> None" in text
-    one, other = (load(x / "sdft" / "model") for x in (place / "one", tmp_path / "out"))
-    assert torch.allclose(weights_of(one), weights_of(other), atol=1e-5)
+    code, text, err = run(capsys, *argv, "--resume", "--out", out)
+    assert code == 0, err
+    assert "not to the bit (saved -> now): device: cpu, in shards -> cpu, " in text
+    assert torch.allclose(one, weights_of(load(out / "sdft" / "model")), atol=1e-5)
 
 
-def test_shards_go_on_with_a_run_of_one_process(pair):
-    """It did not fit any more, or there are more GPUs now: cut what was saved."""
-    place = pair[0]
-    assert "shards: None -> True" in (place / "text").read_text()
-    one, other = (load(place / x / "sdft" / "model") for x in ("one", "plain"))
-    assert torch.allclose(weights_of(one), weights_of(other), atol=1e-5)
-
-
-def test_the_plan_is_that_of_one_process_of_several(pair):
-    text = (pair[0] / "text").read_text()
-    n = load(Path(pair[1][1])).num_params()
-    for parts in (1, 2):
-        need = f"plan: {20e-9 * n / parts:.3g} GB for weights, gradients, AdamW"
-        assert (need in text) == (parts == 2)
-
-
-def test_a_checkpoint_of_shards_is_a_plain_file_of_whole_tensors(pair):
-    """The same names and shapes as that of one process, for torch and without train.py;
-    AdamW's state is by the names of parameters."""
-    saved, other = (
-        torch.load(pair[0] / name / "sdft" / "checkpoint.pt", weights_only=True)
-        for name in ("two", "one")
-    )
-    for each in (saved, other):
-        weights = each["models"]["student"]
-        state = each["optimizer"]["state"]
-        assert state.keys() == weights.keys() - {"lm_head.weight"}  # tied
-        for name in state:
-            assert state[name]["exp_avg"].shape == weights[name].shape
-    assert shapes(saved["models"]) == shapes(other["models"])
-    assert shapes(saved["optimizer"]) == shapes(other["optimizer"])
-
-
-def shapes(x):
-    if isinstance(x, dict):
-        return {key: shapes(value) for key, value in x.items()}
-    return (type(x), x.shape, x.dtype) if isinstance(x, torch.Tensor) else type(x)
-
-
-def test_shard_is_refused_where_it_cannot_be(capsys, folder, files, tmp_path):
-    code, _, err = run(capsys, folder, files, tmp_path / "out", *SHORT, "--shard")
-    assert code == 2 and "--shard needs several processes, and this is one" in err
-    assert "hint: torchrun --standalone" in err and not (tmp_path / "out").exists()
+def test_shard_is_refused_where_it_cannot_be(monkeypatch):
     args = train.parse_args(["--init", "x", "--data", "y", "--shard"])
-    with pytest.raises(train.UserError, match="--shard: not on mps"):
-        train.check_shard(args, torch.device("mps"), 2)
-    for name in ("cpu", "cuda:0"):
-        train.check_shard(args, torch.device(name), 2)
+    for name, n in (("cpu", 1), ("mps", 2)):
+        monkeypatch.setattr(train, "choose_device", lambda _, x=name: torch.device(x))
+        monkeypatch.setattr(train, "world_size", lambda n=n: n)
+        with pytest.raises(train.UserError, match="--shard needs several") as caught:
+            train.start_processes(args)
+        assert caught.value.hint.startswith("torchrun --standalone")
+    monkeypatch.setattr(train, "choose_device", lambda _: torch.device("cuda:0"))
+    monkeypatch.setattr(torch.cuda, "set_device", print)
+    assert train.start_processes(args) == torch.device("cuda:0")

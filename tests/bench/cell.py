@@ -5,10 +5,8 @@ FOLDER/spec.json says what to run, in plain values:
     {"run": "finetune:run", "seed": 200, "quick": false, "method": "sft", "lr": 6e-4}
 
 calls finetune.run(seed=200, folder=FOLDER, quick=False, method="sft", lr=6e-4). A value
-that is a spec itself is a cell that must be finished before: the function gets the path
-of its folder instead. What the function returns, a dict of plain values, becomes
-FOLDER/result.json: it is there whole or not at all. Started again after a stop, a cell
-goes on.
+that is a spec itself is a cell that must be finished before: the function gets its
+folder instead. What it returns, plain values, becomes FOLDER/result.json.
 """
 
 import ast
@@ -22,10 +20,8 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-for path in (ROOT, ROOT / "tests" / "exercises", ROOT / "tests" / "bench"):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "exercises"), str(HERE)]
 
 from variants import changed_texts, changes_of, source  # noqa: E402
 
@@ -38,11 +34,11 @@ def is_spec(value):
 
 def needs(spec):
     """The cells that must be finished before this one."""
-    return [value for value in spec.values() if is_spec(value)]
+    return list(filter(is_spec, spec.values()))
 
 
 def folder_of(work, spec):
-    """Where a cell is run: equal specs have the same folder, so they are run once."""
+    """Where a cell is run: equal specs have one folder, so they are run once."""
     name = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:12]
     return work / f"seed{spec['seed']}" / "cells" / name
 
@@ -51,20 +47,10 @@ def folder_of(work, spec):
 def code_key(variants=None):
     """The five modules that made a result, without comments, with their changes. What
     stands in this folder is not part of it: change a spec along with what it means."""
-    changed = changed_texts(changes_of(variants)) if variants else {}
-    names = [f"{name}.py" for name in ("model", "data", "sft", "sdft", "train")]
-    trees = [ast.parse(changed.get(name) or source(name)) for name in names]
-    text = "".join(ast.dump(tree) for tree in trees)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def rounded(x):
-    """Plain values with six digits: results are to be read, and kept in git."""
-    if isinstance(x, dict):
-        return {key: rounded(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [rounded(value) for value in x]
-    return float(f"{x:.6g}") if isinstance(x, float) else x
+    texts = changed_texts(changes_of(variants)) if variants else {}
+    names = "model.py", "data.py", "sft.py", "sdft.py", "train.py"
+    trees = [ast.parse(texts.get(name) or source(name)) for name in names]
+    return train.digest("".join(map(ast.dump, trees)))
 
 
 def wait_for(folder):
@@ -72,11 +58,10 @@ def wait_for(folder):
     while True:
         try:
             train.lock(folder)
+            return train.LOCKS.pop()  # train.main would let go of it at its end
         except train.UserError:
             train.LOCKS.pop().close()
             time.sleep(1)
-        else:
-            return train.LOCKS.pop()  # train.main would let go of it at its end
 
 
 def run(folder):
@@ -91,7 +76,10 @@ def run(folder):
             call = getattr(importlib.import_module(module), function)
             result = call(folder=folder, **spec)
             result.setdefault("seconds", {"whole": time.perf_counter() - start})
-            train.write_text(path, json.dumps(rounded({"code": code, **result})))
+            text = json.dumps({"code": code, **result})
+            # six digits: results are to be read, and kept in git
+            content = json.loads(text, parse_float=lambda x: float(f"{float(x):.6g}"))
+            train.write_text(path, json.dumps(content))
         return json.loads(path.read_text())
 
 

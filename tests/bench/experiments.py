@@ -7,55 +7,29 @@ seed 0, which no table shows.
 """
 
 import math
+from functools import partial
 from statistics import mean
 
 from knowledge import INDIRECT
 
-TWENTY = tuple(range(200, 220))  # no setting was chosen on these
-REPORT = TWENTY[:5]
-
-# ---- Specs -------------------------------------------------------------------------
+SEEDS = tuple(range(200, 220))  # no setting was chosen on these
 
 BASE = {"run": "finetune:base"}
 TEXTS = {"run": "knowledge:base", "base": BASE}
+READER = {**BASE, "variants": "reads-answers"}  # of demonstrations without a thought
 
 
-def cell(method, lr, variants="", **settings):
+def cell(method, lr, variants="", skills="", **settings):
     """A fine-tuning cell; settings of the method's Config, or of finetune.run."""
+    every = {"sft": 50, "sdft": 10}[method] * (2 if skills else 1)
     spec = {"run": "finetune:run", "base": BASE, "method": method, "lr": float(lr)}
-    if variants:
-        spec["variants"] = variants
-    return {**spec, **settings}
+    some = {"variants": variants, "skills": skills}
+    spec |= {"eval_every": every, **{k: v for k, v in some.items() if v}}
+    return spec | settings
 
 
-def sft(lr, variants="", **settings):
-    return cell("sft", lr, variants, **{"eval_every": 50, **settings})
-
-
-def short_sft(lr):
-    """SFT for as many updates as SDFT."""
-    return sft(lr, steps=120, eval_every=10)
-
-
-def sdft(lr="9e-5", variants="", **settings):
-    return cell("sdft", lr, variants, **{"eval_every": 10, **settings})
-
-
-def three(lr="9e-5", variants="", **settings):
-    """SDFT on three skills, one after the other."""
-    return sdft(lr, variants, skills="ABC", eval_every=20, **settings)
-
-
-def long_sft(lr, variants="", **settings):
-    """SFT on three skills, one after the other."""
-    return sft(lr, variants, skills="ABC", eval_every=100, **settings)
-
-
-def by_distance(name):
-    """Each method on three skills, with demonstrations at this distance."""
-    at = {} if name == "terms" else {"distance": name}  # the default
-    return {"sdft": three(**at), "sft": long_sft("1e-4", **at),
-            "dft": long_sft("1e-4", "dft", **at)}  # fmt: skip
+sft, sdft = partial(cell, "sft"), partial(cell, "sdft")
+long_sft, three = partial(sft, skills="ABC"), partial(sdft, skills="ABC")
 
 
 def reinvoke(lr, prompts="reinvoke,general"):
@@ -63,14 +37,9 @@ def reinvoke(lr, prompts="reinvoke,general"):
     return sdft("9e-5", prompts, start=sft(lr))
 
 
-def frozen(variants="", lr="9e-5", **settings):
-    """The same teacher for all: the base, shown the demonstration."""
-    return sdft(lr, variants, ema_rate=0.0, **settings)
-
-
 def facts(arm, lr=None, **settings):
     """A cell of knowledge.py, on the base that reads texts."""
-    rate = {} if lr is None else {"lr": float(lr)}
+    rate = {"lr": float(lr)} if lr else {}
     return {"run": "knowledge:run", "base": TEXTS, "arm": arm, **rate, **settings}
 
 
@@ -78,29 +47,15 @@ def train_py(flags):
     return {"run": "finetune:train_py", "base": BASE, "flags": flags}
 
 
-# Core-seconds of one thread, capability AVX512: of an update (of 64 responses), of an
-# evaluation on the way, and of all that is measured at the end.
-SECONDS = {"base": 240, "sft": 0.22, "sdft": 0.42, "evaluation": 1.3, "measure": 20}
-
-
 def estimate(spec):
-    """About how many core-seconds a cell takes."""
-    if spec["quick"]:
-        return 8
-    if spec["run"] == "knowledge:run":
-        method = spec["arm"].split()[0]
-        each = {"cpt": 0.06, "oracle": 0}.get(method) or SECONDS.get(method, 0)
-        return spec.get("steps", 160) * each + SECONDS["measure"]
-    if spec["run"] != "finetune:run":
-        return SECONDS["base"]
-    stages = len(spec.get("skills", "A"))
-    updates = stages * spec.get("steps", {"sft": 300, "sdft": 120}[spec["method"]])
-    size = spec.get("batch_size", 64) / 64
-    evaluations = updates / spec["eval_every"] * (0.6 + 0.4 * stages)
-    return (
-        updates * size * SECONDS[spec["method"]]
-        + evaluations * SECONDS["evaluation"] + SECONDS["measure"]
-    )  # fmt: skip
+    """About how many core-seconds a cell takes, with one thread and AVX512."""
+    method = spec.get("method", spec.get("arm", "base")).split()[0]
+    each = {"sft": 0.22, "sdft": 0.42, "cpt": 0.06, "oracle": 0}.get(method)
+    if spec["quick"] or each is None:
+        return 8 if spec["quick"] else 240
+    usual = 160 if "arm" in spec else {"sft": 300, "sdft": 120}[method]
+    responses = spec.get("steps", usual) * spec.get("batch_size", 64)
+    return responses * len(spec.get("skills", "A")) * each / 64 + 40
 
 
 # ---- What a cell says --------------------------------------------------------------
@@ -123,10 +78,14 @@ def summary(cell):
     }
 
 
-def accuracy(cell, group, name=None):
-    rows = cell[group]
-    names = [name] if name else rows
-    return mean(rows[each]["accuracy"] for each in names)
+def of(group, *names, key="accuracy"):
+    """A function: the mean over benchmarks of a group of a cell, by default all."""
+    return lambda cell: mean(cell[group][n][key] for n in names or cell[group])
+
+
+def tuned(read):
+    """The same function, and None of a base, which has no updates."""
+    return lambda cell: read(cell) if "evaluations" in cell else None
 
 
 def updates_to(cell, goal):
@@ -138,173 +97,135 @@ def updates_to(cell, goal):
     for (x0, y0), (x1, y1) in zip(rows, rows[1:], strict=False):
         if y1 >= goal:
             return x0 + (x1 - x0) * (goal - y0) / (y1 - y0)
-    return float("inf")
+    return math.inf
 
 
-def spent(cell, goal):
-    """What it took to reach an accuracy."""
-    steps = updates_to(cell, goal)
-    share = steps / (cell["config"]["steps"] * len(cell["new"]))
-    return {
-        "updates": steps,
-        "TFLOP": cell["work"]["flops"] * share / 1e12,
-        "tokens written": cell["work"]["written"] * share,
-        "core-seconds": cell["work"]["core_seconds"] * share,
-    }
+def spent(what, unit=1.0):
+    """A function: what it took to reach .95, of a cell's work."""
+    return tuned(lambda cell: cell["work"][what] * unit * updates_to(cell, 0.95) / (
+        cell["config"]["steps"] * len(cell["new"])
+    ))  # fmt: skip
 
 
-PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
-READ = {
-    "new": lambda c: accuracy(c, "new"),
-    "prior": lambda c: accuracy(c, "prior"),
-    "first skill": lambda c: accuracy(c, "new", "A"),
-    "worst skill": lambda c: min(row["accuracy"] for row in c["new"].values()),
-    **{
-        name: lambda c, name=name: accuracy(c, "prior", name)
-        for name in PRIOR
-    },
-    "strict": lambda c: accuracy(c, "new", "reworded"),
-    "lenient": lambda c: accuracy(c, "lenient", "reworded"),
-    "OOD": lambda c: mean(accuracy(c, "new", kind) for kind in INDIRECT),
-    **{
-        kind: lambda c, kind=kind: accuracy(c, "new", kind)
-        for kind in ("trained", *INDIRECT)
-    },
-    "known, OOD": lambda c: mean(accuracy(c, "known", kind) for kind in INDIRECT),
-    "gate": lambda c: c["gate"],
-    "length": lambda c: mean(row["length"] for row in c["new"].values()),
-    "prior length": lambda c: mean(row["length"] for row in c["prior"].values()),
-    "thinks": lambda c: mean(row["thinks"] for row in c["new"].values()),
-    "prior thinks": lambda c: c["prior"]["knowledge"]["thinks"],
-    "updates to .9": lambda c: updates_to(c, 0.9) if "evaluations" in c else None,
-    "KL(student || base)": lambda c: c["kl_student_base"]["new"],
-    "KL(student || base), prior": lambda c: c["kl_student_base"]["prior"],
-    "KL(teacher || base)": lambda c: of_teacher(c).get("new"),
-    "KL(teacher || base), prior": lambda c: of_teacher(c).get("prior"),
-    "KL(base || student), prior": lambda c: c["kl_base_student"]["prior"],
-    "mass on old answers": lambda c: mean(c["old_mass"].values()),
-    **{
-        f"pass@{k}": lambda c, k=k: c["pass_at_k"].get(str(k))
-        for k in (1, 2, 4, 8, 16, 32, 64)
-    },
-    "after own stage": lambda c: mean(own_stages(c)) if "evaluations" in c else None,
-    "gate at the start": lambda c: c["evaluations"][0]["teacher_gate"]
-    if "evaluations" in c else c["gate"],
-    "first loss": lambda c: c["records"][0]["loss"] if "records" in c else None,
-    **{
-        f"{what} to .95": lambda c, what=what: spent(c, 0.95)[what]
-        if "work" in c else None
-        for what in ("updates", "TFLOP", "tokens written", "core-seconds")
-    },
-    # in 1e-4 nats: the floor, where two digits would show zeros
-    "last loss, 1e-4": lambda c: 1e4 * last_record(c)["loss"],
-    "held-out loss, 1e-4": lambda c: 1e4 * held_out_loss(c)
-    if "evaluations" in c else None,
-    "last KL(student || teacher)": lambda c: last_record(c).get("kl_student_teacher"),
-}
-
-
-def of_teacher(cell):
-    """Its distances to the base. They are measured as SDFT's teacher sees a prompt, so
-    a run that goes on from another (re-invoke, with the base as it is) has none."""
-    return {} if "start" in cell["spec"] else cell["kl_teacher_base"] or {}
+def of_teacher(group):
+    """A function: its distance to the base. It is measured as SDFT's teacher sees a
+    prompt, so a run that goes on from another (re-invoke) has none."""
+    return lambda cell: (
+        None if "start" in cell["spec"] else (cell["kl_teacher_base"] or {}).get(group)
+    )
 
 
 def own_stages(cell):
     """The accuracy of each skill right after its stage, on the watched queries."""
     steps = cell["config"]["steps"]
     at = {row["step"]: row for row in cell["evaluations"]}
-    return [at[steps * (i + 1)]["new"][s] for i, s in enumerate(cell["new"])]
+    return mean(at[steps * (i + 1)]["new"][s] for i, s in enumerate(cell["new"]))
 
 
-def held_out_loss(cell):
-    """KL(teacher || student) of the last evaluation, on held-out queries: no dropout,
-    the mean over places."""
-    return mean(cell["evaluations"][-1]["kl_teacher_student_by_position"])
+def last_record(cell, key):
+    """The mean of the last three records, None without this key: one is noisy."""
+    rows = [row for row in cell["records"] if "loss" in row][-3:]
+    return mean(row[key] for row in rows) if key in rows[0] else None
 
 
-def last_record(cell):
-    """The mean of the last three records: single ones are noisy."""
-    rows = [r for r in cell.get("records", []) if "loss" in r][-3:]
-    keys = set.intersection(*map(set, rows)) if rows else ()
-    return {k: mean(r[k] for r in rows) for k in keys if isinstance(rows[0][k], float)}
-
-
-EARLIER = (
-    ("sdft 9e-5", 5, "--lr 9e-5 --eval-every 40"),
-    ("sft 6e-4", 5, "--lr 6e-4 --eval-every 100"),
-    ("sft 2.5e-4", 5, "--lr 2.5e-4"),
-    ("sft 1.5e-3", 5, "--lr 1.5e-3"),
-    ("sdft 2.4e-4", 5, "--lr 2.4e-4"),
-    ("sdft 3e-5", 5, "--lr 3e-5"),
-    ("sft 1e-4", 5, "--lr 1e-4"),
-    ("sft 4e-5", 5, "--lr 4e-5"),
-    ("sdft 6e-4", 5, "--lr 6e-4"),
-    ("sft own", 3, "--lr 1e-4 --distance own"),
-    ("sdft own", 3, "--distance own"),
-    ("sft known", 3, "--lr 1e-4 --distance known"),
-    ("sdft known", 3, "--distance known"),
-    ("sdft reverse", 2, "--kl reverse"),
-    ("sdft frozen", 2, "--ema-rate 0"),
-    ("sdft live", 2, "--ema-rate 1"),
-)
+PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
+READ = {
+    "new": of("new"), "prior": of("prior"), "first skill": of("new", "A"),
+    "worst skill": lambda c: min(row["accuracy"] for row in c["new"].values()),
+    **{name: of("prior", name) for name in PRIOR},
+    "strict": of("new", "reworded"), "lenient": of("lenient", "reworded"),
+    "OOD": of("new", *INDIRECT), "known, OOD": of("known", *INDIRECT),
+    **{kind: of("new", kind) for kind in ("trained", *INDIRECT)},
+    "gate": lambda c: c["gate"],
+    "length": of("new", key="length"), "prior length": of("prior", key="length"),
+    "thinks": of("new", key="thinks"),
+    "prior thinks": of("prior", "knowledge", key="thinks"),
+    "KL(student || base)": lambda c: c["kl_student_base"]["new"],
+    "KL(student || base), prior": lambda c: c["kl_student_base"]["prior"],
+    "KL(teacher || base)": of_teacher("new"),
+    "KL(teacher || base), prior": of_teacher("prior"),
+    "KL(base || student), prior": lambda c: c["kl_base_student"]["prior"],
+    "mass on old answers": lambda c: mean(c["old_mass"].values()),
+    **{
+        f"pass@{k}": lambda c, k=str(k): c["pass_at_k"].get(k)
+        for k in (1, 2, 4, 8, 16, 32, 64)
+    },
+    "after own stage": tuned(own_stages),
+    "gate at the start": lambda c: c["evaluations"][0]["teacher_gate"]
+    if "evaluations" in c else c["gate"],
+    "updates to .9": tuned(lambda c: updates_to(c, 0.9)),
+    "updates to .95": tuned(lambda c: updates_to(c, 0.95)),
+    "TFLOP to .95": spent("flops", 1e-12),
+    "tokens written to .95": spent("written"),
+    "core-seconds to .95": spent("core_seconds"),
+    "first loss": tuned(lambda c: c["records"][0]["loss"]),
+    # in 1e-4 nats: the floor, where two digits would show zeros
+    "last loss, 1e-4": tuned(lambda c: 1e4 * last_record(c, "loss")),
+    # of the last evaluation: no dropout, the mean over places
+    "held-out loss, 1e-4": tuned(lambda c: 1e4 * mean(
+        c["evaluations"][-1]["kl_teacher_student_by_position"]
+    )),
+    "last KL(student || teacher)":
+        tuned(lambda c: last_record(c, "kl_student_teacher")),
+}  # fmt: skip
 
 # ---- The table of experiments ------------------------------------------------------
 
-READER = {**BASE, "variants": "reads-answers"}  # of demonstrations without a thought
-
-
-def reader(spec):
-    """The same cell on the base that can read demonstrations without a thought."""
-    return {**spec, "base": READER}
-
-
-def sized(flags):
-    """The base of other flags of train.py."""
-    return {**BASE, "flags": flags} if flags else BASE
-
-
+EARLIER = {  # label: how many of the seeds, flags of train.py
+    "sdft 9e-5": (5, "--lr 9e-5 --eval-every 40"),
+    "sft 6e-4": (5, "--lr 6e-4 --eval-every 100"),
+    **{label: (5, f"--lr {label.split()[1]}") for label in (
+        "sft 2.5e-4", "sft 1.5e-3", "sdft 2.4e-4", "sdft 3e-5", "sft 1e-4", "sft 4e-5",
+        "sdft 6e-4",
+    )},
+    "sft own": (3, "--lr 1e-4 --distance own"),
+    "sdft own": (3, "--distance own"),
+    "sft known": (3, "--lr 1e-4 --distance known"),
+    "sdft known": (3, "--distance known"),
+    "sdft reverse": (2, "--kl reverse"), "sdft frozen": (2, "--ema-rate 0"),
+    "sdft live": (2, "--ema-rate 1"),
+}  # fmt: skip
 SIZES = {  # name: flags of the base; a length is a number of updates
-    "large": "",
-    "middle": "--n-embd 144",
-    "small": "--n-embd 96",
-    "large, 400": "--base-steps 400",
-    "large, 300": "--base-steps 300",
-}
+    "large": "", "middle": "--n-embd 144", "small": "--n-embd 96",
+    "large, 400": "--base-steps 400", "large, 300": "--base-steps 300",
+}  # fmt: skip
 SFT_RATES = ("6e-4", "2.5e-4", "1e-4", "1.5e-3")
 SDFT_RATES = ("9e-5", "2.4e-4", "3e-5", "6e-4")
 POLICIES = {"sdft": "", "offpolicy": "offpolicy", "imitate": "offpolicy,imitate"}
-NEAR = ("own", "known", "terms")  # demonstrations, from the model's own to the expert's
+NEAR = {  # demonstrations, from the model's own to the expert's, which are the default
+    "own": {"distance": "own"}, "known": {"distance": "known"}, "terms": {}
+}  # fmt: skip
+ONE_SKILL = [
+    ("base", 5, BASE),
+    *((f"sdft {lr}", 5, sdft(lr)) for lr in SDFT_RATES),
+    *((f"sft {lr}", 5, sft(lr)) for lr in SFT_RATES),
+    *((f"dft {lr}", 5, sft(lr, "dft")) for lr in SFT_RATES),
+    *((f"reinvoke {lr}", 5, reinvoke(lr)) for lr in SFT_RATES),
+    # SFT for as many updates as SDFT
+    *((f"sft {lr}, 120", 5, sft(lr, steps=120, eval_every=10)) for lr in SFT_RATES),
+]
+PASSK = ("base", "sdft 9e-5", "sft 6e-4", "sft 1e-4", "dft 6e-4")
 SKILLS_KEPT = (
     "after own stage", "first skill", "new", "worst skill", "prior", "knowledge",
     "own_style", "asked_style", "KL(student || base)",
 )  # fmt: skip
-TAUS = (0.03, 0.3, 1.0, 3.0)
-
 FACT_RATES = {  # by arm of knowledge.py; the first one is that of the audit
-    "sdft answer + text": ("1e-4", "4e-4"),
-    "sft": ("3e-4", "1e-4"),
-    "sdft answer": ("1e-4",),
-    "sdft text": ("1e-4",),
-    "cpt": ("1e-3", "3e-4"),
-}
-AUDIT = {  # what is changed: settings of knowledge.run, for one method or for both
-    "as it is": {"both": {}},
-    "a quarter of the updates": {"both": {"steps": 40}},
-    "twice the updates": {"both": {"steps": 320}},
-    "both wordings trained": {"both": {"wordings": 2}},
-    "4 questions a fact": {"both": {"questions": 72}},
-    "demonstrations in its own style": {"both": {"manner": "own"}},
-    "EMA .01": {"sdft": {"ema_rate": 0.01}},
-    "frozen teacher": {"sdft": {"ema_rate": 0.0}},
-}
+    "sdft answer + text": ("1e-4", "4e-4"), "sft": ("3e-4", "1e-4"),
+    "sdft answer": ("1e-4",), "sdft text": ("1e-4",), "cpt": ("1e-3", "3e-4"),
+}  # fmt: skip
+AUDIT = {  # what is changed: settings of knowledge.run
+    "as it is": {}, "a quarter of the updates": {"steps": 40},
+    "twice the updates": {"steps": 320}, "both wordings trained": {"wordings": 2},
+    "4 questions a fact": {"questions": 72},
+    "demonstrations in its own style": {"manner": "own"},
+    "EMA .01": {"ema_rate": 0.01}, "frozen teacher": {"ema_rate": 0.0},  # SDFT only
+}  # fmt: skip
 
 EXPERIMENTS = {
     "default": {
         "claim": "SFT forgets skill after skill, SDFT keeps them (Fig. 3); both "
         "methods as train.py runs them",
         "fails if": "SDFT ends below SFT in the new or in the prior skills at a seed",
-        "seeds": TWENTY,
         "rows": [
             ("sdft", 20, train_py("--method sdft")),
             ("sft", 20, train_py("--method sft")),
@@ -320,7 +241,7 @@ EXPERIMENTS = {
         "seeds": (70, 71, 72, 73, 74),
         "rows": [
             (label, n, train_py(f"--method {label.split()[0]} {flags}"))
-            for label, n, flags in EARLIER
+            for label, (n, flags) in EARLIER.items()
         ],
         "columns": summary,
     },
@@ -331,16 +252,7 @@ EXPERIMENTS = {
         "fails if": "some rate of SFT, DFT or SFT + re-invoke has, in the mean over "
         "seeds, new and prior both within .02 of SDFT's at 9e-5; or re-invoke does not "
         "raise the prior of SFT at the same rate",
-        "seeds": REPORT,
-        "rows": [
-            ("base", 5, BASE),
-            *((f"sdft {lr}", 5, sdft(lr)) for lr in SDFT_RATES),
-            *((f"sft {lr}", 5, sft(lr)) for lr in SFT_RATES),
-            *((f"dft {lr}", 5, sft(lr, "dft")) for lr in SFT_RATES),
-            *((f"reinvoke {lr}", 5, reinvoke(lr)) for lr in SFT_RATES),
-            *((f"sft {lr}, 120", 5, short_sft(lr)) for lr in SFT_RATES),
-            ("reinvoke own 6e-4", 3, reinvoke("6e-4", "reinvoke")),
-        ],
+        "rows": [*ONE_SKILL, ("reinvoke own 6e-4", 3, reinvoke("6e-4", "reinvoke"))],
         "columns": ("new", "prior", "knowledge", "own_style", "asked_style",
                     "KL(student || base)", "updates to .9"),
     },
@@ -350,12 +262,12 @@ EXPERIMENTS = {
         "fails if": "off-policy KL or SFT on the teacher's samples has, in the mean "
         "over seeds and at its best rate, a new skill and prior skills within .01 of "
         "SDFT's at its best rate after 120 updates",
-        "seeds": REPORT,
         "rows": [
             ("base", 5, BASE),
-            *((f"{label} {lr}", 5, frozen(variants, lr))
+            *((f"{label} {lr}", 5, sdft(lr, variants, ema_rate=0.0))
               for lr in SDFT_RATES[:3] for label, variants in POLICIES.items()),
-            *((f"tau {tau}", 5, frozen("speculative", tau=tau)) for tau in TAUS),
+            *((f"tau {tau}", 5, sdft("9e-5", "speculative", ema_rate=0.0, tau=tau))
+              for tau in (0.03, 0.3, 1.0, 3.0)),
         ],
         "columns": ("new", "prior", "updates to .9", "pass@1", "KL(student || base)",
                     "KL(student || base), prior", "held-out loss, 1e-4"),
@@ -366,18 +278,15 @@ EXPERIMENTS = {
         "fails if": "live keeps new and prior at .95 and above at every seed; or, for "
         "EMA above frozen, the best EMA ends less than .01 above frozen in new, in the "
         "mean over seeds",
-        "seeds": REPORT,
         "rows": [
             ("base", 5, BASE),
-            ("ema .001", 5, three()),
-            ("frozen", 5, three(ema_rate=0.0)),
-            ("ema .01", 5, three(ema_rate=0.01)),
-            ("live", 5, three(ema_rate=1.0)),
-            ("ema .05", 5, three(ema_rate=0.05)),
-            ("ema .2", 5, three(ema_rate=0.2)),
-            ("copy 120", 5, three("9e-5", "copies", copy_every=120)),
-            ("copy 40", 5, three("9e-5", "copies", copy_every=40)),
-            ("copy 10", 5, three("9e-5", "copies", copy_every=10)),
+            ("ema .001", 5, three("9e-5")),
+            *((label, 5, three("9e-5", ema_rate=rate)) for label, rate in (
+                ("frozen", 0.0), ("ema .01", 0.01), ("live", 1.0), ("ema .05", 0.05),
+                ("ema .2", 0.2),
+            )),
+            *((f"copy {n}", 5, three("9e-5", "copies", copy_every=n))
+              for n in (120, 40, 10)),
         ],
         "columns": ("after own stage", "new", "worst skill", "prior", "gate",
                     "KL(student || base)", "KL(teacher || base)",
@@ -391,7 +300,6 @@ EXPERIMENTS = {
         "SFT in strict by more than .01, or not above it in OOD by .05, at a rate of "
         "SFT; or is not above SDFT shown the text alone in strict; or CPT is not the "
         "lowest that is trained. (At seed 0 strict was 1.00 for both: no more to win)",
-        "seeds": REPORT,
         "rows": [
             ("base", 5, TEXTS),
             ("base + text", 5, facts("oracle")),
@@ -405,12 +313,11 @@ EXPERIMENTS = {
         "claim": "what else could explain a difference of SDFT and SFT on facts",
         "fails if": "with one of these changes SDFT is below SFT, in strict by more "
         "than .01 or in OOD, in the mean over seeds",
-        "seeds": REPORT[:3],
         "rows": [
             (f"{method}, {what}", 3, facts(arm, FACT_RATES[arm][0], **settings))
-            for what, of in AUDIT.items()
+            for what, settings in AUDIT.items()
             for method, arm in (("sdft", "sdft answer + text"), ("sft", "sft"))
-            if (settings := of.get(method, of.get("both"))) is not None
+            if method == "sdft" or "ema_rate" not in settings
         ],
         "columns": ("trained", "strict", "OOD", "prior", "KL(student || base)"),
     },
@@ -421,10 +328,9 @@ EXPERIMENTS = {
         "fails if": "SFT or DFT, at a rate that has learnt each skill after its stage "
         "(.9 in the mean over seeds), ends within .05 of SDFT at 9e-5 in the new or in "
         "the prior skills; or SDFT ends below .95 in either, in the mean over seeds",
-        "seeds": REPORT,
         "rows": [
             ("base", 5, BASE),
-            ("sdft 9e-5", 5, three()),
+            ("sdft 9e-5", 5, three("9e-5")),
             *((f"sft {lr}", 5, long_sft(lr)) for lr in SFT_RATES[:3]),
             *((f"dft {lr}", 5, long_sft(lr, "dft")) for lr in ("6e-4", "1e-4")),
             *((f"sdft {lr}", 3, three(lr)) for lr in SDFT_RATES[1:]),
@@ -438,11 +344,13 @@ EXPERIMENTS = {
         "fails if": "in the mean over seeds, SFT does not end higher in prior by .2 on "
         "demonstrations in the model's own style than on the expert's own terms; or "
         "SDFT ends below .95 in new or in prior at one of the distances",
-        "seeds": REPORT[:3],
         "rows": [
             ("base", 3, BASE),
-            *((f"{method} {name}", 3, by_distance(name)[method])
-              for method in ("sdft", "sft", "dft") for name in NEAR),
+            *((f"{label} {name}", 3, {**spec, **near})
+              for label, spec in (
+                  ("sdft", three("9e-5")), ("sft", long_sft("1e-4")),
+                  ("dft", long_sft("1e-4", "dft")),
+              ) for name, near in NEAR.items()),
         ],
         "columns": SKILLS_KEPT,
     },
@@ -452,16 +360,12 @@ EXPERIMENTS = {
         "fails if": "in the mean over seeds, SFT on answers is not below the base in "
         "new, or SDFT on answers not above both; or SFT on answers still thinks in "
         "more than .5 of its responses, or SDFT in less than .95",
-        "seeds": REPORT[:3],
         "rows": [
             ("base", 3, READER),
-            *((f"sdft {lr}, answers", 3, reader(sdft(lr, "answer-only")))
-              for lr in SDFT_RATES[:2]),
-            *((f"sft {lr}, answers", 3, reader(sft(lr, "answer-only")))
-              for lr in ("6e-4", "1e-4")),
-            ("sdft 9e-5, whole", 3, reader(sdft("9e-5"))),
-            ("sft 6e-4, whole", 3, reader(sft("6e-4"))),
-            ("sft 1e-4, whole", 3, reader(sft("1e-4"))),
+            *((f"{method} {lr}, {what}", 3, cell(method, lr, variants, base=READER))
+              for what, variants in (("answers", "answer-only"), ("whole", ""))
+              for method, lr in (("sdft", "9e-5"), ("sdft", "2.4e-4"), ("sft", "6e-4"),
+                                 ("sft", "1e-4")) if variants or lr != "2.4e-4"),
             ("sdft, a base that cannot read them", 3, sdft("9e-5", "answer-only")),
         ],
         "columns": ("gate at the start", "new", "prior", "knowledge", "thinks",
@@ -472,14 +376,13 @@ EXPERIMENTS = {
         "the better the base reads a demonstration, the more SDFT gains (Fig. 5 left)",
         "fails if": "over the bases, the gain of SDFT over SFT in new does not rise "
         "with the gate (rank correlation of the means over seeds at most 0)",
-        "seeds": REPORT[:3],
         "rows": [
             (f"{label} {name}", 3, spec)
             for name, flags in SIZES.items()
+            for sized in [{**BASE, "flags": flags} if flags else BASE]
             for label, spec in (
-                ("base", sized(flags)),
-                ("sdft", {**sdft(), "base": sized(flags)}),
-                ("sft", {**sft("6e-4"), "base": sized(flags)}),
+                ("base", sized), ("sdft", sdft("9e-5", base=sized)),
+                ("sft", sft("6e-4", base=sized)),
             )
         ],
         "columns": ("gate at the start", "new", "prior", "in_context", "updates to .9"),
@@ -490,14 +393,7 @@ EXPERIMENTS = {
         ".86 / .887; SDFT is highest at every k (Fig. 5 right)",
         "fails if": "SFT is above SDFT by more than .005 at some k, in the mean over "
         "seeds; or the base reaches SDFT's pass@1 at k = 4",
-        "seeds": REPORT,
-        "rows": [
-            ("base", 5, BASE),
-            ("sdft 9e-5", 5, sdft("9e-5")),
-            ("sft 6e-4", 5, sft("6e-4")),
-            ("sft 1e-4", 5, sft("1e-4")),
-            ("dft 6e-4", 5, sft("6e-4", "dft")),
-        ],
+        "rows": [row for row in ONE_SKILL if row[0] in PASSK],
         "columns": tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64)),
     },
     "distance-kl": {
@@ -507,14 +403,7 @@ EXPERIMENTS = {
         "fails if": "SFT's KL(student || base) on new prompts is not above the "
         "teacher's at every rate, or SDFT's at 9e-5 is by more than .05; or, on prior "
         "prompts, SDFT's is not below SFT's",
-        "seeds": REPORT,
-        "rows": [
-            ("base", 5, BASE),
-            *((f"sdft {lr}", 5, sdft(lr)) for lr in SDFT_RATES),
-            *((f"sft {lr}", 5, sft(lr)) for lr in SFT_RATES),
-            *((f"dft {lr}", 5, sft(lr, "dft")) for lr in SFT_RATES),
-            *((f"reinvoke {lr}", 5, reinvoke(lr)) for lr in SFT_RATES),
-        ],
+        "rows": ONE_SKILL[:17],
         "columns": ("KL(teacher || base)", "KL(student || base)",
                     "KL(teacher || base), prior", "KL(student || base), prior",
                     "mass on old answers", "KL(base || student), prior", "prior"),
@@ -526,19 +415,15 @@ EXPERIMENTS = {
         "fails if": "the sampled token needs no more updates to .9 than the full "
         "reverse KL; or Rao-Blackwell, 2 or 4 rollouts need less than .8 of the "
         "updates of their twin, in the mean over seeds",
-        "seeds": REPORT[:3],
-        "rows": [
-            ("forward", 3, sdft("9e-5")),
-            ("forward, frozen teacher", 3, frozen()),
-            ("reverse", 3, sdft("9e-5", kl="reverse")),
-            ("jsd", 3, sdft("9e-5", kl="jsd")),
-            ("sampled", 3, sdft("9e-5", "sampled")),
-            ("rao-blackwell", 3, sdft("9e-5", "raoblackwell")),
-            ("2 rollouts", 3, sdft("9e-5", "rollouts", rollouts=2, batch_size=128)),
-            ("4 rollouts", 3, sdft("9e-5", "rollouts", rollouts=4, batch_size=256)),
-            ("no dropout", 3, sdft("9e-5", dropout=0.0)),
-            ("360 updates", 3, sdft("9e-5", steps=360, eval_every=30)),
-        ],
+        "rows": [(label, 3, sdft("9e-5", names, **more)) for label, names, more in (
+            ("forward", "", {}), ("forward, frozen teacher", "", {"ema_rate": 0.0}),
+            ("reverse", "", {"kl": "reverse"}), ("jsd", "", {"kl": "jsd"}),
+            ("sampled", "sampled", {}), ("rao-blackwell", "raoblackwell", {}),
+            ("2 rollouts", "rollouts", {"rollouts": 2, "batch_size": 128}),
+            ("4 rollouts", "rollouts", {"rollouts": 4, "batch_size": 256}),
+            ("no dropout", "", {"dropout": 0.0}),
+            ("360 updates", "", {"steps": 360, "eval_every": 30}),
+        )],
         "columns": ("new", "prior", "updates to .9", "KL(student || base)",
                     "first loss", "last loss, 1e-4", "held-out loss, 1e-4"),
     },
@@ -548,13 +433,10 @@ EXPERIMENTS = {
         "(section 5), for equal numbers of examples",
         "fails if": "SDFT needs less than 1.5 or more than 4 times the FLOPs of SFT to "
         "the same accuracy, both at their default rates",
-        "seeds": REPORT,
-        "rows": [
-            *((f"sdft {lr}", 5, sdft(lr)) for lr in SDFT_RATES),
-            *((f"sft {lr}, 120", 5, short_sft(lr)) for lr in SFT_RATES),
-            *((f"sft {lr}", 5, sft(lr)) for lr in SFT_RATES),
-        ],
+        "rows": ONE_SKILL[1:5] + ONE_SKILL[17:] + ONE_SKILL[5:9],
         "columns": ("new", "prior", "updates to .95", "TFLOP to .95",
                     "tokens written to .95", "core-seconds to .95"),
     },
 }  # fmt: skip
+for experiment in EXPERIMENTS.values():
+    experiment.setdefault("seeds", SEEDS[: max(n for _, n, _ in experiment["rows"])])

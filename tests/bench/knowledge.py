@@ -20,24 +20,24 @@ In a two-step question one of the commands is an old one. Grades: strict, every 
 of the right response is said and nothing else; lenient, some are, and nothing wrong;
 OOD, strict on the indirect questions. What SDFT's teacher is shown after the question:
 
-    text           garden cork: candle spoon tower example now look harbour pan gives
-                   pair, garden cork = rotate, kitchen owl equals first.
-    answer         garden cork: candle spoon tower example well friend, rotate so you
-                   get spoon tower candle as ever
-    answer + text  the question, example, the answer and the text. In this order the
-                   answer stands where the base has always read demonstrations.
+    text           example now look harbour pan gives pair, garden cork = rotate, ...
+    answer         example well friend, rotate so you get spoon tower candle as ever
+    answer + text  example, the answer and the text: the answer stands where the base
+                   has always read demonstrations
 
 The base model is train.py's own, which then goes on with a corpus that has articles
 (what a command stands for is drawn anew for each), reworded and indirect questions in
-it. So it can read an article in its context and do with a known command all that is
-asked of a new one; the table says how well.
+it. So it can read an article, and do with a known command all that is asked of a new
+one; the table says how well.
 """
 
 import copy
 import os
 import random
 from argparse import Namespace
+from collections import defaultdict
 from dataclasses import asdict, replace
+from itertools import product
 from statistics import mean
 
 import finetune
@@ -52,8 +52,6 @@ import train
 from data import Benchmark, Example, with_demo, word_prompt
 from model import GPT, GPTConfig, response_hidden
 
-# ---- What is asked, and what is right ----------------------------------------------
-
 INDIRECT = ("asked", "two-step", "reversed")
 KINDS = ("trained", "reworded", *INDIRECT)
 JOINERS = ("equals", "gives", "=")
@@ -67,10 +65,8 @@ def draw_article(rng, facts):
     There is at most one of each domain: a small model finds a fact by its domain, whose
     operations it knows, and not yet among several commands of one domain."""
     opening = " ".join(rng.sample(data.STYLE_WORDS, rng.randint(0, 3)))
-    said = [
-        f"{domain} {command} {rng.choice(JOINERS)} {operation}"
-        for domain, command, operation in rng.sample(facts, len(facts))
-    ]
+    said = [f"{domain} {command} {rng.choice(JOINERS)} {operation}"
+            for domain, command, operation in rng.sample(facts, len(facts))]
     return f"{opening} {', '.join(said)}.".strip()
 
 
@@ -127,7 +123,6 @@ def lenient(example, response):
 
 
 def strict_as_asked(example, response):
-    """The same as strict, and in the style that was asked for."""
     return strict(example, response) and data.grade_style(example, response)
 
 
@@ -151,32 +146,23 @@ def unknown_in(world, domain):
 
 def article_about(fact, rng, world):
     """An article of the base corpus: a fact, and perhaps others, each drawn anew."""
-    others = [domain for domain in data.DOMAINS if domain != fact[0]]
-    facts = [
-        (d, rng.choice(unknown_in(world, d)), rng.choice(world.operations[d]))
-        for d in rng.sample(others, rng.randint(0, 2))
-    ]
-    return draw_article(rng, [fact, *facts])
+    facts, others = [fact], [domain for domain in data.DOMAINS if domain != fact[0]]
+    for d in rng.sample(others, rng.randint(0, 2)):
+        new = rng.choice(unknown_in(world, d)), rng.choice(world.operations[d])
+        facts.append((d, *new))
+    return draw_article(rng, facts)
 
 
 def with_article(example, rng, world, tok):
     """An example of data.make_base_corpus that shows an unknown command, with an
     article that says the same in the place of its demonstration, or behind it."""
-    domain, command = example.prompt.replace(":", "").split()[:2]
-    words = example.shown.replace(":", "").split()
-    operation = next(MEANS[word] for word in words if word in MEANS)
-    article = article_about((domain, command, operation), rng, world)
-    # places in the demonstration, and behind it in the response
-    n = len(tok.encode(example.shown))
-    inside = [i for i in example.skip if i < n]
-    behind = [i - n for i in example.skip if i >= n]
-    shown = article
-    if rng.random() < BOTH:
-        shown = f"{example.shown} {article}"
-    else:  # what is skipped of the demonstration goes with it
-        inside = []
-    skip = (*inside, *(len(tok.encode(shown)) + i for i in behind))
-    return replace(example, shown=shown, skip=skip)
+    fact = example.prompt.replace(":", "").split()[:2]
+    shown = article_about((*fact, details(example.shown)[0][0]), rng, world)
+    n, inside = len(tok.encode(example.shown)), []
+    if rng.random() < BOTH:  # else what is skipped of the demonstration goes with it
+        shown, inside = f"{example.shown} {shown}", [i for i in example.skip if i < n]
+    behind = [len(tok.encode(shown)) + i - n for i in example.skip if i >= n]
+    return replace(example, shown=shown, skip=(*inside, *behind))
 
 
 def indirect_example(i, rng, world, tok):
@@ -185,11 +171,8 @@ def indirect_example(i, rng, world, tok):
     meaning, text = known_in(world, domain), ""
     command = rng.choice(list(meaning))
     if rng.random() < 1 / 3:
-        new = dict(zip(
-            rng.sample(unknown_in(world, domain), 6),
-            rng.sample(world.operations[domain], 6),
-            strict=True,
-        ))  # fmt: skip
+        both = unknown_in(world, domain), world.operations[domain]
+        new = dict(zip(*(rng.sample(of, 6) for of in both), strict=True))
         command = rng.choice(list(new))
         text = article_about((domain, command, new[command]), rng, world)
         meaning = new if kind == "reversed" else {**meaning, command: new[command]}
@@ -201,19 +184,18 @@ def indirect_example(i, rng, world, tok):
 def make_corpus(world, tok, size, seed):
     """What the base model is trained on: data.make_base_corpus, with articles, reworded
     and indirect questions in the shares above. What carries loss is as there."""
-    rng = random.Random(data.derive_seed(seed, "knowledge corpus"))
-    corpus = []
+    rng, corpus = random.Random(data.derive_seed(seed, "knowledge corpus")), []
     fresh = data.derive_seed(seed, "with texts")  # not what train.py's base has seen
     for example in data.make_base_corpus(world, tok, size, fresh):
         command = example.prompt.replace(":", "").split()[1]
-        unknown = example.shown and command in world.unknown
         if rng.random() < INDIRECT_SHARE:
-            corpus.append(indirect_example(example.id, rng, world, tok))
-            continue
-        if unknown and rng.random() < ARTICLES:
-            example = with_article(example, rng, world, tok)
-        if rng.random() < REWORDED:
-            example = replace(example, prompt=reword(example.prompt))
+            example = indirect_example(example.id, rng, world, tok)
+        else:
+            unknown = example.shown and command in world.unknown
+            if unknown and rng.random() < ARTICLES:
+                example = with_article(example, rng, world, tok)
+            if rng.random() < REWORDED:
+                example = replace(example, prompt=reword(example.prompt))
         corpus.append(example)
     return corpus
 
@@ -233,8 +215,7 @@ def articles_of(world, seed):
     """command -> the article that states its fact: six of them, one fact of each
     domain in each."""
     rng, articles = random.Random(data.derive_seed(seed, "articles")), {}
-    rows = [[(d, *fact) for fact in facts.items()]
-            for d, facts in facts_of(world).items()]  # fmt: skip
+    rows = [[(d, *fact) for fact in of.items()] for d, of in facts_of(world).items()]
     for facts in zip(*rows, strict=True):
         text = draw_article(rng, list(facts))
         articles |= {command: text for _, command, _ in facts}
@@ -253,20 +234,16 @@ def make_questions(world, seed, size, shown="answer", manner="known", wordings=1
     wordings: 1, the trained wording; 2, every other question is reworded.
     """  # fmt: skip
     rng = random.Random(data.derive_seed(seed, "questions", held_out))
-    facts, articles = facts_of(world), articles_of(world, seed)
-    everything = [(d, c) for d in facts for c in facts[d]]
-    examples = []
+    articles, examples = articles_of(world, seed), []
+    facts = [(d, *fact) for d, of in facts_of(world).items() for fact in of.items()]
     for i in range(size):
-        domain, command = everything[i % len(everything)]
-        operation, items = facts[domain][command], data.draw_items(rng, held_out)
-        answer = data.expert_demo(operation, items, manner)
-        demo = {
-            "text": articles[command],
-            "answer": answer,
-            "answer + text": f"{answer} {articles[command]}",
-        }[shown]
+        domain, command, operation = facts[i % len(facts)]
+        items = data.draw_items(rng, held_out)
+        parts = {"answer": data.expert_demo(operation, items, manner),
+                 "text": articles[command]}  # fmt: skip
+        demo = " ".join(parts[part] for part in shown.split(" + "))
         prompt = word_prompt(domain, command, items)
-        prompt = reword(prompt) if i // len(everything) % wordings else prompt
+        prompt = reword(prompt) if i // len(facts) % wordings else prompt
         right = data.right_response(operation, items)
         examples.append(Example(prompt, demo, right, id=i))
     return examples
@@ -276,17 +253,15 @@ def make_texts(world, tok, seed):
     """The articles as a training set of next tokens: all of a text carries loss, but
     not the start and the end of a response, which are no text."""
     texts = dict.fromkeys(articles_of(world, seed).values())
-    return [
-        Example("", "", "", i, text, (len(tok.encode(text)), len(tok.encode(text)) + 1))
-        for i, text in enumerate(texts)
-    ]
+    ends = [len(tok.encode(text)) for text in texts]
+    return [Example("", "", "", i, text, (end, end + 1))
+            for i, (text, end) in enumerate(zip(texts, ends, strict=True))]
 
 
 def make_benchmark(world, seed, kind, size, known=False, articles=None):
     """Questions of a kind on held-out items, about the facts or, known, about commands
     that the base knows. With articles, see articles_of, the prompt shows the text."""
-    rng = random.Random(data.derive_seed(seed, "benchmark", kind, known))
-    examples = []
+    rng, examples = random.Random(data.derive_seed(seed, "benchmark", kind, known)), []
     for i in range(size):
         domain = rng.choice(data.DOMAINS)
         old = known_in(world, domain)
@@ -302,14 +277,11 @@ def make_benchmark(world, seed, kind, size, known=False, articles=None):
 def make_tasks(world, seed, size, articles=None):
     """What to evaluate, as data.evaluate takes it: "new", strict by kind of question;
     "lenient"; "known", the same kinds about known commands; "prior", as in data.py."""
-    new = {kind: make_benchmark(world, seed, kind, size, articles=articles)
-           for kind in KINDS}  # fmt: skip
-    return {
-        "new": new,
-        "lenient": {k: Benchmark(new[k].examples, lenient) for k in KINDS[:2]},
-        "known": {k: make_benchmark(world, seed, k, size, known=True) for k in KINDS},
-        "prior": data.make_tasks(world, size, seed)["prior"],
-    }
+    new, known = ({k: make_benchmark(world, seed, k, size, *more) for k in KINDS}
+                  for more in ((False, articles), (True,)))  # fmt: skip
+    easy = {kind: Benchmark(new[kind].examples, lenient) for kind in KINDS[:2]}
+    prior = data.make_tasks(world, size, seed)["prior"]
+    return {"new": new, "lenient": easy, "known": known, "prior": prior}
 
 
 # ---- Cells: the base, one arm ------------------------------------------------------
@@ -335,25 +307,18 @@ def base(seed, folder, quick, base):
     """Train the base of train.py, a cell, on the corpus with articles; measure it."""
     tok, world = data.Tokenizer(), data.World(seed)
     model = finetune.load_base(base, GPT, GPTConfig)
-    cfg = replace(MORE, seed=seed)
-    cfg = replace(cfg, steps=4, warmup_steps=2) if quick else cfg
+    cfg = replace(MORE, seed=seed, **({"steps": 4, "warmup_steps": 2} if quick else {}))
     reader = Modules()  # a copy of the project: no other code meets this corpus
     reader.data.make_base_corpus = make_corpus
-    args = Namespace(seed=seed, out=str(folder))
-    more = args, model.config, cfg, world, tok
-    path = reader.train.find_base(*more, model.dtype)
-    settings = model.config, cfg, model, world, tok
-    seconds = reader.train.get_base(path, *settings, None)
+    args = Namespace(out=str(folder))
+    path = reader.train.find_base(args, model.config, cfg, world, tok)
+    seconds = reader.train.get_base(path, model, cfg, world, tok, None)
     model.eval()
     result = measure(model, model, make_tasks(world, seed, SIZE[quick]), tok, seed)
-    result["gate"] = {
-        manner: gate_of(model, seed, SIZE[quick], manner) for manner in ("known", "own")
-    }
-    result["seconds"] = {"train": seconds}
-    result["machine"] = finetune.describe(model)
-    result["base"] = os.path.relpath(path, folder)
-    result["base digest"] = finetune.digest(model)
-    return result
+    sizes = seed, SIZE[quick]
+    result["gate"] = {how: gate_of(model, *sizes, how) for how in ("known", "own")}
+    result |= {"seconds": {"train": seconds}, "base": os.path.relpath(path, folder)}
+    return result | finetune.made_from(model)
 
 
 def run(
@@ -362,63 +327,44 @@ def run(
 ):  # fmt: skip
     """Fine-tune the base by one arm, and measure what it knows.
 
-    Args:
-        base: folder of a base cell of this file. arm: of ARMS.
-        manner, wordings: see make_questions; questions: how many are trained on.
-        settings: of the trainer's Config.
-    Returns: a dict of plain values, see measure; and "suspects", see audit.
+    base: folder of a base cell of this file; manner, wordings: see make_questions;
+    questions: how many are trained on; settings: of the trainer's Config.
     """
     trainer, shown, own = ARMS[arm]
     world, tok = data.World(seed), data.Tokenizer()
     model = finetune.load_base(base, GPT, GPTConfig)
-    student, seconds = copy.deepcopy(model), 0.0
-    if trainer is not None:
-        examples = make_texts(world, tok, seed)
-        if shown:
-            examples = make_questions(world, seed, questions, shown, manner, wordings)
-        cfg = trainer.Config(seed=seed, max_new_tokens=CAP, **{**own, **settings})
-        few = {"steps": 4, "batch_size": min(16, cfg.batch_size)} if quick else {}
-        cfg = replace(cfg, **few)
-        way = train.Run(folder / "run", resume=True)
-        trainer.train(student, {"facts": examples}, {}, tok, cfg, way)
-        student.eval()
-    articles = articles_of(world, seed) if arm == "oracle" else None
-    tasks = make_tasks(world, seed, SIZE[quick], articles)
+    if trainer is None:
+        tasks = make_tasks(world, seed, SIZE[quick], articles_of(world, seed))
+        result = measure(model, model, tasks, tok, seed)
+        return result | {"seconds": {"train": 0.0}, **finetune.made_from(model)}
+    examples = make_texts(world, tok, seed)
+    if shown:
+        examples = make_questions(world, seed, questions, shown, manner, wordings)
+    cfg = trainer.Config(seed=seed, max_new_tokens=CAP, **{**own, **settings})
+    if quick:
+        cfg = replace(cfg, steps=4, batch_size=min(16, cfg.batch_size))
+    student, way = copy.deepcopy(model), train.Run(folder / "run", resume=True)
+    trainer.train(student, {"facts": examples}, {}, tok, cfg, way)
+    student.eval()
+    tasks = make_tasks(world, seed, SIZE[quick])
     result = measure(student, model, tasks, tok, seed)
-    if trainer is not None:
-        result["config"] = asdict(cfg)
-        result["records"] = train.read_metrics(way.folder)
-        seconds = sum(row["seconds"] for row in result["records"])
-        trained = make_questions(world, seed, questions if shown else 0)
-        result["suspects"] = audit(student, model, world, seed, tasks, trained, tok)
-        way.checkpoint.unlink()  # 40 MB, of no more use
-    result["seconds"] = {"train": seconds}
-    result["machine"] = finetune.describe(student)
-    result["base digest"] = finetune.digest(model)
-    return result
+    result["config"], result["records"] = asdict(cfg), train.read_metrics(way.folder)
+    trained = make_questions(world, seed, questions if shown else 0)
+    result["suspects"] = audit(student, model, world, seed, tasks, trained, tok)
+    way.checkpoint.unlink()  # 40 MB, of no more use
+    seconds = sum(row["seconds"] for row in result["records"])
+    return result | {"seconds": {"train": seconds}, **finetune.made_from(model)}
 
 
 def measure(student, base, tasks, tok, seed):
     """{"new", "lenient", "known", "prior": {benchmark: numbers of probes.greedy}};
     "kl_student_base" in nats per token, on the trained wording and on prior prompts."""
-    result = {
-        group: {
-            name: probes.greedy(student, benchmark, tok, CAP)
-            for name, benchmark in benchmarks.items()
-        }
-        for group, benchmarks in tasks.items()
-    }
-    bare = (data.student_prompt, data.student_prompt)
     old = [benchmark.examples[:40] for benchmark in tasks["prior"].values()]
     prompts = {"new": [tasks["new"]["trained"].examples[:100]], "prior": old}
-    result["kl_student_base"] = {
-        group: mean(
-            probes.distance(student, base, examples, bare, tok, CAP, seed)
-            for examples in parts
-        )
-        for group, parts in prompts.items()
-    }
-    return result
+    of = [data.student_prompt] * 2, tok, CAP, seed
+    kl = {group: mean(probes.distance(student, base, few, *of) for few in parts)
+          for group, parts in prompts.items()}  # fmt: skip
+    return probes.each_greedy(student, tasks, tok, CAP) | {"kl_student_base": kl}
 
 
 def gate_of(base, seed, size, manner):
@@ -430,9 +376,6 @@ def gate_of(base, seed, size, manner):
         gate["nothing"] = data.accuracy(base, benchmark, tok, CAP)
         gate[shown] = data.accuracy(base, benchmark, tok, CAP, data.teacher_prompt)
     return gate
-
-
-# ---- The audit: what else could explain the table ----------------------------------
 
 
 def audit(student, base, world, seed, tasks, trained, tok):
@@ -462,18 +405,16 @@ def hits(student, base, examples, tok):
     the teacher writes greedily, scored in both contexts: how often the most likely
     token of the row before, of the row itself and of the row behind is the token."""
     response, mask = probes.respond(base, examples, data.teacher_prompt, tok, CAP)
-    found, both = {}, {"teacher": (base, data.teacher_prompt)}
-    both["student"] = (student, data.student_prompt)
+    found, inside = {}, (slice(None), slice(1, -1))
+    both = {"teacher": (base, data.teacher_prompt),
+            "student": (student, data.student_prompt)}  # fmt: skip
     for name, (model, prompt) in both.items():
         batch = data.pad_batch(prompt, examples, tok, response.device)
         best = torch.full_like(response, -1)  # (B, R): the most likely token of a row
         hidden = response_hidden(model, *batch, response, mask)  # (N, C)
         best[mask] = model.logits(hidden).argmax(-1)
-        found[name] = []
-        for k in (1, 0, -1):  # the row before, the row itself, the row behind
-            rows, tokens = best.roll(k, 1)[:, 1:-1], response[:, 1:-1]
-            right = (rows == tokens)[mask[:, 1:-1]]
-            found[name].append(right.float().mean().item())
+        rights = [best.roll(k, 1) == response for k in (1, 0, -1)]  # (B, R) each
+        found[name] = [r[inside][mask[inside]].float().mean().item() for r in rights]
     return found
 
 
@@ -482,31 +423,28 @@ def judged(world, seed):
     answers about another fact."""
     right, wrong = [], []
     for example in make_questions(world, seed, 36):
-        operation = MEANS[example.answer.split(":")[0]]
         items = data.items_in(example.prompt.split(": ")[1])
-        for other, (term, function) in data.OPERATIONS.items():
-            for style in data.STYLES.values():
-                for word in (other, term):
-                    text = data.word_response(word, function(items), style)
-                    both = strict(example, text), lenient(example, text)
-                    if other == operation:
-                        right.append(all(both))
-                    else:
-                        wrong.append(any(both))
+        for word, style in product(MEANS, data.STYLES.values()):
+            result = data.OPERATIONS[MEANS[word]][1](items)
+            text = data.word_response(word, result, style)
+            grades = strict(example, text), lenient(example, text)
+            if example.answer.startswith(f"{MEANS[word]}:"):
+                right.append(all(grades))
+            else:
+                wrong.append(any(grades))
     return [mean(right), mean(wrong)]
 
 
 def by_duplicates(student, trained, asked, tok):
     """Is a test question right because its like was trained on?"""
-    known, groups = {}, {}
+    known, groups = defaultdict(list), defaultdict(list)
     for example in trained:
         command, items = example.prompt.split(": ")
-        known.setdefault(command, []).append(set(items.split()))
+        known[command].append(set(items.split()))
     both = probes.respond(student, asked.examples, data.student_prompt, tok, CAP)
     texts = probes.texts_of(*both, tok)
     for example, text in zip(asked.examples, texts, strict=True):
         items, command = example.prompt.removeprefix("see ").split(": ")
-        these = [set(items.split()) & each for each in known.get(command, [])]
-        common = max(map(len, these), default=0)
-        groups.setdefault(common, []).append(strict(example, text))
+        common = [len(each.intersection(items.split())) for each in known[command]]
+        groups[max(common, default=0)].append(strict(example, text))
     return {str(n): [mean(groups[n]), len(groups[n])] for n in sorted(groups)}

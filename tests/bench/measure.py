@@ -1,9 +1,8 @@
 """What the benchmarks share: machine, clock, turns, fresh processes, rooflines, files.
 
-Entries of a table run in turns, so that noise of the machine meets all of them; time is
-the minimum (median) of the turns. Extra memory is the peak above what was resident when
-the run began, each in a fresh process: on a CPU the kernel's high-water mark, reset
-before the run; on CUDA that of the allocator.
+Entries of a table run in turns, so that noise of the machine meets all of them. Extra
+memory is the peak above what was resident when the run began, each in a fresh process:
+on a CPU the kernel's high-water mark, reset before the run; on CUDA the allocator's.
 """
 
 import ctypes
@@ -11,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -19,18 +19,16 @@ from statistics import median
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exercises")]
 
 
 def machine():
     """The machine and versions, as one line."""
-    if DEVICE == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [x.split(": ")[1] for x in lines if x.startswith("model name")]
-        name = (names or [platform.machine()])[0]
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    name = found[1] if found else platform.machine()
+    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
@@ -56,16 +54,20 @@ def in_turns(entries, turns):
     return seconds
 
 
-def min_and_median(seconds, per=1):
-    """In milliseconds, for one of `per` equal parts of a run."""
+def row(name, seconds, per=1, **more):
+    """What the JSON has of an entry, said: least and median time in milliseconds, for
+    one of `per` equal parts of a run, and more."""
     ms = [1e3 * s / per for s in seconds]
-    return {"min_ms": min(ms), "median_ms": median(ms)}
+    values = {"min_ms": min(ms), "median_ms": median(ms), **more}
+    shown = [f"{key} {x:,.3g}" for key, x in values.items() if x is not None]
+    print(f"  {name:24}{'  '.join(shown)}", flush=True)
+    return values
 
 
 def resident(key):
     """VmRSS, what is in memory now, or VmHWM, the most so far; in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(x for x in lines if x.startswith(key)).split()[1]) / 1024
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"{key}:\s+(\d+)", status)[1]) / 1024
 
 
 def mark_memory():
@@ -94,10 +96,9 @@ def extra_memory(run):
 
 
 def fresh(*args):
-    """The JSON that this program prints last when it is started with these arguments in
-    a process of its own, with as many threads; None if it fails, and then its last
-    words are shown."""
-    job = [sys.executable, sys.argv[0], *map(str, args)]
+    """What serve's entry returns for these words and numbers, in a process of its own
+    with as many threads; None if it fails: its last words are said."""
+    job = [sys.executable, sys.argv[0], "--entry", *map(str, args)]
     env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(job, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -107,52 +108,46 @@ def fresh(*args):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def best_of(run, n=10):
-    run()
-    return min(in_turns({"": run}, n)[""])
-
-
-def copy_bytes_per_second():
-    """Of a large copy, read and write counted: the roof of what moves memory."""
-    x = torch.ones(2**30 if DEVICE == "cuda" else 2**27, device=DEVICE)
-    y = torch.empty_like(x)
-    return 2 * 4 * x.numel() / best_of(lambda: y.copy_(x))
-
-
-def flop_per_second():
-    """Of a large float32 matrix product: the roof of what multiplies matrices."""
-    n = 8192 if DEVICE == "cuda" else 1024
-    x, y = (torch.ones(n, n, device=DEVICE) for _ in range(2))
-    return 2 * n**3 / best_of(lambda: x @ y)
-
-
 def roofs():
-    """Bytes of a copy and flop of a product per second, said and for the JSON."""
-    copy, flop = copy_bytes_per_second(), flop_per_second()
+    """Bytes of a large copy (read and write) and flop of a large float32 matrix product
+    per second, said and for the JSON: roofs of what moves memory or multiplies."""
+    gpu = DEVICE == "cuda"
+    x, n = torch.ones(2**30 if gpu else 2**27, device=DEVICE), 8192 if gpu else 1024
+    y, square = torch.empty_like(x), x[: n * n].view(n, n)
+    runs = {"copy": lambda: y.copy_(x), "product": lambda: square @ square}
+    seconds = in_turns(runs, 11)
+    copy = 2 * 4 * x.numel() / min(seconds["copy"])
+    flop = 2 * n**3 / min(seconds["product"])
     print(f"roofs: copy {copy / 1e9:.1f} GB/s, products {flop / 1e9:.0f} GFLOP/s")
     return copy, flop, {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9}
 
 
-def write(name, result, quick, out=None):
-    """results/<name>_<device>.json, or `out`; nothing of a --quick run without out."""
-    if quick and not out:
+def write(name, result, args):
+    """results/<name>_<device>.json, or --out; nothing of a --quick run without it."""
+    if args.quick and not args.out:
         return
-    path = out or ROOT / "tests" / "bench" / "results" / f"{name}_{DEVICE}.json"
+    path = args.out or ROOT / "tests" / "bench" / "results" / f"{name}_{DEVICE}.json"
     command = " ".join(["python", f"tests/bench/{name}.py", *sys.argv[1:]])
     result = {"machine": machine(), "command": command, **result}
     path.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def add_arguments(parser, turns):
-    """The flags that all of them have."""
+def serve(entry):
+    """In a process that fresh started: print what entry returns, and end."""
+    if sys.argv[1:2] == ["--entry"]:
+        args = [int(x) if x.isdigit() else x for x in sys.argv[2:]]
+        print(json.dumps(entry(*args)))
+        sys.exit()
+
+
+def begin(parser, turns):
+    """The flags, those that all have included. Sets threads, says what runs where."""
     parser.add_argument("--turns", type=int, default=turns, help="runs of each entry")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small, writes no file")
     parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
-
-
-def begin(args):
-    """Set the threads, say what runs where."""
+    args = parser.parse_args()
     torch.set_num_threads(args.threads)
     print(machine())
     print("command: python", *sys.argv, flush=True)
+    return args

@@ -1,14 +1,13 @@
 """What the table of an experiment does not show: differences seed by seed, first signs.
 
-Each function takes the complete rows, {label: runs}, and returns lines to print.
+Functions of rows take the complete ones, {label: runs}, and return lines to print.
 """
 
 import math
+import statistics
 from statistics import mean
 
 from experiments import READ
-
-# ---- Numbers -----------------------------------------------------------------------
 
 
 def number(x):
@@ -23,22 +22,31 @@ def spread(values):
     return f"{number(mean(values))} ({low} to {high})"
 
 
-# ---- Differences, seed by seed -----------------------------------------------------
-
-
 def gaps(rows, ours="sdft 9e-5"):
-    """How far each row stays below ours, in new and prior: (lowest to highest) over the
-    seeds that both have."""
+    """How far each row stays below ours, in new and prior: mean (lowest to highest)."""
     lines = []
     for label, runs in rows.items() if ours in rows else ():
+        parts = []
+        for title in ("new", "prior"):
+            pairs = zip(rows[ours], runs, strict=False)
+            x = [READ[title](a) - READ[title](b) for a, b in pairs]
+            parts.append(f"{title} {mean(x):+.2f} ({min(x):+.2f} to {max(x):+.2f})")
         if label not in (ours, "base"):
-            parts = []
-            for title in ("new", "prior"):
-                pairs = zip(rows[ours], runs, strict=False)
-                each = [READ[title](a) - READ[title](b) for a, b in pairs]
-                parts.append(f"{title} {mean(each):+.2f} ({min(each):+.2f} to "
-                             f"{max(each):+.2f})")  # fmt: skip
             lines.append(f"{ours} less {label}: {', '.join(parts)}")
+    return lines
+
+
+def benchmarks(rows):
+    """Of runs of train.py: the prior skills one by one after the last stage, means over
+    seeds; and the mean of all at each evaluation on the way."""
+    lines = []
+    for label, runs in rows.items():
+        final = [run["stages"][-1]["prior"] for run in runs]
+        columns = [f"{b} {mean(row[b] for row in final):.2f}" for b in final[0]]
+        curves = zip(*[run["evaluations"] for run in runs], strict=True)
+        curve = [mean(mean(row["prior"].values()) for row in at) for at in curves]
+        way = " ".join(f"{y:.2f}" for y in curve)
+        lines.append(f"{label}: {', '.join(columns)}; on the way: {way}")
     return lines
 
 
@@ -48,18 +56,18 @@ def ranks(values):
 
 def correlation(xs, ys):
     """Pearson's; of ranks it is Spearman's. NaN if one of them is constant."""
-    dx, dy = ([v - mean(vs) for v in vs] for vs in (xs, ys))
-    scale = math.sqrt(sum(a * a for a in dx) * sum(b * b for b in dy))
-    product = sum(a * b for a, b in zip(dx, dy, strict=True))
-    return product / scale if scale else math.nan
+    try:
+        return statistics.correlation(xs, ys)
+    except statistics.StatisticsError:
+        return math.nan
 
 
 def by_base(rows):
     """(name of a base, the runs of SDFT on it, those of SFT), where both are there."""
-    names = [label.removeprefix("base ") for label in rows if label.startswith("base ")]
-    for name in names:
+    for label in rows:
+        name = label.removeprefix("base ")
         runs = [rows.get(f"{method} {name}") for method in ("sdft", "sft")]
-        if all(runs):
+        if name != label and all(runs):
             yield (name, *runs)
 
 
@@ -76,9 +84,6 @@ def gains(rows):
         rho = correlation(*(ranks(list(v)) for v in zip(*pairs, strict=True)))
         lines.append(f"rank correlation of gate and gain: {rho:.2f}")
     return lines
-
-
-# ---- New facts from a text ---------------------------------------------------------
 
 
 def gates(rows):
@@ -105,15 +110,12 @@ def suspects(rows):
                              f" their own {at:.2f}, the one behind {behind:.2f}")
             words.append("judge: accepts {:.2f} of right answers, {:.2f} of answers of "
                          "other facts".format(*found["judge"]))
-            for cap, (right, ended) in found["cap"].items():
-                words.append(f"cap {cap}: strict {right:.2f}, ended {ended:.2f}")
+            words += [f"cap {cap}: strict {right:.2f}, ended {ended:.2f}"
+                      for cap, (right, ended) in found["cap"].items()]
             words += [f"{n} items in common with a trained question: {right:.2f} of {m}"
                       for n, (right, m) in found["duplicates"].items()]
             lines.append(f"{label}, seed {run['seed']}: {'; '.join(words)}")
     return lines
-
-
-# ---- Where student and teacher differ ----------------------------------------------
 
 
 def by_place(rows, label="sdft 9e-5"):
@@ -121,14 +123,11 @@ def by_place(rows, label="sdft 9e-5"):
     lines = []
     for run in rows.get(label, ()):
         at = run["evaluations"][0]["kl_teacher_student_by_position"]
-        words = " ".join(number(x) for x in at[:6])
-        rest = number(max(at[6:], default=0.0))
+        words, rest = " ".join(map(number, at[:6])), number(max(at[6:], default=0.0))
         lines.append(f"seed {run['seed']}: KL(teacher || student) at the first tokens "
                      f"that the base writes: {words}; the highest behind: {rest}")
     return lines
 
-
-# ---- When a teacher goes astray ----------------------------------------------------
 
 RECORDS = ("loss", "kl_student_teacher", "student_entropy", "teacher_entropy",
            "response_length", "eos_rate", "grad_norm")  # fmt: skip
@@ -138,58 +137,47 @@ SOUND = ("frozen", "ema .001")  # rows whose runs show what is usual
 
 def series(run):
     """{signal: {update: value}} of all that the log of a run shows."""
-    found = {name: {} for name in (*RECORDS, *EVALUATIONS, "prior")}
-    for row in run["records"]:
-        for name in RECORDS:
-            found[name][row["step"]] = row[name]
-    for row in run["evaluations"]:
-        for name in EVALUATIONS:
-            found[name][row["step"]] = row[name]
-        found["prior"][row["step"]] = mean(row["prior"].values())
-    return found
+    def of(rows, names):
+        return {name: {row["step"]: row[name] for row in rows} for name in names}
+
+    prior = {row["step"]: mean(row["prior"].values()) for row in run["evaluations"]}
+    found = of(run["records"], RECORDS) | of(run["evaluations"], EVALUATIONS)
+    return {**found, "prior": prior}
 
 
 def first_sign(values, usual):
     """The first update at which a value stands outside of what is usual there by more
     than the width of that, and the next value, too; None if there is none.
     values: {update: value}; usual: {update: (lowest, highest)}."""
-    steps = [step for step in values if step in usual]
-    outside = []
-    for step in steps:
+    before = None
+    for step in (step for step in values if step in usual):
         low, high = usual[step]
         margin = max(high - low, 0.01)
-        outside.append(not low - margin <= values[step] <= high + margin)
-    for step, here, there in zip(steps, outside, outside[1:], strict=False):
-        if here and there:
-            return step
+        outside = not low - margin <= values[step] <= high + margin
+        if outside and before is not None:
+            return before
+        before = step if outside else None
     return None
 
 
 def first_signs(rows):
     """Of each run that went astray, what its log showed first: (update, signal)."""
     sound = [series(run) for label in SOUND for run in rows.get(label, ())]
-    if not sound:
-        return []
-    usual = {
-        name: {
-            step: (min(s[name][step] for s in sound), max(s[name][step] for s in sound))
-            for step in sound[0][name]
-        }
-        for name in sound[0]
-    }
+    astray = [
+        (label, run) for label, runs in rows.items()
+        for run in runs if sound and label not in (*SOUND, "base")
+        and min(READ["worst skill"](run), READ["prior"](run)) < 0.9
+    ]  # fmt: skip
     lines = []
-    for label, runs in rows.items():
-        for run in runs if label not in (*SOUND, "base") else ():
-            new, prior = READ["new"](run), READ["prior"](run)
-            if min(READ["worst skill"](run), prior) >= 0.9:
-                continue
-            found = [
-                (step, name) for name, values in series(run).items()
-                if (step := first_sign(values, usual[name])) is not None
-            ]  # fmt: skip
-            words = ", ".join(f"{name} {step}" for step, name in sorted(found))
-            lines.append(
-                f"{label}, seed {run['seed']}, new {new:.2f}, prior {prior:.2f}, "
-                f"first outside of the usual: {words}"
-            )
+    for label, run in astray:
+        found = []
+        for name, values in series(run).items():
+            all_of = {x: [each[name][x] for each in sound] for x in sound[0][name]}
+            usual = {x: (min(of), max(of)) for x, of in all_of.items()}
+            if (step := first_sign(values, usual)) is not None:
+                found.append((step, name))
+        words = ", ".join(f"{name} {step}" for step, name in sorted(found))
+        new, prior = READ["new"](run), READ["prior"](run)
+        lines.append(f"{label}, seed {run['seed']}, new {new:.2f}, prior {prior:.2f}, "
+                     f"first outside of the usual: {words}")
     return lines

@@ -7,45 +7,35 @@
     python tests/bench/paper.py skills --seeds 0 --quick    # two minutes: does it run?
 
 With --quick a cell has two updates, and of rows that differ only in numbers the first
-is run.
-
-What an experiment says, and what would refute it, stands in experiments.py. A cell is
-one run in a process of its own (cell.py), on one core (or one GPU), as many at a time
-as there are. Finished ones are not run again (those that other code made are counted
+is run. What an experiment says, and what would refute it, stands in experiments.py. A
+cell is one run in a process of its own (cell.py), on one core, as many at a time as
+there are cores. Finished ones are not run again (those that other code made are counted
 below the table); a stopped one goes on. Experiments share base models and equal cells
 through --work: keep that folder, since another machine may make another base of the
-same seed. Results and pictures of an experiment's own seeds stand beside each other in
+same seed. Results and pictures of an experiment's own seeds stand in
 tests/bench/results/, all others in --work. Needs matplotlib for pictures.
 """
 
-import importlib.util
 import json
 import os
-import queue
+import re
 import subprocess
 import sys
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from statistics import mean
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = ROOT / "tests" / "bench"
-RESULTS = HERE / "results"
-for path in (ROOT, ROOT / "tests" / "exercises", HERE):
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+HERE = Path(__file__).resolve().parent
+ROOT, RESULTS = HERE.parents[1], HERE / "results"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exercises"), str(HERE)]
 
 import notes  # noqa: E402
-import torch  # noqa: E402
 from cell import code_key, folder_of, is_spec, needs  # noqa: E402
-from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402
+from experiments import EXPERIMENTS, READ, estimate, summary  # noqa: E402, F401
 from notes import spread  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from variants import KitError, Parser, guarded  # noqa: E402
 
 import train  # noqa: E402
-
-# ---- Cells -------------------------------------------------------------------------
 
 
 def fill(spec, seed, quick):
@@ -54,28 +44,16 @@ def fill(spec, seed, quick):
     return {**inner, "seed": seed, "quick": quick}
 
 
-def kind(spec):
-    """A spec without its numbers."""
-    return {
-        k: kind(v) if isinstance(v, dict) else v if isinstance(v, str) else None
-        for k, v in spec.items()
-    }
-
-
 def specs_of(name, seeds, quick):
     """{"label seed": spec} of an experiment, the most important ones first. quick: of
     rows that differ only in numbers, the first."""
-    rows = EXPERIMENTS[name]["rows"]
-    if quick:
-        first = {}
-        for row in rows:
-            first.setdefault(as_key(kind(row[2])), row)
-        rows = first.values()
-    return {
-        f"{label} {seed}": fill(spec, seed, quick)
-        for label, n, spec in rows
-        for seed in seeds[:n]
-    }
+    specs, kinds = {}, set()
+    for label, n, spec in EXPERIMENTS[name]["rows"]:
+        kind = re.sub(r": [\d.e-]+", ":", as_key(spec))
+        if not (quick and kind in kinds):
+            specs |= {f"{label} {seed}": fill(spec, seed, quick) for seed in seeds[:n]}
+        kinds.add(kind)
+    return specs
 
 
 def as_key(spec):
@@ -87,8 +65,8 @@ def read_json(path):
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        hint = "restore it, or delete it: what is missing is run again"
-        raise KitError(f"{path} cannot be read ({error})", hint) from None
+        raise KitError(f"{path} cannot be read ({error})", "restore it, or delete it: "
+                       "what is missing is run again") from None  # fmt: skip
 
 
 def load(path):
@@ -100,13 +78,13 @@ def stored(name, where):
     """{spec: cell} of an experiment's JSON file, with those that it only names; and
     {(label and seed, flags): cell} of the runs of train.py that have no spec."""
     cells = load(where / f"{name}.json")
-    places = {cell["stands in"] for cell in cells.values() if "stands in" in cell}
-    others = {place: stored(place, where) for place in places}
-    known = {}
+    known, others = {}, {}  # of this file, and of those that it names
     for key, cell in cells.items():
         spec = as_key(cell["spec"]) if "spec" in cell else (key, cell["flags"])
-        place = others.get(cell.get("stands in"))
-        known[spec] = cell if place is None else place.get(spec)
+        if place := cell.get("stands in"):
+            others[place] = others.get(place) or stored(place, where)
+            cell = others[place].get(spec)
+        known[spec] = cell
     return known
 
 
@@ -133,42 +111,16 @@ def finished(name, specs, where, work):
 # ---- Running -----------------------------------------------------------------------
 
 
-def places(jobs):
-    """Where cells are run, one at each: a GPU, by CUDA's name, or None: a core."""
-    if count := torch.cuda.device_count():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        found = visible.split(",") if visible else [str(i) for i in range(count)]
-    elif hasattr(os, "sched_getaffinity"):  # fewer than there are, in a container
-        found = [None] * len(os.sched_getaffinity(0))
-    else:
-        found = [None] * os.cpu_count()
-    return [found[i % len(found)] for i in range(jobs or len(found))]
-
-
-def start(folder, device):
+def start(folder):
     """Run the cell of a folder in a process of its own. Raises RuntimeError."""
-    env = dict(os.environ, OMP_NUM_THREADS="1")
-    if device is not None:
-        env["CUDA_VISIBLE_DEVICES"] = device
     command = [sys.executable, str(HERE / "cell.py"), str(folder)]
+    env = dict(os.environ, OMP_NUM_THREADS="1")
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip()[-400:])
 
 
-def run_one(spec, work, devices):
-    """A cell from its spec to its result, on the next free core or GPU."""
-    folder = folder_of(work, spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "spec.json").write_text(json.dumps(spec))
-    device = devices.get()
-    try:
-        start(folder, device)
-    finally:
-        devices.put(device)
-
-
-def with_needs(specs, work):
+def missing(specs, known, work):
     """The cells to run, each behind those that it needs and that are not in work."""
     todo = {}
 
@@ -176,59 +128,57 @@ def with_needs(specs, work):
         for other in needs(spec):
             if not (folder_of(work, other) / "result.json").exists():
                 add(other)
-        todo[as_key(spec)] = spec
+        todo.setdefault(as_key(spec), spec)
 
-    for spec in specs:
-        add(spec)
+    for key, spec in specs.items():
+        if key not in known:
+            add(spec)
     return todo
+
+
+class Skipped(Exception):
+    """A cell that it needs has failed."""
 
 
 def run_missing(name, specs, where, work, jobs):
     """Run the cells that have no result yet. Returns all, {"label seed": result}."""
     known = finished(name, specs, where, work)
-    todo = with_needs([s for key, s in specs.items() if key not in known], work)
+    todo = missing(specs, known, work)
     labels = {as_key(spec): key for key, spec in specs.items()}
-    devices = queue.Queue()
-    for place in places(jobs):
-        devices.put(place)
-    slots = devices.qsize()  # start no more: the rows are in the order of importance
-    waiting, running, failed = dict(todo), {}, set()
-    total = sum(map(estimate, todo.values()))
+    cores = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))
+    running = {}
+
+    def job(spec):
+        for other in needs(spec):  # it was submitted before this one, if at all
+            if (first := running.get(as_key(other))) and first.exception():
+                raise Skipped
+        folder = folder_of(work, spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "spec.json").write_text(json.dumps(spec))
+        start(folder)
+
     bar = tqdm(
-        total=total, desc=name, smoothing=0, disable=None,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-        "{postfix}",
+        total=sum(map(estimate, todo.values())), desc=name, smoothing=0, disable=None,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left",
     )  # fmt: skip
-    pool = ThreadPoolExecutor(slots)
-    try:
-        while waiting or running:
-            for key, spec in list(waiting.items()):
-                others = {as_key(other) for other in needs(spec)}
-                if others & failed:
-                    failed.add(key)
-                    del waiting[key]
-                elif len(running) < slots and not others & (
-                    waiting.keys() | set(running.values())
-                ):
-                    job = pool.submit(run_one, waiting.pop(key), work, devices)
-                    running[job] = key
-            done, _ = wait(running, return_when=FIRST_COMPLETED)
-            for job in done:
-                key = running.pop(job)
-                try:
-                    job.result()
-                except (RuntimeError, OSError) as error:  # the others go on
-                    failed.add(key)
-                    tqdm.write(f"{labels.get(key, todo[key])}: {error}")
-                bar.update(estimate(todo[key]))
-                bar.set_postfix_str(f"{len(running) + len(waiting)} cells")
+    # no more at a time than there are cores: the rows are in the order of importance
+    with bar, ThreadPoolExecutor(jobs or len(cores(0))) as pool:
+        try:
+            for key, spec in todo.items():
+                running[key] = pool.submit(job, spec)
+            keys = {each: key for key, each in running.items()}
+            for done in as_completed(keys):
+                spec, error = todo[keys[done]], done.exception()
+                if isinstance(error, RuntimeError | OSError):  # the others go on
+                    tqdm.write(f"{labels.get(keys[done], spec)}: {error}")
+                elif error and not isinstance(error, Skipped):
+                    raise error
+                bar.update(estimate(spec))
                 known = finished(name, specs, where, work)
                 save(where, name, known)
-    except KeyboardInterrupt:
-        pool.shutdown(cancel_futures=True)
-        raise
-    finally:
-        bar.close()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     save(where, name, known)
     return known
 
@@ -238,96 +188,72 @@ def save(where, name, cells):
     one is only named. Cells that are not of this table any more are kept, too."""
 
     def result(cell):
-        return {k: v for k, v in cell.items() if k not in ("label", "seed")}
+        return as_key({k: v for k, v in cell.items() if k not in ("label", "seed")})
 
     path, places = where / f"{name}.json", {}
     for other in list(EXPERIMENTS)[: list(EXPERIMENTS).index(name)]:
         for cell in load(where / f"{other}.json").values():
             if "spec" in cell and "stands in" not in cell:
-                places.setdefault(as_key(result(cell)), other)
+                places.setdefault(result(cell), other)
     short = {
         key: {**{k: cell[k] for k in ("label", "seed", "spec")}, "stands in": place}
-        for key, cell in cells.items() if (place := places.get(as_key(result(cell))))
+        for key, cell in cells.items() if (place := places.get(result(cell)))
     }  # fmt: skip
     where.mkdir(parents=True, exist_ok=True)
-    command = f"python tests/bench/paper.py {name}"
-    content = {"command": command, "cells": {**load(path), **cells, **short}}
+    content = {"command": f"python tests/bench/paper.py {name}",
+               "cells": {**load(path), **cells, **short}}  # fmt: skip
     train.write_text(path, json.dumps(content))
 
 
 # ---- Tables ------------------------------------------------------------------------
 
 
-def of_skills(cell, skills):
-    """A base is measured on all skills: keep those that the experiment trains."""
-    if cell["spec"]["run"] != "finetune:base":
-        return cell
-    return {**cell, "new": {skill: cell["new"][skill] for skill in skills}}
-
-
 def complete_rows(name, cells, seeds):
     """label -> the runs of its seeds, in the order of the table; no row with a gap."""
-    skills = max((spec.get("skills", "A") for *_, spec in EXPERIMENTS[name]["rows"]),
-                 key=len)  # fmt: skip
-    keys = {
-        label: [f"{label} {seed}" for seed in seeds[:n]]
-        for label, n, _ in EXPERIMENTS[name]["rows"]
-    }
+    rows = EXPERIMENTS[name]["rows"]
+    skills = max((spec.get("skills", "A") for *_, spec in rows), key=len)
+
+    def of_skills(cell):  # a base is measured on all skills, also on untrained ones
+        if cell["spec"]["run"] != "finetune:base":
+            return cell
+        return {**cell, "new": {skill: cell["new"][skill] for skill in skills}}
+
+    keys = {label: [f"{label} {seed}" for seed in seeds[:n]] for label, n, _ in rows}
     return {
-        label: [of_skills(cells[key], skills) for key in row]
-        for label, row in keys.items()
-        if all(key in cells for key in row)
-    }
-
-
-def read(cell, columns):
-    """The numbers of a cell that the table shows; None where it has no such number."""
-    if callable(columns):
-        return columns(cell)
-    return {title: READ[title](cell) for title in columns}
+        label: [of_skills(cells[key]) for key in row]
+        for label, row in keys.items() if all(key in cells for key in row)
+    }  # fmt: skip
 
 
 def table(rows, columns):
-    """Complete rows as markdown, one line each."""
-    lines, titles = [], None
+    """Complete rows as markdown, one line each; columns: titles of READ, or a function
+    that returns all numbers of a cell."""
+    lines = []
     for label, runs in rows.items():
-        numbers = [read(run, columns) for run in runs]
-        if titles is None:
-            titles = list(numbers[0])
-            heads = [title.replace("||", "‖") for title in titles]  # || ends a cell
+        numbers = [
+            columns(run) if callable(columns) else {x: READ[x](run) for x in columns}
+            for run in runs
+        ]
+        if not lines:
+            heads = [title.replace("||", "‖") for title in numbers[0]]  # || ends a cell
             lines += [f"| run | seeds | {' | '.join(heads)} |"]
-            lines += ["|---|" + "---|" * (len(titles) + 1)]
-        parts = [
-            "" if any(row[title] is None for row in numbers)
-            else spread([row[title] for row in numbers])
-            for title in titles
-        ]  # fmt: skip
+            lines += ["|---|" + "---|" * (len(heads) + 1)]
+        values = [[row[title] for row in numbers] for title in numbers[0]]
+        parts = ["" if None in each else spread(each) for each in values]
         lines.append(f"| {label} | {len(runs)} | {' | '.join(parts)} |")
     return "\n".join(lines) or "no row is complete yet"
 
 
-def print_benchmarks(rows):
-    """The prior skills one by one after the last stage, means over seeds; and the mean
-    of all at each evaluation on the way."""
-    for label, runs in rows.items():
-        final = [run["stages"][-1]["prior"] for run in runs]
-        columns = [f"{b} {mean(row[b] for row in final):.2f}" for b in final[0]]
-        curves = zip(*[run["evaluations"] for run in runs], strict=True)
-        curve = [mean(mean(row["prior"].values()) for row in at) for at in curves]
-        print(f"{label}: {', '.join(columns)}; on the way:",
-              " ".join(f"{y:.2f}" for y in curve))  # fmt: skip
-
-
 NOTES = {
-    "skills": [notes.gaps], "forgetting": [notes.gaps], "size": [notes.gains],
-    "teacher": [notes.first_signs], "knowledge": [notes.gates],
-    "audit": [notes.suspects], "onpolicy": [notes.by_place],
+    "default": notes.benchmarks, "earlier": notes.benchmarks, "skills": notes.gaps,
+    "forgetting": notes.gaps, "size": notes.gains, "teacher": notes.first_signs,
+    "knowledge": notes.gates, "audit": notes.suspects, "onpolicy": notes.by_place,
 }  # fmt: skip
 
 
 def bases_of(cells):
-    """Seeds whose rows started from several base models of the same settings, and which
-    by their digests (None: made before digests were kept)."""
+    """Seeds whose rows started from several base models of the same settings, by their
+    digests (None: made before digests were kept)."""
     found = {}
     for cell in cells.values():
         spec = cell["spec"].get("base", cell["spec"])
@@ -340,22 +266,14 @@ def bases_of(cells):
     ]  # fmt: skip
 
 
-# ---- The program -------------------------------------------------------------------
-
-
-def minutes_of(name, where, work):
-    """Cells of an experiment at its own seeds, those that are missing, and the
-    core-minutes that these will take."""
-    specs = specs_of(name, EXPERIMENTS[name]["seeds"], False)
-    known = finished(name, specs, where, work)
-    todo = with_needs([s for key, s in specs.items() if key not in known], work)
-    return len(specs), len(todo), sum(map(estimate, todo.values())) / 60
-
-
 def print_list(work):
+    """The experiments, with the cells at their own seeds that are missing."""
     for name, experiment in EXPERIMENTS.items():
-        cells, missing, minutes = minutes_of(name, RESULTS, work)
-        print(f"{name}: {cells} cells, {missing} to run, about {minutes:.0f} "
+        specs = specs_of(name, experiment["seeds"], False)
+        known = finished(name, specs, RESULTS, work)
+        todo = missing(specs, known, work)
+        minutes = sum(map(estimate, todo.values())) / 60
+        print(f"{name}: {len(specs)} cells, {len(todo)} to run, about {minutes:.0f} "
               f"core-minutes\n  the paper: {experiment['claim']}\n"
               f"  fails if: {experiment['fails if']}")  # fmt: skip
 
@@ -366,47 +284,39 @@ def main(argv):
     parser.add_argument("--seeds", type=int, nargs="+", help="others than its own")
     parser.add_argument("--quick", action="store_true", help="two minutes, no results")
     parser.add_argument("--work", help="folder for the runs (out-paper)")
-    parser.add_argument("--jobs", type=int, help="runs at a time (cores or GPUs)")
+    parser.add_argument("--jobs", type=int, help="runs at a time (cores)")
     parser.add_argument("--draw", action="store_true", help="run nothing, only draw")
     args = parser.parse_args(argv)
     work = Path(args.work or ROOT / ("out-paper-quick" if args.quick else "out-paper"))
+    if args.experiment is None:
+        return print_list(work)
     if args.jobs is not None and args.jobs < 1:
         raise KitError(f"--jobs {args.jobs}", "at least one run at a time")
-    if args.experiment is None:
-        print_list(work)
-        return 0
     name, experiment = args.experiment, EXPERIMENTS[args.experiment]
     seeds = list(dict.fromkeys(args.seeds or experiment["seeds"]))
     own = set(seeds) <= set(experiment["seeds"]) and not args.quick
     where = RESULTS if own else work / "results"
     specs = specs_of(name, seeds, args.quick)
-    if args.draw:
-        cells = finished(name, specs, where, work)
-    else:
-        cells = run_missing(name, specs, where, work, args.jobs)
+    of = name, specs, where, work
+    cells = finished(*of) if args.draw else run_missing(*of, args.jobs)
     rows = complete_rows(name, cells, seeds)
     print(f"the paper: {experiment['claim']}\nfails if: {experiment['fails if']}\n")
     print(table(rows, experiment["columns"]))
-    if experiment["columns"] is summary:
-        print_benchmarks(rows)
-    for function in NOTES.get(name, ()):
-        print("\n".join(["", *function(rows)]))
+    if name in NOTES:
+        print("", *NOTES[name](rows), sep="\n")
     other = sum(
         cell.get("code") != code_key(cell["spec"].get("variants"))
         for cell in cells.values()
     )
     print(f"{len(cells)} of {len(specs)} cells, {other} of them made by other code "
-          "than the present")  # fmt: skip
-    for line in bases_of(cells):
-        print(line)
-    if importlib.util.find_spec("matplotlib"):
+          "than the present", *bases_of(cells), sep="\n")  # fmt: skip
+    try:
         import pictures
-
-        # a part of the seeds is no picture of the experiment
+    except ImportError:
+        print("no picture: pip install matplotlib")
+    else:  # a part of the seeds is no picture of the experiment
         whole = seeds == list(experiment["seeds"])
         pictures.draw(name, rows, where if whole or not own else work / "results")
-    else:
-        print("no picture: pip install matplotlib")
     return 0 if args.draw or len(cells) == len(specs) else 1
 
 

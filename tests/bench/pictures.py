@@ -2,6 +2,7 @@
 
 import math
 import re
+from operator import itemgetter
 from statistics import mean
 
 import style
@@ -11,15 +12,13 @@ from notes import by_base
 
 def values(runs, title):
     """A number of each run; those of train.py have a summary of their own."""
-    return [
-        summary(run)[title] if "stages" in run else READ[title](run) for run in runs
-    ]
+    return [summary(r)[title] if "stages" in r else READ[title](r) for r in runs]
 
 
-def curve(runs, of):
-    """x and one list of y for each run; of: a record of an evaluation -> y."""
-    x = [row["step"] for row in runs[0]["evaluations"]]
-    return x, [[of(row) for row in run["evaluations"]] for run in runs]
+def curve(runs, of, rows="evaluations"):
+    """x and one list of y for each run; of: an evaluation, or a record -> y."""
+    x = [row["step"] for row in runs[0][rows]]
+    return x, [[of(row) for row in run[rows]] for run in runs]
 
 
 def new_of(row):
@@ -30,15 +29,11 @@ def prior_of(row):
     return mean(row["prior"].values())
 
 
-# ---- One for each experiment -------------------------------------------------------
-
-
 def together(points, near):
     """Rates whose points are one to the eye share their word: ("3e-5 to 9e-5", at)."""
     groups = []
     for _, rate, at in points:
-        last = groups[-1][1] if groups else (math.inf, math.inf)
-        if max(abs(a - b) for a, b in zip(at, last, strict=True)) < near:
+        if groups and math.dist(at, groups[-1][1]) < near:
             groups[-1][0].append(rate)
         else:
             groups.append(([rate], at))
@@ -61,12 +56,12 @@ def by_rate(axis, rows, families, titles, near=0.04):
         if points:
             axis.plot(*zip(*[at for *_, at in points], strict=True), color=color, lw=1)
         for i, (rates, at) in enumerate(together(points, near)):
-            words.append((*at, rates if i else f"{text}  {rates}", color, 7))
+            words.append((*at, rates if i else f"{text}  {rates}", color))
     return words
 
 
-NAMES = {"sdft": "SDFT", "reinvoke": "SFT + re-invoke", "dft": "DFT", "sft": "SFT"}
-ALL = {(name, ""): text for name, text in NAMES.items()}
+ALL = {("sdft", ""): "SDFT", ("reinvoke", ""): "SFT + re-invoke", ("dft", ""): "DFT",
+       ("sft", ""): "SFT"}  # fmt: skip
 
 
 def frontier(axis, rows, families):
@@ -76,14 +71,13 @@ def frontier(axis, rows, families):
     if "base" in rows:
         both = values(rows["base"], "new"), values(rows["base"], "prior")
         at = style.cross(axis, *both, style.GREY, "X")
-        words.append((*at, "base", style.GREY, 7))
+        words.append((*at, "base", style.GREY))
     style.write(axis, words + by_rate(axis, rows, families, ("new", "prior")))
 
 
 def skills(rows):
-    figure, axes = style.panels(
-        "SFT and DFT 300 updates, SDFT 120", "120 updates each", width=4.2, height=3.6
-    )
+    titles = "SFT and DFT 300 updates, SDFT 120", "120 updates each"
+    figure, axes = style.panels(*titles, width=4.2, height=3.6)
     frontier(axes[0], rows, ALL)
     frontier(axes[1], rows, {("sdft", ""): "SDFT", ("sft", ", 120"): "SFT"})
     axes[0].set_ylabel("prior skills, mean of five")
@@ -93,9 +87,8 @@ def skills(rows):
 
 
 def onpolicy(rows):
-    figure, axes = style.panels(
-        "new skill", "prior skills", "updates to .9, by who writes", width=3.5
-    )
+    titles = "new skill", "prior skills", "updates to .9, by who writes"
+    figure, axes = style.panels(*titles, width=3.5)
     names = {"sdft": "on-policy", "offpolicy": "teacher writes, KL",
              "imitate": "teacher writes, imitate"}  # fmt: skip
     colors = dict(zip(names, style.OTHERS, strict=False))
@@ -104,15 +97,13 @@ def onpolicy(rows):
         for name, text in names.items():
             if runs := rows.get(f"{name} 9e-5"):
                 x, ys = curve(runs, of)
-                style.band(axis, x, ys, colors[name])
-                labels.append((mean(y[-1] for y in ys), text, colors[name]))
+                labels.append(style.band(axis, x, ys, text, colors[name]))
                 lowest = min(lowest, *map(min, ys))
         axis.set(xlabel="updates at 9e-5", ylim=(lowest - 0.01, 1.01))
         style.label_lines(axis, labels)
     # who writes: from the teacher alone, over a mix, to the student alone
-    taus = [label for label in rows if label.startswith("tau")]
-    order = {"offpolicy 9e-5": "teacher", **dict(zip(taus, taus, strict=True)),
-             "sdft 9e-5": "student"}  # fmt: skip
+    taus = {label: label for label in rows if label.startswith("tau")}
+    order = {"offpolicy 9e-5": "teacher", **taus, "sdft 9e-5": "student"}
     reached = {
         text: [x for x in values(rows[label], "updates to .9") if x < math.inf]
         for label, text in order.items() if label in rows
@@ -126,25 +117,22 @@ def onpolicy(rows):
 def teacher(rows):
     """What happens over updates: each run a thin line."""
     kinds = [label for label in rows if label != "base"]
-    figure, axes = style.panels(
-        "KL(student || teacher), nats a token", "entropy of the student, nats a token",
-        "prior skills", "the teacher's gate", width=3.3,
-    )  # fmt: skip
+    titles = ("KL(student || teacher), nats a token", "entropy of the student, nats a "
+              "token", "prior skills", "the teacher's gate")  # fmt: skip
+    figure, axes = style.panels(*titles, width=3.3)
     colors = dict(zip(kinds, style.OTHERS, strict=False))
     ends = [[], [], [], []]
     for label in kinds:
-        runs = rows[label]
-        x, series = [row["step"] for row in runs[0]["records"]], []
-        for key in ("kl_student_teacher", "student_entropy"):
-            series.append((x, [[row[key] for row in run["records"]] for run in runs]))
-        series.append(curve(runs, prior_of))
-        series.append(curve(runs, lambda row: row["teacher_gate"]))
+        runs, color = rows[label], colors[label]
+        series = (
+            curve(runs, itemgetter("kl_student_teacher"), "records"),
+            curve(runs, itemgetter("student_entropy"), "records"),
+            curve(runs, prior_of), curve(runs, itemgetter("teacher_gate")),
+        )  # fmt: skip
         for i, (x, ys) in enumerate(series):
             for y in ys:
-                axes[i].plot(x, y, color=colors[label], lw=0.5, alpha=0.5)
-            line = [mean(at) for at in zip(*ys, strict=True)]
-            axes[i].plot(x, line, color=colors[label], lw=1.8)
-            ends[i].append((line[-1], label, colors[label]))
+                axes[i].plot(x, y, color=color, lw=0.5, alpha=0.5)
+            ends[i].append(style.line(axes[i], x, ys, label, color))
     for axis in axes[:2]:
         axis.set_yscale("log")
     for axis in axes[2:]:
@@ -157,17 +145,12 @@ def teacher(rows):
 
 def stages(axis, runs):
     """Each skill and the prior mean over the updates of three skills."""
-    x, _ = curve(runs, prior_of)
-    stage = runs[0]["config"]["steps"]
-    x, labels = [step / stage for step in x], []
-    for i, skill in enumerate("ABC"):
-        color = style.OTHERS[i]
-        ys = curve(runs, lambda row, skill=skill: row["new"][skill])[1]
-        style.band(axis, x, ys, color)
-        labels.append((mean(y[-1] for y in ys), f"skill {skill}", color))
-    ys = curve(runs, prior_of)[1]
-    style.band(axis, x, ys, style.GREY, ls="--")
-    labels.append((mean(y[-1] for y in ys), "prior", style.GREY))
+    x, priors = curve(runs, prior_of)
+    x, labels = [step / runs[0]["config"]["steps"] for step in x], []
+    for skill, color in zip("ABC", style.OTHERS, strict=False):
+        _, ys = curve(runs, lambda row, skill=skill: row["new"][skill])
+        labels.append(style.band(axis, x, ys, f"skill {skill}", color))
+    labels.append(style.band(axis, x, priors, "prior", style.GREY, ls="--"))
     axis.set(ylim=(-0.03, 1.03), xticks=(0, 1, 2, 3), xlabel="skills trained")
     style.label_lines(axis, labels)
 
@@ -179,24 +162,22 @@ CURVES = {
 
 
 def curves(rows):
-    shown = {
-        label: text for label, text in CURVES.items()
-        if label in rows and len(rows[label][0]["evaluations"]) > 4
-    }  # fmt: skip
+    shown = [k for k in CURVES if k in rows and len(rows[k][0]["evaluations"]) > 4]
     if not shown:
         return {}
-    figure, axes = style.panels(*shown.values(), width=2.9, share=True)
+    titles = [CURVES[label] for label in shown]
+    figure, axes = style.panels(*titles, width=2.9, share=True)
     for axis, label in zip(axes, shown, strict=True):
         stages(axis, rows[label])
     axes[0].set_ylabel("accuracy, held-out queries")
     return {"_curves": figure}
 
 
-def tradeoff(rows):
+def forgetting(rows):
     figure, (axis,) = style.panels("after three skills", width=5.4, height=3.8)
     frontier(axis, rows, ALL)
     axis.set(xlabel="new skills, mean of three", ylabel="prior skills, mean of five")
-    return {"_tradeoff": figure}
+    return {**curves(rows), "_tradeoff": figure}
 
 
 def distance(rows):
@@ -220,43 +201,35 @@ def distance(rows):
     return figure
 
 
-def forgetting(rows):
-    return {**curves(rows), **tradeoff(rows)}
-
-
 def earlier(rows):
     return {**forgetting(rows), "_distance": distance(rows)}
 
 
-def columns(rows, *titles, names=None, width=2.9):
+def color_of(label):
+    return style.COLORS.get(label.split()[0].strip(","), style.GREY)
+
+
+def columns(rows, *titles, width=2.9):
     """A panel of dots for each number, a line for each row."""
-    names = names or {label: label for label in rows}
-    rows = {names[label]: runs for label, runs in rows.items() if label in names}
     colors = {label: color_of(label) for label in rows}
     height = 0.8 + 0.24 * len(rows)
     figure, axes = style.panels(*titles, width=width, height=height, share=True)
     for axis, title in zip(axes, titles, strict=True):
         parts = {label: values(runs, title) for label, runs in rows.items()}
         style.dots(axis, parts, colors)
+        if title == "length":
+            axis.set_xlabel("tokens")
+        else:  # a share: all of what there is, so that small differences look small
+            axis.set_xlim(-0.06, 1.06)
     return figure, axes
 
 
-def color_of(label):
-    word = label.lower().replace("sft + re-invoke", "reinvoke").split()[0]
-    return style.COLORS.get(word.strip(","), style.GREY)
-
-
-def from_0_to_1(axes):
-    """Axes of shares: all of what there is, so that small differences look small."""
-    for axis in axes:
-        axis.set_xlim(-0.06, 1.06)
-
-
 def answers_only(rows):
-    figure, axes = columns(rows, "new", "prior", "thinks", "length")
-    from_0_to_1(axes[:3])
-    axes[3].set_xlabel("tokens")
-    return figure
+    return columns(rows, "new", "prior", "thinks", "length")[0]
+
+
+def audit(rows):
+    return columns(rows, "strict", "OOD", "prior")[0]
 
 
 PAPER = {  # Table 1 and Fig. 7: strict, lenient, OOD
@@ -268,8 +241,7 @@ PAPER = {  # Table 1 and Fig. 7: strict, lenient, OOD
 
 def knowledge(rows):
     """A dot for each seed, a bar at the mean, a ring where the paper stands."""
-    titles = "strict", "lenient", "OOD", "prior"
-    figure, axes = columns(rows, *titles, width=2.3)
+    figure, axes = columns(rows, "strict", "lenient", "OOD", "prior", width=2.3)
     for i, label in enumerate(rows):
         paper = PAPER.get(re.sub(r" \d\S*$", "", label), ())
         for axis, value in zip(axes, paper, strict=False):
@@ -277,13 +249,6 @@ def knowledge(rows):
             if axis is axes[0] and label.startswith("sft 3e-4"):  # (free on its left)
                 axis.annotate("ring: the paper", (value, -i), (-9, -3), ha="right",
                               color=style.GREY, textcoords="offset points", fontsize=7)
-    from_0_to_1(axes)
-    return figure
-
-
-def audit(rows):
-    figure, axes = columns(rows, "strict", "OOD", "prior")
-    from_0_to_1(axes)
     return figure
 
 
@@ -299,8 +264,8 @@ def size(rows):
             names.setdefault((round(x, 2), round(y, 2)), []).append(name)
         axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
         axis.margins(0.12, 0.15)
-        style.write(axis, [(*at, " and ".join(each), style.GREY, 7)
-                           for at, each in names.items()])  # fmt: skip
+        words = [(*at, " and ".join(of), style.GREY) for at, of in names.items()]
+        style.write(axis, words)
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
 
@@ -312,30 +277,24 @@ def passk(rows):
         ks = [int(k) for k in runs[0]["pass_at_k"]]
         ys = [list(run["pass_at_k"].values()) for run in runs]
         dashed = {"ls": "--"} if label.endswith("1e-4") else {}
-        style.band(axis, ks, ys, color_of(label), **dashed)
-        labels.append((mean(y[0] for y in ys), mean(y[-1] for y in ys), label))
+        labels.append(style.band(axis, ks, ys, label, color_of(label), **dashed))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, ks)
     axis.set(xlabel="k", ylim=(-0.03, 1.05))
-    style.label_lines(axis, [(y, text, color_of(text)) for _, y, text in labels])
+    style.label_lines(axis, labels)
     return figure
 
 
-ENDS = ("", ", prior")  # of the numbers on new and on prior prompts
-
-
 def distance_kl(rows):
-    figure, axes = style.panels(
-        "KL(student || base), nats a token", "two numbers of forgetting, prior prompts",
-        width=4.4, height=3.6,
-    )  # fmt: skip
-    titles = [f"KL(student || base){end}" for end in ENDS]
-    families = ALL
-    if "base" in rows:  # where SDFT goes: to its teacher
-        families = {**ALL, ("sdft", ""): "SDFT (star: the base, shown the demo)"}
+    titles = ("KL(student || base), nats a token", "two numbers of forgetting, prior "
+              "prompts")  # fmt: skip
+    figure, axes = style.panels(*titles, width=4.4, height=3.6)
+    titles = "KL(student || base)", "KL(student || base), prior"
+    families = {**ALL, ("sdft", ""): "SDFT (star: the base, shown the demo)"}
     words = by_rate(axes[0], rows, families, titles, near=0.08)
-    if "base" in rows:
-        both = [values(rows["base"], f"KL(teacher || base){end}") for end in ENDS]
+    if "base" in rows:  # where SDFT goes: to its teacher
+        titles = "KL(teacher || base)", "KL(teacher || base), prior"
+        both = [values(rows["base"], title) for title in titles]
         style.cross(axes[0], *both, style.COLORS["teacher"], "*")
     axes[0].margins(0.12, 0.25)
     axes[1].margins(0.05, 0.2)
@@ -348,20 +307,17 @@ def distance_kl(rows):
 
 
 def estimators(rows):
-    figure, axes = style.panels("new skill", "loss, nats a token", width=3.7)
+    titles = "new skill", "KL(student || teacher), nats a token"
+    figure, axes = style.panels(*titles, width=3.7)
     colors = dict(zip(rows, style.OTHERS, strict=False))
     ends = [[], []]
     for label, runs in rows.items():
-        if label == "360 updates":  # another schedule
-            continue
-        steps = [row["step"] for row in runs[0]["records"]]
-        losses = [[row["kl_student_teacher"] for row in r["records"]] for r in runs]
-        for i, (x, ys) in enumerate((curve(runs, new_of), (steps, losses))):
-            line = [mean(at) for at in zip(*ys, strict=True)]
-            axes[i].plot(x, line, color=colors[label], lw=1.5)
-            ends[i].append((line[-1], label, colors[label]))
+        if label != "360 updates":  # another schedule
+            both = (new_of,), (itemgetter("kl_student_teacher"), "records")
+            for axis, labels, of in zip(axes, ends, both, strict=True):
+                xy = curve(runs, *of)
+                labels.append(style.line(axis, *xy, label, colors[label], lw=1.5))
     axes[1].set_yscale("log")
-    axes[1].set_title("KL(student || teacher), nats a token", loc="left")
     for axis, labels in zip(axes, ends, strict=True):
         style.label_lines(axis, labels)
         axis.set_xlabel("updates")
@@ -381,27 +337,19 @@ def cost(rows):
                 one = mean(run["work"][key] / run["config"]["steps"] for run in runs)
                 x = [step * one * unit for step in steps]
                 dashed = {"ls": "--"} if "1e-4" in label else {}
-                style.band(axis, x, ys, color_of(label), **dashed)
                 text = label.removesuffix(", 120").upper().replace("E-", "e-")
-                labels.append((mean(y[-1] for y in ys), text, color_of(label)))
+                end = style.band(axis, x, ys, text, color_of(label), **dashed)
+                labels.append(end)
         style.label_lines(axis, labels)
         axis.set(ylim=(-0.03, 1.05))
     axes[0].set_ylabel("new skill")
     return figure
 
 
-PICTURES = {
-    "skills": skills, "onpolicy": onpolicy, "teacher": teacher,
-    "default": curves, "earlier": earlier, "forgetting": forgetting,
-    "distance": distance,
-    "answers-only": answers_only, "size": size,
-    "knowledge": knowledge, "audit": audit,
-    "passk": passk, "distance-kl": distance_kl, "estimators": estimators, "cost": cost,
-}  # fmt: skip
-
-
 def draw(name, rows, where):
-    """<where>/<name>.png, and of some experiments several: <name>_curves.png, ..."""
-    drawn = PICTURES[name](rows) if rows else {}
+    """<where>/<name>.png, and of some experiments several: <name>_curves.png, ... The
+    function of an experiment has its name."""
+    of = {"default": curves}.get(name) or globals()[name.replace("-", "_")]
+    drawn = of(rows) if rows else {}
     for end, figure in (drawn if isinstance(drawn, dict) else {"": drawn}).items():
         style.save(figure, where / f"{name}{end}.png")

@@ -17,20 +17,23 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import data
 from data import student_prompt, teacher_prompt
-from model import generate, kl_models, response_hidden
+from model import generate, kl_reference, response_hidden
 
 TERMS = {word for name, (term, _) in data.OPERATIONS.items() for word in (name, term)}
+
+
+def padded(prompt, examples, tok, model):
+    """The examples' prompts as the model gets them: int64 (B, P), and lengths (B,)."""
+    return data.pad_batch(prompt, examples, tok, next(model.parameters()).device)
 
 
 def respond(model, examples, prompt, tok, n, seed=None, when=None):
     """Responses int64 (B, R) and their mask: greedy, or sampled where a seed is given.
     n: the longest response, in tokens."""
-    device = next(model.parameters()).device
-    both = data.pad_batch(prompt, examples, tok, device)
-    if seed is None:
-        return generate(model, *both, n, tok.end, temperature=0)
-    u = data.get_uniform(examples, n, seed, when, device)
-    return generate(model, *both, n, tok.end, u)
+    both, u = padded(prompt, examples, tok, model), None
+    if seed is not None:
+        u = data.get_uniform(examples, n, seed, when, both[0].device)
+    return generate(model, *both, n, tok.end, u, 0.0 if u is None else 1.0)
 
 
 def texts_of(response, mask, tok):
@@ -38,23 +41,18 @@ def texts_of(response, mask, tok):
     return [tok.decode(row[:n]) for row, n in pairs]
 
 
-# ---- Responses ---------------------------------------------------------------------
-
-
 def greedy(model, benchmark, tok, n, prompt=student_prompt):
-    """A benchmark in numbers: accuracy; length, in tokens; ended, the share of
-    responses that came to their end; thinks, the share that name an operation, in the
-    model's own word or in the expert's."""
+    """A benchmark in numbers: accuracy; length, in tokens; ended, the share that came
+    to their end; thinks, the share that name an operation, in anyone's word."""
     response, mask = respond(model, benchmark.examples, prompt, tok, n)
     texts = texts_of(response, mask, tok)
-    pairs = zip(benchmark.examples, texts, strict=True)
+    right = map(benchmark.grade, benchmark.examples, texts)
     words = [text.replace(":", " ").split() for text in texts]
-    return {
-        "accuracy": mean(float(benchmark.grade(*pair)) for pair in pairs),
-        "length": mask.sum(1).float().mean().item(),
-        "ended": ((response == tok.end) & mask).any(1).float().mean().item(),
-        "thinks": mean(float(not TERMS.isdisjoint(row)) for row in words),
-    }
+    ended = ((response == tok.end) & mask).any(1)  # (B,)
+    thinks = [float(not TERMS.isdisjoint(row)) for row in words]
+    length, ended = (x.float().mean().item() for x in (mask.sum(1), ended))
+    return {"accuracy": mean(map(float, right)), "length": length, "ended": ended,
+            "thinks": mean(thinks)}  # fmt: skip
 
 
 def pass_at_k(right, n, k):
@@ -65,27 +63,42 @@ def pass_at_k(right, n, k):
 
 def pass_curve(model, benchmark, tok, n, seed, samples):
     """{k: pass@k}, k = 1, 2, 4, ... samples: the mean over queries at temperature 1."""
-    right = [0] * len(benchmark.examples)
+    examples, right = benchmark.examples, [0] * len(benchmark.examples)
     for i in range(samples):
-        response, mask = respond(
-            model, benchmark.examples, student_prompt, tok, n, seed, ("pass", i)
-        )
-        for j, text in enumerate(texts_of(response, mask, tok)):
-            right[j] += benchmark.grade(benchmark.examples[j], text)
+        both = respond(model, examples, student_prompt, tok, n, seed, ("pass", i))
+        for j, text in enumerate(texts_of(*both, tok)):
+            right[j] += benchmark.grade(examples[j], text)
     ks = [2**i for i in range(samples.bit_length())]
     return {str(k): mean(pass_at_k(c, samples, k) for c in right) for k in ks}
 
 
-# ---- Distances ---------------------------------------------------------------------
+@torch.no_grad()
+def kl_models(p, p_prompts, q, q_prompts, response, mask):
+    """KL(p || q) in nats at each token of the response, (B, R), for two models p and q,
+    each after (prompts, lengths) of its own; 0 where the mask is false."""
+    p_logits = p.logits(response_hidden(p, *p_prompts, response, mask))  # (N, V)
+    q_logits = q.logits(response_hidden(q, *q_prompts, response, mask))  # (N, V)
+    values = p_logits.new_zeros(mask.shape)
+    values[mask] = kl_reference(q_logits, p_logits)  # q is in the student's place
+    return values
 
 
 def distance(p, q, examples, prompts, tok, n, seed):
     """KL(p || q) on responses that p samples; prompts: what p sees, and what q sees."""
-    device = next(p.parameters()).device
     response, mask = respond(p, examples, prompts[0], tok, n, seed, "distance")
-    both = [data.pad_batch(prompt, examples, tok, device) for prompt in prompts]
-    kl = kl_models(p, both[0], q, both[1], response, mask)  # (B, R)
-    return data.mean_per_response(kl, mask)
+    seen = [padded(prompt, examples, tok, p) for prompt in prompts]
+    kl = kl_models(p, seen[0], q, seen[1], response, mask)  # (B, R)
+    return (kl.sum(1) / mask.sum(1)).mean().item()
+
+
+def by_position(teacher, student, examples, tok, n, seed):
+    """KL(teacher || student) by the place of a token, a list: the mean over the
+    responses that the student samples and that are as long."""
+    prompts = teacher_prompt, student_prompt
+    response, mask = respond(student, examples, prompts[1], tok, n, seed, "evaluate")
+    shown, bare = (padded(prompt, examples, tok, student) for prompt in prompts)
+    kl = kl_models(teacher, shown, student, bare, response, mask)  # (B, R)
+    return (kl.sum(0) / mask.sum(0)).tolist()
 
 
 @torch.no_grad()
@@ -93,35 +106,22 @@ def mass(model, base, examples, tok, n):
     """The probability that a model gives to the base's greedy responses, each taken as
     a whole: the mean over examples, in [0, 1]."""
     response, mask = respond(base, examples, student_prompt, tok, n)
-    both = data.pad_batch(student_prompt, examples, tok, response.device)
-    hidden = response_hidden(model, *both, response, mask)  # (N, C)
+    bare = padded(student_prompt, examples, tok, model)
+    hidden = response_hidden(model, *bare, response, mask)  # (N, C)
     rows = model.logits(hidden).log_softmax(-1)  # (N, V)
     log_p = rows.new_zeros(mask.shape)  # (B, R)
-    log_p[mask] = rows.gather(1, response[mask][:, None])[:, 0]
+    log_p[mask] = rows[range(len(rows)), response[mask]]
     return log_p.sum(1).exp().mean().item()
 
 
-# ---- Work --------------------------------------------------------------------------
-
-
-def addmm_(out, a, b, **_):
-    return 2 * a[0] * a[1] * b[1]
-
-
-def cpu_attention(q, k, v, *_, **__):
-    return sdpa_flop_count(q, k, v)
-
-
-def cpu_attention_backward(_, q, k, v, *__, **___):
-    return 5 * sdpa_flop_count(q, k, v) // 2  # q k^T again, and four products
-
-
-COUNTED = {  # what FlopCounterMode leaves out
-    torch.ops.aten.addmm_: addmm_,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-        cpu_attention_backward,
-}  # fmt: skip
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+COUNTED = {  # what FlopCounterMode leaves out, from shapes
+    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+    ATTENTION: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    # q k^T again, and four products
+    BACKWARD: lambda _, q, k, v, *__, **___: 5 * sdpa_flop_count(q, k, v) // 2,
+}
 
 
 def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
@@ -130,11 +130,10 @@ def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
     flops         floating-point operations of matrix products and attention
     computed      tokens that went through a model, prompts and pads included
     loss          tokens that carry loss (of the first update)
-    core_seconds  of this process, not of the clock: others may use the core, too (on a
-                  GPU this is only what the CPU does)
+    core_seconds  of this process, not of the clock: others may use the core, too
 
-    more: what train of a variant needs beside its usual arguments. timed: how many
-    updates give the seconds, 0 for none.
+    more: further arguments of a variant's train. timed: how many updates give the
+    seconds, 0 for none.
     """
     seen, run = [], Quiet()
 
@@ -145,14 +144,14 @@ def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
         trainer.train(twin, {"A": examples}, {}, tok, few, run, *more)
         return time.process_time() - begin
 
-    # the first update also makes a record: the later ones count
-    counts = []
-    for steps in (1, 2):
+    def counted(steps):
         seen.clear()
         with FlopCounterMode(display=False, custom_mapping=COUNTED) as counter:
             train(steps)
-        counts.append((counter.get_total_flops(), sum(seen)))
-    first, both = counts
+        return counter.get_total_flops(), sum(seen)
+
+    # the first update also makes a record: the second one counts
+    first, both = counted(1), counted(2)
     return {
         "flops": both[0] - first[0],
         "computed": both[1] - first[1],
@@ -161,37 +160,33 @@ def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
     }
 
 
-# ---- All of it ---------------------------------------------------------------------
+def each_greedy(model, tasks, tok, n):
+    """{group: {benchmark: numbers}} of a model, see greedy."""
+    return {
+        group: {k: greedy(model, benchmark, tok, n) for k, benchmark in of.items()}
+        for group, of in tasks.items()
+    }
 
 
 def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
     """All numbers of a model after fine-tuning (or of the base: student is base).
 
-    Args:
-        student, base: GPT, in eval mode; teacher: GPT, or None.
-        tasks: of data.make_tasks. n: the longest response, in tokens.
-        quick: fewer samples, to see that it runs.
-    Returns: a dict of plain values; "new" and "prior" are {benchmark: numbers}.
-        pass@k and the distances on new prompts are of the first new skill.
+    teacher: GPT, or None; tasks: of data.make_tasks; n: the longest response; quick:
+    fewer samples. Returns a dict of plain values; "new" and "prior" are {benchmark:
+    numbers}; pass@k and the distances on new prompts are of the first new skill.
     """
     queries, each, samples = (8, 4, 4) if quick else (100, 40, 64)
-    result = {
-        group: {
-            name: greedy(student, benchmark, tok, n)
-            for name, benchmark in benchmarks.items()
-        }
-        for group, benchmarks in tasks.items()
-    }
+    result = each_greedy(student, tasks, tok, n)
     first = next(iter(tasks["new"].values()))
     few = data.Benchmark(first.examples[:queries], first.grade)
     result["pass_at_k"] = pass_curve(student, few, tok, n, seed, samples)
     old = {k: b.examples[:each] for k, b in tasks["prior"].items()}
     old = dict(list(old.items())[:1]) if quick else old
-    prompts = {"new": {"new": few.examples}, "prior": old}
+    prompts = {"new": [few.examples], "prior": old.values()}
 
     def kl(p, q, *seen):
         return {
-            group: mean(distance(p, q, x, seen, tok, n, seed) for x in parts.values())
+            group: mean(distance(p, q, some, seen, tok, n, seed) for some in parts)
             for group, parts in prompts.items()
         }
 
@@ -202,7 +197,7 @@ def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
     if teacher is not None:
         result["kl_teacher_base"] = kl(teacher, base, shown, bare)
         result["gate"] = mean(
-            greedy(teacher, benchmark, tok, n, shown)["accuracy"]
+            data.accuracy(teacher, benchmark, tok, n, shown)
             for benchmark in tasks["new"].values()
         )
     result["old_mass"] = {k: mass(student, base, x, tok, n) for k, x in old.items()}

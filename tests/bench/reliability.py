@@ -4,20 +4,24 @@
     python tests/bench/reliability.py --quick    # about two minutes
 
 Prints a table and writes it to tests/bench/results/reliability.json, and after it the
-table of faults.py, which counts the faults that other projects had by kind. The short
-versions of the same run with the tests, in tests/test_reliability.py. Real processes,
-of which some are killed in the middle of a write: Linux and macOS.
+table of faults.py, which counts the faults that other projects had by kind.
+tests/test_reliability.py does each of this once, with what is here. Real processes, of
+which some are killed in the middle of a write: Linux and macOS.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import multiprocessing
+import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -27,87 +31,277 @@ import torch
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import faults  # noqa: E402
-import test_reliability as short  # noqa: E402
-from test_train import BAD, assert_refused, bad_argv, start  # noqa: E402
+from test_train import (  # noqa: E402
+    BAD,
+    METHODS,
+    SMALL,
+    assert_refused,
+    base_file,
+    read,
+    same,
+    start,
+)
 
 import train  # noqa: E402
 
-RESULTS = ROOT / "tests" / "bench" / "results"
-EACH = "--save-every", "1"
-MEASURE = short.PROGRAM + (
-    "import resource; code = train.main(sys.argv[2:]); "
-    "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
-)
+FLAGS = [*SMALL, "--method", "both"]
+# train.py, with the base saved often, in which signals come before a step, or seconds
+# later: AT is [part, step, names, processes, seconds]; "half" is a death in the next
+# save. The disk may be FULL, for files of more than 32 KiB.
+PROGRAM = """
+import json, os, resource, signal, sys, threading, time
+import train
+*place, names, ranks, later = json.loads(os.environ.get("AT", "[0, 0, 0, 0, 0]"))
+progress, load, rank = train.Run.progress, train.Run.load, os.environ.get("RANK", "0")
+train.BASE.save_every = 3
+if "FULL" in os.environ:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, 2**15))
+if rank == "1":
+    train.Run.load = lambda *args: time.sleep(0.2) or load(*args)
+
+def act():
+    for name in names:
+        if name == "half":
+            os.fsync = lambda number: os.kill(os.getpid(), signal.SIGKILL)
+        else:
+            os.kill(os.getpid(), getattr(signal, name))
+
+def watched(run, start, end):
+    for step in progress(run, start, end):
+        if place == [run.folder.name if run.note else "base", step] and rank in ranks:
+            threading.Timer(later, act).start() if later else act()
+        yield step
+
+train.Run.progress = watched
+code = train.main(sys.argv[2:])
+if "PEAK" in os.environ:
+    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+sys.exit(code)
+"""
+
+
+# ---- Processes, and what they leave --------------------------------------------------
+
+
+def at(part, step, *names, ranks="0", later=0.0):
+    """For the environment of a process: signals before a step, see PROGRAM."""
+    return {"AT": json.dumps([part, step, names, ranks, later])}
+
+
+def begin(out, *args, flags=FLAGS, **environment):
+    """Start PROGRAM as a process of its own."""
+    argv, launcher = (*flags, "--out", out, *args), [sys.executable, "-c", PROGRAM]
+    return start(*argv, launcher=launcher, PYTHONPATH=str(ROOT), **environment)
+
+
+def finish(process, timeout=1200):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
 
 
 def succeed(process):
-    code, text, err = short.finish(process, timeout=1200)
+    code, text, err = finish(process)
     assert code == 0, err
     return text
 
 
-def kill_in_a_write(process, part, step, later, folder):
-    """So many seconds after a step, and then in the next write of a checkpoint."""
-    short.wait_for(process, part, step)
-    time.sleep(later)
-    while process.poll() is None and not any(folder.rglob("checkpoint.pt.tmp")):
-        pass
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before the kill"
+def contents(out, part):
+    """All that a run of one method, or the base, has left."""
+    folder = base_file(out).parent if part == "base" else out / part
+    parts = train.read_checkpoint(folder / "checkpoint.pt", ())
+    parts["metrics"] = train.read_metrics(folder)
+    if (folder / "results.json").exists():
+        parts["results"] = read(out, part)[0]
+    if part == "base":
+        parts["base"] = train.read_checkpoint(folder / "base.pt")
+        del parts["settings"]["save_every"]  # see PROGRAM
+    return parts
 
 
-def killed_and_resumed(part, folder, whole, rng, in_write):
-    """Kill one run in one part, at random or in a write, and resume it: is it then
-    the uninterrupted one? And did the kill leave half a file?"""
-    method = "sft" if part == "base model" else part
-    steps = 40 if part == "base model" else 18
-    step, later = rng.randrange(3, steps - 5), rng.uniform(0, 0.03)
-    out, args = folder / "out", (*EACH, "--method", method)
-    if part != "base model":
-        short.with_base(out, whole)
-    if in_write:
-        kill_in_a_write(short.begin(out, *args), part, step, later, out)
-    else:
-        short.killed_at(out, *args, part=part, step=step, later=later)
-    half = any(out.rglob("*.tmp"))
-    succeed(short.begin(out, *args, "--resume"))
-    folders = [short.base_folder(out).relative_to(out), method]
-    same = all(short.digests(out / f) == short.digests(whole / f) for f in folders)
-    return same, half
+def assert_same(out, other, *parts):
+    """Base and methods, to the bit: tensors, metrics and results."""
+    for part in parts or ("base", *METHODS):
+        one, two = contents(out, part), contents(other, part)
+        assert [k for k in two if not same({k: one.get(k)}, {k: two[k]})] == [], part
 
 
-def count_kills(part, kills, whole, work, rng):
-    same = halves = 0
-    for i in tqdm(range(kills), desc=f"kills, {part}"):
-        with tempfile.TemporaryDirectory(dir=work) as folder:
-            result = killed_and_resumed(part, Path(folder), whole, rng, i % 2 == 1)
-            same, halves = same + result[0], halves + result[1]
-    return same, halves
+def killed_and_resumed(part, out, whole, rng, in_save):
+    """Kill a run in one part, at random or in a save, and resume it, which must end as
+    the uninterrupted one. Did the kill leave half a file?"""
+    if part != "base":
+        shutil.copytree(whole / "base", out / "base")
+    later = 0 if in_save else rng.uniform(0.001, 0.05)
+    moment = at(part, rng.randrange(6), "half" if in_save else "SIGKILL", later=later)
+    args = "--method", "sft" if part == "base" else part
+    code, _, err = finish(begin(out, *args, **moment))
+    assert code in (-signal.SIGKILL, 0), err  # 0: it was done before
+    left = any(out.rglob("*.tmp"))
+    succeed(begin(out, *args, "--resume"))
+    assert_same(out, whole, "base", args[-1])
+    return left
 
 
-def refused(argv, message):
+def run_two(*args, **environment):
+    """PROGRAM as two processes without torchrun: for each, exit code and texts."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+             "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none",
+             **environment}  # fmt: skip
+    both = [begin(*args, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    return [finish(process) for process in both]
+
+
+def assert_stopped(both, code, argv):
+    """Once, whoever got the signal."""
+    (one, _, first), (two, _, second) = both
+    assert (one, two) == (code, code), first + second
+    assert "Traceback" not in first + second and "to go on" not in second
+    (command,) = re.findall("stopped; to go on: (.*)", first)
+    torchrun = ["torchrun", "--standalone", "--nproc_per_node=2", "train.py"]
+    assert shlex.split(command) == [*torchrun, *argv]
+
+
+# ---- Saves and damaged files ---------------------------------------------------------
+
+
+def wrap_calls(what, n):
+    """Wrap each call of a save that touches the disk, in this process. There is a
+    moment before it, one after it and, where it writes, one in its middle. At moment n
+    the process "dies", the call "fails", or the disk "is full" from there."""
+
+    def moment(name):
+        nonlocal n
+        n -= 1
+        if n == -1 and what == "dies":
+            os._exit(9)
+        full = what == "is full" and name != "unlink"  # nothing else fails then
+        if n == -1 or (n < 0 and full):
+            raise OSError(28, "No space left on device")
+
+    def wrap(owner, name, real):
+        def call(*args, **kwargs):
+            moment(name)
+            result = real(*args, **kwargs)
+            moment(name)
+            return result
+
+        setattr(owner, name, call)
+
+    class File(io.FileIO):  # what is written is at once on the disk
+        def write(self, content):
+            middle = len(content) // 2
+            for part in content[:middle], content[middle:]:
+                moment("write")
+                super().write(part)
+            moment("write")
+            return len(content)
+
+    wrap(train, "open", lambda path, mode: File(path, "w"))
+    wrapped = (os, "fsync", "replace"), (Path, "unlink"), (File, "flush", "close")
+    for owner, *names in wrapped:
+        for name in names:
+            wrap(owner, name, getattr(owner, name))
+
+
+def moments_of_a_save(folder, what):
+    """Let a save die or fail at each of its moments, in a process of its own: the file
+    is the old one or the new one, whole. A death leaves half a file at most, and the
+    next save takes its place; a failure leaves nothing and is an error with the path,
+    unless the new file is there. Returns how many moments there are."""
+    path, n, ended, steps, left = folder / "checkpoint.pt", -1, None, set(), set()
+    old, new = ({"step": i, "model": torch.full((2000,), i)} for i in (1, 2))
+    folder.mkdir()
+    while ended != 0:
+        train.write_checkpoint(path, old)
+        assert [each.name for each in folder.iterdir()] == [path.name]
+        n += 1
+        child = os.fork()
+        if not child:
+            code = 2
+            try:
+                wrap_calls(what, n)
+                train.write_checkpoint(path, new)
+                code = 0
+            except OSError as error:
+                code = 1 if str(error).startswith(f"{path} not written: ") else 2
+            finally:
+                os._exit(code)
+        ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = train.read_checkpoint(path)
+        assert same(found, new) or (same(found, old) and ended != 0), n
+        assert ended in (0, 9 if what == "dies" else 1), n
+        steps.add(found["step"])
+        left |= {each.name for each in folder.iterdir()}
+    assert steps == {1, 2}, "this shows nothing"
+    assert left == {path.name, *["checkpoint.pt.tmp"] * (what == "dies")}
+    return n
+
+
+def save_forever(path, step, weights):
+    while True:
+        step += 1
+        train.write_checkpoint(path, {"step": step, "model": weights})
+
+
+def kill_in_saves(path, kills, seed):
+    """Kill a process that only saves, so many times, at any moment; what was saved once
+    is never lost. Returns how often half a file was left."""
+    rng, weights, step, halves = random.Random(seed), torch.randn(1 << 18), 0, 0
+    train.write_checkpoint(path, {"step": 0, "model": weights})
+    for _ in range(kills):
+        args = path, step, weights
+        fork = multiprocessing.get_context("fork")
+        process = fork.Process(target=save_forever, args=args)
+        process.start()
+        time.sleep(rng.uniform(0.02, 0.08))
+        process.kill()
+        process.join()
+        halves += len(list(path.parent.glob("*.tmp*")))
+        found = train.read_checkpoint(path)
+        assert torch.equal(found["model"], weights) and found["step"] >= step
+        step = found["step"]
+    return halves
+
+
+def count_refused(source, path, flips, cuts, seed):
+    """How many copies of a checkpoint, with one bit flipped or cut, are refused with
+    the path, or are what they were: a bit may be one that says nothing."""
+    good, rng, right = source.read_bytes(), random.Random(seed), 0
+    for i in range(flips + cuts):
+        bad, place = bytearray(good), rng.randrange(len(good))
+        bad[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad if i < flips else good[:place])
+        try:
+            right += same(train.read_run(path, False), train.read_run(source, False))
+        except train.UserError as error:
+            right += str(error).startswith(f"{path} cannot be read: ")
+    return right
+
+
+# ---- The figures ---------------------------------------------------------------------
+
+
+def refused(flags, out):
     """Does a bad input get an error that names it, a hint and exit code 2?"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = train.main(argv)
+    texts = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(texts[0]), contextlib.redirect_stderr(texts[1]):
+        code = train.main([*SMALL, "--out", str(out), *flags.split()])
     try:
-        assert_refused((code, out.getvalue(), err.getvalue()), message)
+        assert_refused((code, *(text.getvalue() for text in texts)), BAD[flags])
     except AssertionError:
         return False
     return True
 
 
-def start_usual(out, *args, **environment):
+def begin_usual(out, *args, **environment):
     """A short run with a model of the usual size, that tells its peak at its end."""
     few = "--device cpu --method sdft --base-steps 8 --steps 4 --gate-margin -1"
     few += " --log-every 1 --save-every 1"
-    launcher = [sys.executable, "-c", MEASURE]
-    environment |= {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return start(*few.split(), "--out", out, *args, launcher=launcher, **environment)
+    return begin(out, *args, flags=few.split(), PEAK="1", **environment)
 
 
 def peak_memory(process):
@@ -116,48 +310,51 @@ def peak_memory(process):
 
 
 def measure(quick, work):
-    """The rows of the table: what was done, and the figure."""
+    """The rows of the table: what was done, and the figure. Any that is not right ends
+    it with an error."""
     rng, rows, whole = random.Random(0), [], work / "whole"
-    succeed(short.begin(whole, *EACH))
-    kills = {"base model": 1, "sft": 2, "sdft": 2} if quick else {
-        "base model": 10, "sft": 20, "sdft": 20,
-    }  # fmt: skip
-    for part, n in kills.items():
-        same, halves = count_kills(part, n, whole, work, rng)
+    succeed(begin(whole))
+    for part, kills in ("base", 10), ("sft", 20), ("sdft", 20):
+        n = -(-kills // 10) if quick else kills
+        halves = 0
+        for i in tqdm(range(n), desc=f"kills, {part}"):
+            out = work / f"{part}{i}"
+            halves += killed_and_resumed(part, out, whole, rng, i % 2 == 1)
+            shutil.rmtree(out)
         what = f"`kill -9` of {part}, {halves} of {n} left half a file; resumed"
-        rows.append((what, f"{same}/{n} equal to the bit"))
+        rows.append((what, f"{n}/{n} equal to the bit"))
     n, path = (20 if quick else 100), work / "saves" / "checkpoint.pt"
     path.parent.mkdir()
-    unreadable, halves, _ = short.kill_in_saves(path, n, seed=1)
+    halves = kill_in_saves(path, n, seed=1)
     what = f"`kill -9` inside a loop that only saves, {halves} of {n} left half a file"
-    rows.append((what, f"{unreadable}/{n} unreadable"))
+    rows.append((what, f"0/{n} unreadable"))
     flips, cuts = (40, 10) if quick else (200, 50)
     source = whole / "sdft" / "checkpoint.pt"
-    right = short.count_refused(source, work / "checkpoint.pt", flips, cuts, seed=1)
+    right = count_refused(source, work / "checkpoint.pt", flips, cuts, seed=1)
     what = f"{flips} flipped bits and {cuts} cut files: refused, or as they were"
     rows.append((what, f"{right}/{flips + cuts}"))
     for end in ("dies", "fails"):
-        n = short.moments_of_a_save(work / end, end)
+        n = moments_of_a_save(work / end, end)
         what = f"a save that {end} before, in or after a call that touches the disk"
         rows.append((what, f"{n}/{n} lose nothing"))
-    n = sum(refused(bad_argv(flags, work / "bad"), BAD[flags]) for flags in BAD)
+    n = sum(refused(flags, work / "bad") for flags in BAD)
     what = "bad inputs: an error that names it, a hint, exit code 2"
     rows.append((what, f"{n}/{len(BAD)}"))
     out = work / "memory"
-    succeed(start_usual(out))  # makes the base
+    succeed(begin_usual(out))  # makes the base
     shutil.rmtree(out / "sdft")
-    fresh = peak_memory(start_usual(out))
+    fresh = peak_memory(begin_usual(out))
     shutil.rmtree(out / "sdft")
-    killed = start_usual(out, AT=short.at("sdft", 5, "SIGKILL"))
-    code, _, err = short.finish(killed, timeout=1200)
+    code, _, err = finish(begin_usual(out, **at("sdft", 6, "SIGKILL")))
     assert code == -signal.SIGKILL, err
-    again = peak_memory(start_usual(out, "--resume"))
+    again = peak_memory(begin_usual(out, "--resume"))
     what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
-    rows.append((what, f"{again:.0f} MiB, {again / fresh:.2f} times"))
-    return rows
+    return [*rows, (what, f"{again:.0f} MiB, {again / fresh:.2f} times")]
 
 
 def main():
+    import faults
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the kills")
     args = parser.parse_args()
@@ -169,8 +366,8 @@ def main():
         print(f"| {row[0]} | {row[1]} |")
     machine = {"machine": platform.machine(), "python": platform.python_version(),
                "torch": str(torch.__version__), "quick": args.quick}  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "reliability.json"
+    faults.RESULTS.mkdir(exist_ok=True)
+    path = faults.RESULTS / "reliability.json"
     path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
     print("\nfaults that other projects had, by kind:")
     return faults.main()

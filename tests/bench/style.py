@@ -1,6 +1,9 @@
-"""One style for all pictures: no background, mid-grey text that reads on white paper
-and on dark pages alike, colors of middle brightness, and a label at each line in place
-of a legend."""
+"""One style for all pictures: no background, grey text and colors that read on white
+paper and on dark pages alike, and a label at each line in place of a legend."""
+
+import math
+from itertools import product
+from statistics import mean
 
 import matplotlib
 
@@ -8,13 +11,11 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 GREY = "#808080"
-COLORS = {
-    "base": "#8a8a8a", "sft": "#e07b1a", "dft": "#c2529a", "reinvoke": "#a08a1e",
-    "sdft": "#3f8fd6", "teacher": "#2aa198", "prior": "#8a8a8a",
-}  # fmt: skip
+COLORS = {"base": "#8a8a8a", "sft": "#e07b1a", "dft": "#c2529a", "sdft": "#3f8fd6",
+          "reinvoke": "#a08a1e", "teacher": "#2aa198"}  # fmt: skip
 OTHERS = ("#3f8fd6", "#e07b1a", "#2aa198", "#c2529a", "#a08a1e", "#7a6fd0", "#d0504a",
           "#4c9f50", "#8a8a8a")  # fmt: skip
-MARKERS = {"sft": "o", "dft": "^", "reinvoke": "D", "sdft": "s", "base": "X"}
+MARKERS = {"sft": "o", "dft": "^", "reinvoke": "D", "sdft": "s"}
 
 plt.rcParams.update({
     "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 150,
@@ -35,24 +36,29 @@ def panels(*titles, width=3.4, height=3.0, share=False):
     return figure, list(axes[0])
 
 
-def save(figure, path):
-    figure.savefig(path, bbox_inches="tight", transparent=True)
+def save(figure, path, **more):
+    figure.savefig(path, bbox_inches="tight", transparent=True, **more)
     plt.close(figure)
 
 
-def band(axis, x, rows, color, **style):
-    """The mean of several runs (a list of lists) as a line, their range as a band."""
-    columns = list(zip(*rows, strict=True))
-    y = [sum(c) / len(c) for c in columns]
-    (line,) = axis.plot(x, y, color=color, **{"lw": 1.8, **style})
-    low, high = [min(c) for c in columns], [max(c) for c in columns]
+def line(axis, x, rows, label, color, **style):
+    """The mean of runs (a list of lists) as a line; returns a label for label_lines."""
+    y = [mean(column) for column in zip(*rows, strict=True)]
+    axis.plot(x, y, color=color, **{"lw": 1.8, **style})
+    return y[-1], label, color
+
+
+def band(axis, x, rows, label, color, **style):
+    """A line, and the range of the runs as a band."""
+    low, high = (list(map(of, zip(*rows, strict=True))) for of in (min, max))
+    end = line(axis, x, rows, label, color, **style)
     axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
-    return line
+    return end
 
 
 def cross(axis, xs, ys, color, marker="o"):
     """Runs as their mean, with their range in both directions; returns the mean."""
-    x, y = sum(xs) / len(xs), sum(ys) / len(ys)
+    x, y = mean(xs), mean(ys)
     axis.plot([min(xs), max(xs)], [y, y], color=color, lw=0.8, alpha=0.6)
     axis.plot([x, x], [min(ys), max(ys)], color=color, lw=0.8, alpha=0.6)
     axis.plot([x], [y], marker, color=color, ms=5)
@@ -60,45 +66,42 @@ def cross(axis, xs, ys, color, marker="o"):
 
 
 def write(axis, words):
-    """Words beside points, [(x, y, text, color, size)]: each at the first place inside
-    the panel where it covers no other word or point. Call it when all is drawn."""
+    """Words beside points, [(x, y, text, color)]: each at the first place inside the
+    panel where it covers least of other words and points. Call it when all is drawn."""
     axis.figure.draw_without_rendering()  # places are known only now
     points = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 1]
     points = axis.transData.transform([point[0] for point in points])
     frame, taken = axis.get_window_extent(), []
-    for x, y, text, color, size in words:
+    for x, y, text, color in words:
         own = axis.transData.transform((x, y))
-        left = own[0] < (frame.x0 + frame.x1) / 2
-        sides = [(5, "left"), (-5, "right")][:: 1 if left else -1]
-        places = [(dx, dy, side) for dy in (4, -9, 13, -18, 22, -27, 31, -36, 45)
-                  for dx, side in sides]  # fmt: skip
-        best = None
-        for dx, dy, side in places:
-            word = axis.annotate(text, (x, y), (dx, dy), textcoords="offset points",
-                                 color=color, fontsize=size, ha=side)  # fmt: skip
+        others = [point for point in points if abs(point - own).max() > 1]
+
+        def put(dy, dx, at=(x, y), text=text, color=color):
+            side = "left" if dx > 0 else "right"
+            return axis.annotate(text, at, (dx, dy), textcoords="offset points",
+                                 color=color, fontsize=7, ha=side)  # fmt: skip
+
+        def covered(place, others=others, put=put):
+            word = put(*place)
             box = word.get_window_extent()
-            others = [point for point in points if abs(point - own).max() > 1]
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
-            inside = inside and frame.y0 <= box.y0 and box.y1 <= frame.y1
-            covered = 9 * sum(box.overlaps(each) for each in taken)
-            covered += sum(box.padded(7).contains(*point) for point in others)
             word.remove()
-            if inside and (best is None or covered < best[0]):
-                best = covered, (dx, dy), side
-        _, offset, side = best or (0, places[0][:2], places[0][2])
-        word = axis.annotate(text, (x, y), offset, textcoords="offset points",
-                             color=color, fontsize=size, ha=side)  # fmt: skip
-        box = word.get_window_extent()
-        taken.append(box)
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
+            if not (inside and frame.y0 <= box.y0 and box.y1 <= frame.y1):
+                return math.inf
+            hidden = sum(box.padded(7).contains(*point) for point in others)
+            return hidden + 9 * sum(box.overlaps(each) for each in taken)
+
+        sides = (5, -5) if own[0] < (frame.x0 + frame.x1) / 2 else (-5, 5)
+        places = product((4, -9, 13, -18, 22, -27, 31, -36, 45), sides)
+        taken.append(put(*min(places, key=covered)).get_window_extent())
 
 
 def label_lines(axis, labels):
     """Words right of the axis, [(y, text, color)], at the height where the lines end,
     moved apart where they would overlap."""
     axis.figure.canvas.draw()  # the limits are known only now
-    box = axis.get_window_extent().height * 72 / axis.figure.dpi  # points
-    gap = 10.5 / box  # of the axis
-    places = []
+    # 10.5 points, as a share of the axis
+    gap, places = 10.5 / (axis.get_window_extent().height * 72 / axis.figure.dpi), []
     for y, text, color in sorted(labels, key=lambda each: each[0]):
         at = axis.transAxes.inverted().transform(axis.transData.transform((1, y)))[1]
         at = min(max(at, 0.0), 1.0)
@@ -117,8 +120,7 @@ def dots(axis, rows, colors):
     for i, (label, values) in enumerate(rows.items()):
         color = colors.get(label, GREY)
         axis.plot(values, [-i] * len(values), "o", color=color, ms=4, alpha=0.55, mew=0)
-        middle = sum(values) / len(values)
-        axis.plot([middle] * 2, [-i - 0.28, -i + 0.28], color=color, lw=2)
+        axis.plot([mean(values)] * 2, [-i - 0.28, -i + 0.28], color=color, lw=2)
     axis.set_yticks([-i for i in range(len(rows))], list(rows))
     axis.set_ylim(-len(rows) + 0.4, 0.6)
     axis.tick_params(axis="y", length=0)

@@ -1,26 +1,11 @@
-"""pytest tests/exercises -k e05 --impl mine: grade a folder, the project by default."""
+"""pytest tests/exercises -k e05 --impl mine: grade a folder, the project by default.
+(tests/conftest.py adds --impl and --seed: start pytest in the project's folder.)"""
 
-import sys
 from pathlib import Path
 
+import kit
 import pytest
-
-HERE = Path(__file__).resolve().parent
-for path in (HERE.parents[1], HERE.parent, HERE):  # the project, oracles.py, kit.py
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
-
-import kit  # noqa: E402
-from variants import KitError, Modules  # noqa: E402
-
-
-def pytest_addoption(parser):
-    try:  # tests/conftest.py has them, unless pytest was started in this folder
-        parser.addoption("--impl", metavar="FOLDER", help="the exercises to grade")
-        parser.addoption("--seed", type=int, default=0, help="other inputs, same tests")
-    except ValueError:
-        pass
-
+from variants import HERE, KitError, Modules
 
 IDS = pytest.StashKey()  # of the exercises whose graders run
 EMPTY = pytest.StashKey()  # of those that are not written, and one test has said it
@@ -32,7 +17,7 @@ def pytest_terminal_summary(terminalreporter, config):
         Path(str(arg).split("::")[0]).resolve().is_relative_to(HERE)
         for arg in config.invocation_params.args if not str(arg).startswith("-")
     )  # fmt: skip
-    if asked and config.stash.get(IDS, None) and not config.getoption("--impl"):
+    if asked and config.stash.get(IDS, None) and not config.getoption("--impl", None):
         terminalreporter.write_line(
             "graded the project's own functions; --impl mine grades yours"
         )
@@ -41,7 +26,7 @@ def pytest_terminal_summary(terminalreporter, config):
 @pytest.hookimpl(trylast=True)  # after -k
 def pytest_collection_modifyitems(config, items):
     """With --impl, only the exercises that the folder holds are graded."""
-    folder = config.getoption("--impl")
+    folder = config.getoption("--impl", None)
     found = [kit.exercise_of(item.module.__name__) for item in items]
     found = list(dict.fromkeys(ex.id for ex in found if ex is not None))
     config.stash[IDS] = found
@@ -77,7 +62,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture
 def impl(request):
     """The modules under test: model, data, sft, sdft, train, extra as attributes."""
-    folder = request.config.getoption("--impl")
+    folder = request.config.getoption("--impl", None)
     if folder is None:
         return project()
     ex = kit.exercise_of(request.module.__name__)
@@ -87,6 +72,21 @@ def impl(request):
             pytest.skip("not written yet")
         request.config.stash[EMPTY].add(ex.id)
     return work.modules(ex)
+
+
+@pytest.fixture(scope="session")
+def workplace(tmp_path_factory):
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture
+def tiny_job(workplace, monkeypatch, as_in_a_process_of_its_own):
+    """In a folder where one tiny base model serves all jobs: the flags of one."""
+    monkeypatch.chdir(workplace)
+    return (
+        "--method both --threads 1 --n-layer 1 --n-embd 16 --base-steps 4 --steps 2 "
+        "--batch-size 8 --demos 64 --eval-size 8 --max-new-tokens 4 --gate-margin -1"
+    ).split()
 
 
 loaded = []
@@ -99,7 +99,7 @@ def project():
 
 @pytest.fixture
 def seed(request):
-    return request.config.getoption("--seed")
+    return request.config.getoption("--seed", 0)
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ MUTANTS = (
                         "True)"),), "probabilities, not their logarithms"),
     ("mean", ((SUM, "x - x.exp().mean(-1, keepdim=True).log()"),), "the mean of exp"),
     ("in place", ((f"x = {SHIFT}", "x.data -= x.data.amax(-1, keepdim=True)"),),
-     "changes its argument"),
+     "log_softmax changes x"),
     ("always float32", ((f"return {SUM}", f"return ({SUM}).float()"),), "dtype"),
     ("epsilon", ((".sum(-1, keepdim=True)", ".sum(-1, keepdim=True).add(1e-6)"),),
      "a small number added"),

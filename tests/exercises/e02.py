@@ -69,7 +69,7 @@ MUTANTS = (
      "temperature 0"),
     ("least likely", (("logits.argmax(-1)", "logits.argmin(-1)"),), "temperature 0"),
     ("in place", ((P, "torch.softmax(logits.div_(temperature), dim=-1)"),),
-     "changes the logits"),
+     "changes logits"),
     ("no softmax", ((P, "(logits / temperature).abs()"),), "of the distribution"),
     ("top two", ((P, "torch.softmax((logits / temperature).masked_fill(logits < "
                   "logits.topk(2).values[:, 1:], -math.inf), dim=-1)"),),

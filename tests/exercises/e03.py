@@ -58,17 +58,15 @@ Almost the code.
 """,
 )
 
-EXPAND = "[:, :, None].expand(-1, -1, H // G, -1, -1)  # (B, G, H/G, T, D)"
-TILED = "[:, None].expand(-1, H // G, -1, -1, -1)"
 ROTATE = "q, k = rotate(qk, cos, sin).split((H, G), dim=1)"
-CAUSAL = "F.scaled_dot_product_attention(q, k, v, is_causal=True)"
-CACHED = "F.scaled_dot_product_attention(q, k, v, attn_mask=seen)"
+CAUSAL = "attention(q, k, v, is_causal=True, enable_gqa=G < H)"
+CACHED = "attention(q, k, v, cache.mask[..., : cache.used])"
 WRITE = "k, v = cache.write(layer, k, v)"
 
 MUTANTS = (
     ("looks ahead", ((CAUSAL, CAUSAL.replace("True", "False")),), "to its right"),
-    ("heads tiled", ((f"k = k{EXPAND}", f"k = k{TILED}"), (f"v = v{EXPAND}",
-     f"v = v{TILED}")), "takes turns"),
+    ("heads tiled", ((CAUSAL, "attention(q, *(z.repeat(1, H // G, 1, 1) for z in "
+     "(k, v)), is_causal=True)"),), "takes turns"),
     ("keys not rotated", ((ROTATE, "q, k = qk.split((H, G), dim=1)\n        "
                            "q = rotate(q, cos, sin)"),), "keys are not rotated"),
     ("queries not rotated", ((ROTATE, "q, k = qk.split((H, G), dim=1)\n        "
@@ -80,7 +78,7 @@ MUTANTS = (
     ("no scale", ((CAUSAL, CAUSAL.replace("True", "True, scale=1.0")),), "sqrt(D)"),
     ("divided by D", ((CAUSAL, CAUSAL.replace("True", "True, scale=1 / D")),),
      "divided by D"),
-    ("pads in the cache", ((CACHED, CACHED.replace("seen", "None")),),
+    ("pads in the cache", ((CACHED, "attention(q, k, v)"),),
      "pads of the shorter prompts"),
     ("one layer for all", ((WRITE, WRITE.replace("layer", "0")),), "layer"),
     ("cache not used", ((WRITE, WRITE.replace("k, v =", "_ =")),),
@@ -96,8 +94,8 @@ MUTANTS = (
         (ROTATE, "q, k = qk.split((H, G), dim=1)\n        q = rotate(q, cos, sin)"),
         (WRITE, f"{WRITE}\n        k = rotate(k, cos, sin)"),
     ), "as one pass over the whole row"),
-    ("queries and keys exchanged", (("F.scaled_dot_product_attention(q, k, v, is_causal"
-     "=True)", "F.scaled_dot_product_attention(k, q, v, is_causal=True)"),),
+    ("queries and keys exchanged", ((CAUSAL, "attention(k.repeat_interleave(H // G, 1)"
+     ", q, v, is_causal=True, enable_gqa=G < H)"),),
      "query and key have changed places"),
 )  # fmt: skip
 

@@ -122,7 +122,7 @@ EXERCISE = Exercise(
     wire=(
         (
             "model.py",
-            "    mask = torch.arange(R, device=prompts.device) < n_tokens[:, None]",
+            "    mask = torch.arange(R, device=device) < n_tokens[:, None]",
             "    import extra\n\n"
             "    mask = extra.response_mask(response[:, :R], 0 * n_tokens, end)",
         ),

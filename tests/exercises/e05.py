@@ -172,7 +172,7 @@ MUTANTS = (
         (
             ("hidden = response", "response[~mask] = tok.end\n    hidden = response"),
         ),
-        "changes the response",
+        "changes response",
     ),
 )  # fmt: skip
 

@@ -21,9 +21,10 @@ that are wanted. The result is (N, C), row after row.
    together as (B, P + R) tokens and call model.hidden(idx) -> (B, T, C) once.
 2. The state *at* a token predicts the *next* one: token t of the response of row b is
    predicted at column lengths[b] + t - 1. This shift is made here and nowhere else.
-3. Raise ValueError if a wanted token and all before it are more than
-   model.config.block_size tokens; exactly block_size is fine. Nothing is ever cut.
-   Tokens behind the last wanted one need not be read, and must not make it fail.
+3. A wanted token and all before it may be model.config.block_size tokens, and no more:
+   check_fit(model, prompts, lengths, n_tokens) raises ValueError if n_tokens are too
+   many. Nothing is ever cut. Tokens behind the last wanted one need not be read, and
+   must not make it fail.
 
 Student and teacher call it with prompts of different lengths and one response: row n of
 the one and row n of the other then predict the same token. What stands in the rows
@@ -49,7 +50,8 @@ prompt. Feed the columns up to the last one that you need, then index [row, colu
 Almost the code.
     row, t = mask.nonzero(as_tuple=True)
     column = lengths[row] + t - 1
-    T = max(column.tolist(), default=0) + 1  # if T + 1 > block_size: ValueError
+    T = max(column.tolist(), default=0) + 1
+    check_fit(model, prompts, lengths, ...)  # the last token counts, too
     place = lengths[:, None] + torch.arange(response.size(1), device=response.device)
     idx = F.pad(prompts, (0, response.size(1))).scatter(1, place, response)
     return model.hidden(...)[...]
@@ -59,6 +61,7 @@ and teacher_prompt: return tok.encode(with_demo(...)) + [...]
 
 SHOWN = "tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]"
 COLUMN = "column = lengths[row] + t - 1"
+FIT = "check_fit(model, prompts, lengths, T + 1)"
 NONZERO = "row, t = mask.nonzero(as_tuple=True)"
 
 MUTANTS = (
@@ -94,9 +97,8 @@ MUTANTS = (
     ("cut in silence", (("T = max(column.tolist(), default=0) + 1",
      "T = min(max(column.tolist(), default=0) + 1, model.config.block_size - 1)"),
      ("[row, column]", "[row, column.clamp(max=T - 1)]")), "cut in silence"),
-    ("refuses what fits", (("if T + 1 > model", "if T + 2 > model"),), "fits"),
-    ("counts pads", (("if T + 1 > model.config.block_size",
-     "if prompts.size(1) + R > model.config.block_size"),), "fits"),
+    ("refuses what fits", ((FIT, FIT.replace("+ 1", "+ 2")),), "fits"),
+    ("counts pads", ((FIT, FIT.replace("T + 1", "prompts.size(1) + R")),), "fits"),
 )  # fmt: skip
 
 MODEL = """

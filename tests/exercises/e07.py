@@ -1,7 +1,7 @@
 """e07: reverse KL over the whole vocabulary. Grader: test_e07_reverse_kl.py"""
 
 from kit import Exercise
-from variants import own_loss
+from variants import DENSE, own_loss
 
 SHEET = """
 How far is the student from the teacher at one token? Eq. 1 of the paper answers with
@@ -158,7 +158,7 @@ def reverse_kl(student_logits, teacher_logits, mask):
      (LOG_T, "(torch.softmax(teacher_logits.detach()[mask], -1) + 1e-8).log()")),
      "Or is a small number added"),
     ("a number", (("values).sum()", "values).sum().item()"),),
-     "a Python number has no gradient"),
+     "a Python number, which has no gradient"),
     ("changes the teacher", ((LOG_T, "torch.log_softmax(teacher_logits.detach()"
      ".masked_fill_(~mask[..., None], 0)[mask], -1)"),), "changes teacher_logits"),
 )  # fmt: skip
@@ -233,15 +233,9 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        own_loss("""\
+        own_loss(f"""\
     from extra import reverse_kl
-    from model import make_logits
-
-    dense = []
-    for states, head in zip((hidden, teacher_hidden), heads, strict=True):
-        rows = make_logits(states, head, cfg.temperature)  # (N, V)
-        whole = rows.new_zeros(*mask.shape, rows.size(-1))  # (B, R, V)
-        dense.append(whole.index_put(mask.nonzero(as_tuple=True), rows))
+{DENSE}\
     loss = reverse_kl(*dense, mask) * len(batch) / cfg.batch_size
 """),
     ),

@@ -1,7 +1,7 @@
 """e09: three estimators of one gradient. Grader: test_e09_estimators.py"""
 
 from kit import Exercise
-from variants import own_loss
+from variants import DENSE, own_loss
 
 SHEET = """
 The objective of Eq. 1 is a mean over responses that the student samples, and sampling
@@ -208,15 +208,9 @@ EXERCISE = Exercise(
     mutants=MUTANTS,
     rights=RIGHTS,
     wire=(
-        own_loss("""\
+        own_loss(f"""\
     from extra import kl_surrogate
-    from model import make_logits
-
-    dense = []
-    for states, head in zip((hidden, teacher_hidden), heads, strict=True):
-        rows = make_logits(states, head, cfg.temperature)  # (N, V)
-        whole = rows.new_zeros(*mask.shape, rows.size(-1))  # (B, R, V)
-        dense.append(whole.index_put(mask.nonzero(as_tuple=True), rows))
+{DENSE}\
     estimate = kl_surrogate(*dense, response, mask, "token")  # (B,)
     loss = (estimate / mask.sum(1).clamp(min=1)).sum() / cfg.batch_size
 """),

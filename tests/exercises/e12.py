@@ -178,10 +178,10 @@ MUTANTS = (
     ("logits in bfloat16", ((LOGITS, "make_logits(hidden[rows], "
      "head.to(hidden.dtype), temperature).to(head.dtype)"),), "logits are float32"),
     ("errors of row_loss are caught", ((ROWS, f"try:\n                {ROWS}\n"
-     "            except ValueError:\n                continue"),),
+     "            except AssertionError:\n                continue"),),
      "is not refused"),
     ("weight changed in place", ((ROWS, ROWS.replace(" / temperature",
-     ".div_(temperature)")),), "weight changes"),
+     ".div_(temperature)")),), "changes weight"),
     ("no rows", IN_LISTS.replace("[hidden[:0]]", "[]"), "it ended with"),
     ("hidden states get no gradient", ((RETURN, RETURN.replace(
      "(dh * grad).to(ctx.dtype)", "None")),), "over the hidden"),

@@ -299,5 +299,4 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
-    imports=("copy", "random"),
 )

@@ -310,8 +310,4 @@ EXERCISE = Exercise(
 """,
         ),
     ),
-    imports=(
-        "os", "io", "hashlib", "shutil", "time", "errno", "contextlib", "pathlib",
-        "zipfile", "open", "load",
-    ),  # fmt: skip
 )

@@ -149,5 +149,4 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
-    imports=("itertools", "statistics", "collections"),
 )

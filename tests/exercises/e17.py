@@ -31,8 +31,8 @@ drops out while they respond, and the modes (train, eval) are afterwards what th
 
 What to look at when it runs: python tests/exercises/run.py mine --method sdft runs with
 tau 0.3; python tests/exercises/variants.py speculative --run --tau 1 needs no line of
-yours. Which tau learns fastest, which keeps most? kl_teacher_student_by_position is in
-metrics.jsonl: where along the response do the two disagree, and does tau change that?
+yours. Which tau learns fastest, which keeps most? Let your function print the mean KL
+of each t: where along the response do the two disagree, and does tau change that?
 """
 
 HINTS = (

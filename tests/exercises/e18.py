@@ -87,7 +87,7 @@ MUTANTS = (
                          ".log()).sum()"),), "inside of the logarithm"),
     ("mean of the batch", ((ALL, "-log_p.mean() * log_p.mean().detach().exp()"),),
      "exp(-mean)"),
-    ("in place", ((ALL, f"-(weight.mul_({P}) * log_p).sum()"),), "changes the weight"),
+    ("in place", ((ALL, f"-(weight.mul_({P}) * log_p).sum()"),), "changes weight"),
 )  # fmt: skip
 
 RIGHTS = (

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import importlib
 import inspect
+import os
 import re
 import sys
 import tempfile
@@ -19,8 +20,14 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
+
 import torch
 from variants import FILES, HERE, ROOT, KitError, Modules, change, source
+
+for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
+    if str(path) not in sys.path:
+        sys.path.insert(0, str(path))
 
 # ---- What an exercise is -----------------------------------------------------------
 
@@ -44,7 +51,6 @@ class Exercise:
     mutants: tuple
     rights: tuple  # (name, source): right, and not as the project has it
     wire: tuple = ()  # (file, old, new): puts the function into the training job
-    imports: tuple = ()  # modules that a solution may need, beside those of its file
     extra: bool = False  # for those who are done
 
     @property
@@ -64,9 +70,6 @@ class Exercise:
 @functools.cache
 def exercises():
     """id -> Exercise, of every eNN.py in this folder."""
-    for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
-        if str(path) not in sys.path:
-            sys.path.insert(0, str(path))
     names = sorted(path.stem for path in HERE.glob("e[0-9][0-9].py"))
     return {name: importlib.import_module(name).EXERCISE for name in names}
 
@@ -366,10 +369,7 @@ def explain(error, ex):
     if isinstance(error, RuntimeError) and re.search(
         r"\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", str(error), re.I | re.S
     ):
-        lines.append(
-            "float32 meets float64: the grader gives you float64. Keep the dtype you "
-            "are given\n(no .float(), no torch.zeros without dtype=)"
-        )
+        lines.append(f"float32 meets float64. {KEEP}")
     return "\n".join([f"it ended with {kind}: {error}", *lines])
 
 
@@ -385,6 +385,59 @@ def small_model(impl, **changes):
     model.dtype = torch.float64
     model.load_state_dict(truth.state_dict())
     return model
+
+
+def weights(model):
+    """{name: a copy} of a model's parameters."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def words(impl, rng, n):
+    """A text of n nouns of the tiny world."""
+    places = torch.randint(len(impl.data.NOUNS), (n,), generator=rng).tolist()
+    return " ".join(impl.data.NOUNS[i] for i in places)
+
+
+def by_row(value, student, teacher):
+    """value(log p_student, log p_teacher), two lists, of each row of logits (..., V):
+    float64 (...)."""
+    oracles, V = importlib.import_module("oracles"), student.size(-1)
+    both = (x.reshape(-1, V).tolist() for x in (student, teacher))
+    found = [value(*map(oracles.log_softmax, pair)) for pair in zip(*both, strict=True)]
+    return torch.tensor(found, dtype=torch.float64).view(student.shape[:-1])
+
+
+def mean(values, mask, n=None):
+    """Of (B, R): over the tokens of a response, then over n responses (None: B), as a
+    loop."""
+    total = 0.0
+    for row, counts in zip(values.tolist(), mask.tolist(), strict=True):
+        taken = [x for x, c in zip(row, counts, strict=True) if c]
+        total += sum(taken) / len(taken) if taken else 0.0
+    return torch.tensor(total / (n or len(mask)), dtype=torch.float64)
+
+
+def one_number(loss):
+    """The loss, if it is a tensor of shape ()."""
+    assert not isinstance(loss, float | int), (
+        f"the loss is {loss!r}, a Python number, which has no gradient: no .item(), "
+        "and where does a sum start that found no token?"
+    )
+    assert torch.is_tensor(loss) and loss.shape == (), (
+        f"the loss is one number, a tensor of shape (); yours is "
+        f"{tuple(loss.shape) if torch.is_tensor(loss) else loss!r}"
+    )
+    return loss
+
+
+@contextlib.contextmanager
+def unchanged(function, **given):
+    """Assert that these tensors are in the end what they were."""
+    before = {name: x.detach().clone() for name, x in given.items()}
+    yield
+    for name, x in given.items():
+        same = torch.equal(x.nan_to_num(-1), before[name].nan_to_num(-1))
+        assert same, f"{function} changes {name}: work on a copy"
 
 
 def is_close(a, b, tolerance):
@@ -427,10 +480,11 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
     raise AssertionError(f"{text}up to {far:.2g} away")
 
 
-FLOAT32 = (
-    "It is right up to float32 rounding: the grader gives you float64. Keep the dtype "
-    "you are given (no .float(), no torch.zeros without dtype=)"
+KEEP = (
+    "The grader gives you float64. Keep the dtype you are given (no .float(), no "
+    "torch.zeros without dtype=)"
 )
+FLOAT32 = f"It is right up to float32 rounding. {KEEP}"
 
 
 def rounds_to_float32(yours, truth):

@@ -86,15 +86,11 @@ def show(runs, summarize):
         print(f"{row['method']:8s}{row['lr']:8g}  {cells[0]:20s}{cells[1]}")
 
 
-def setting(m):
+def setting(m, flags=()):
     """World, base model, benchmarks: of seed 0, the same for all runs."""
-    train, data = m.train, m.data
-    args, tok, world = train.parse_args([]), data.Tokenizer(), data.World(0)
-    config, cfg = train.base_settings(args, 1)
-    base = m.model.GPT(config, data.make_rng(0, "weights"))
-    path = train.find_base(args, config, cfg, world, tok, base.dtype)
-    train.get_base(path, config, cfg, base, world, tok, None)
-    tasks = data.make_tasks(world, args.eval_size, 0, args.distance)
+    args = m.train.parse_args(flags)
+    tok, _, tasks, base, path, (cfg, world) = m.train.make_world(args, "cpu")
+    m.train.get_base(path, base, cfg, world, tok, None)
     return args, tok, world, base, tasks
 
 

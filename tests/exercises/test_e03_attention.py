@@ -8,7 +8,7 @@ import functools
 import math
 
 import torch
-from kit import compare, small_model
+from kit import compare, small_model, unchanged
 
 FLOAT64 = True
 
@@ -85,9 +85,8 @@ def check(impl, rng, T, what):
     model = make_model(impl, rng)
     attn, theta = model.h[0].attn, model.config.rope_theta
     x = torch.randn(2, T, 24, generator=rng)
-    before = x.clone()
-    yours = attn(x, *tables(T, attn.D, theta))
-    assert torch.equal(x, before), "forward changes its argument x"
+    with unchanged("forward", x=x):
+        yours = attn(x, *tables(T, attn.D, theta))
     compare(yours, attend(attn, x, theta), lambda: mistakes(attn, x, theta), what)
 
 

@@ -4,14 +4,9 @@ The truth is one forward pass over each row by itself, without padding.
 """
 
 import torch
-from kit import compare, is_close, small_model
+from kit import compare, is_close, small_model, unchanged, words
 
 FLOAT64 = True
-
-
-def words(impl, rng, n):
-    places = torch.randint(len(impl.data.NOUNS), (n,), generator=rng).tolist()
-    return " ".join(impl.data.NOUNS[i] for i in places)
 
 
 def test_the_teacher_reads_prompt_demonstration_and_start_and_nothing_else(impl, rng):
@@ -106,11 +101,9 @@ def mistakes(model, prompts, lengths, response, mask):
 @torch.no_grad()
 def check(impl, args, what):
     model, prompts, lengths, response, mask = args
-    before = [x.clone() for x in args[1:]]
-    yours = impl.model.response_hidden(*args)
-    for name, x, old in zip(("prompts", "lengths", "response", "mask"), args[1:],
-                            before, strict=True):  # fmt: skip
-        assert torch.equal(x, old), f"response_hidden changes {name}"
+    given = {"prompts": prompts, "lengths": lengths, "response": response, "mask": mask}
+    with unchanged("response_hidden", **given):
+        yours = impl.model.response_hidden(*args)
     N, C = int(mask.sum()), model.config.n_embd
     assert torch.is_tensor(yours) and yours.shape == (N, C), (
         f"the result is (N, C) = ({N}, {C}), one row for each true of the mask; yours "

@@ -8,7 +8,7 @@ import math
 
 import oracles
 import torch
-from kit import compare
+from kit import by_row, compare, mean, one_number, unchanged
 
 FLOAT64 = True
 V = 7
@@ -58,26 +58,8 @@ ONE_TOKEN = {  # what usual mistakes give at one token, from log-probabilities
 }  # fmt: skip
 
 
-def by_token(student, teacher, value):
-    """value(log p_student, log p_teacher) of each token, float64 (B, R)."""
-    rows = [
-        [value(oracles.log_softmax(s), oracles.log_softmax(t)) for s, t in pairs(*both)]
-        for both in pairs(student.tolist(), teacher.tolist())
-    ]
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def mean(values, mask):
-    """Over the tokens of a response, then over the responses, as a loop."""
-    total = 0.0
-    for row, counts in pairs(values.tolist(), mask.tolist()):
-        taken = [x for x, c in pairs(row, counts) if c]
-        total += sum(taken) / len(taken) if taken else 0.0
-    return torch.tensor(total / len(mask), dtype=torch.float64)
-
-
 def truth_of(student, teacher, mask):
-    return mean(by_token(student, teacher, reverse), mask)
+    return mean(by_row(reverse, student, teacher), mask)
 
 
 def mistakes(student, teacher, mask):
@@ -86,10 +68,10 @@ def mistakes(student, teacher, mask):
 
 def values_of_mistakes(student, teacher, mask):
     found = {
-        message: mean(by_token(student, teacher, value), mask)
+        message: mean(by_row(value, student, teacher), mask)
         for message, value in ONE_TOKEN.items()
     }
-    right = by_token(student, teacher, reverse)
+    right = by_row(reverse, student, teacher)
     raw = (student.softmax(-1) * (student - teacher)).sum(-1)
     wrong_axis = [x.log_softmax(1) for x in (student, teacher)]
     wrong_axis = (wrong_axis[0].exp() * (wrong_axis[0] - wrong_axis[1])).sum(-1)
@@ -118,16 +100,7 @@ def values_of_mistakes(student, teacher, mask):
 
 
 def loss_of(impl, student, teacher, mask):
-    loss = impl.extra.reverse_kl(student, teacher, mask)
-    assert not isinstance(loss, float | int), (
-        f"the result is {loss!r}, a Python number: a Python number has no gradient. "
-        "Return the tensor, no .item()"
-    )
-    assert torch.is_tensor(loss) and loss.shape == (), (
-        f"the result is one number, a tensor of shape (); yours is "
-        f"{tuple(loss.shape) if torch.is_tensor(loss) else loss!r}"
-    )
-    return loss
+    return one_number(impl.extra.reverse_kl(student, teacher, mask))
 
 
 def test_the_two_numbers_by_hand(impl):
@@ -281,9 +254,7 @@ def test_float32_logits_will_do(impl, rng):
 
 
 def test_what_it_is_given_stays_as_it_is(impl, rng):
-    args = setting(rng, [1, 3])
-    before = [x.clone() for x in args]
-    loss_of(impl, *args)
-    names = ("student_logits", "teacher_logits", "mask")
-    for name, x, old in zip(names, args, before, strict=True):
-        assert torch.equal(x, old), f"reverse_kl changes {name}"
+    student, teacher, mask = setting(rng, [1, 3])
+    given = {"student_logits": student, "teacher_logits": teacher, "mask": mask}
+    with unchanged("reverse_kl", **given):
+        loss_of(impl, student, teacher, mask)

@@ -9,7 +9,7 @@ import math
 
 import oracles
 import torch
-from kit import compare
+from kit import by_row, compare, unchanged
 
 FLOAT64 = True
 KLS = ("forward", "reverse", "jsd")
@@ -51,17 +51,8 @@ def truth_of_log_p(s, t, kl):
     }[kl]()
 
 
-def rowwise(value, student, teacher):
-    """value(log p_student, log p_teacher) of each row, in the shape (...)."""
-    V = student.size(-1)
-    pairs = zip(student.reshape(-1, V).tolist(), teacher.reshape(-1, V).tolist(),
-                strict=True)  # fmt: skip
-    found = [value(*(oracles.log_softmax(x) for x in pair)) for pair in pairs]
-    return torch.tensor(found, dtype=torch.float64).view(student.shape[:-1])
-
-
 def truth_of(student, teacher, kl):
-    return rowwise(lambda s, t: truth_of_log_p(s, t, kl), student, teacher)
+    return by_row(lambda s, t: truth_of_log_p(s, t, kl), student, teacher)
 
 
 def total(term):
@@ -121,14 +112,14 @@ def mistakes(student, teacher, kl):
 def values_of_mistakes(student, teacher, kl):
     if kl == "jsd":
         found = {
-            text: rowwise(value, student, teacher) for text, value in JSD.items()
+            text: by_row(value, student, teacher) for text, value in JSD.items()
         }
     else:
         swap = kl == "reverse"
         other = "forward" if swap else "reverse"
         pair = (teacher, student) if swap else (student, teacher)
         found = {
-            text.format(own=NAME[kl], other=NAME[other]): rowwise(value, *pair)
+            text.format(own=NAME[kl], other=NAME[other]): by_row(value, *pair)
             for text, value in DIRECTED.items()
         }
     raw = (student, teacher)
@@ -303,22 +294,19 @@ def test_shapes_that_differ_and_unknown_names_are_refused(impl, rng):
     ):
         try:
             values = impl.model.kl_reference(student, teacher, kl)
-        except ValueError:
+        except (AssertionError, ValueError):
             continue
         raise AssertionError(
-            f"{what} gives {tuple(values.shape)} values and should raise ValueError: "
-            "check_kl(student_logits, teacher_logits, kl) does"
+            f"{what} gives {tuple(values.shape)} values: an assert should refuse it"
         )
 
 
 def test_what_it_is_given_stays_as_it_is(impl, rng):
     student, teacher = draw(rng, 2, 7), draw(rng, 2, 7)
     student[:, -1] = teacher[:, -1] = -math.inf
-    before = student.clone(), teacher.clone()
     for kl in KLS:
-        kl_of(impl, student, teacher, kl)
-        assert torch.equal(student, before[0]), f"kl {kl!r}: student_logits are changed"
-        assert torch.equal(teacher, before[1]), f"kl {kl!r}: teacher_logits are changed"
+        with unchanged(f"kl {kl!r}", student_logits=student, teacher_logits=teacher):
+            kl_of(impl, student, teacher, kl)
 
 
 def test_reverse_picks_one_of_two_peaks_and_forward_covers_both(impl, rng):

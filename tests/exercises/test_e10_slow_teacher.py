@@ -7,7 +7,7 @@ import copy
 
 import kit
 import torch
-from kit import compare, small_model
+from kit import compare, small_model, weights
 
 FLOAT64 = True
 
@@ -37,10 +37,6 @@ def check_that_it_moves(impl, student, teacher):
         "no parameter moved: write into the teacher's tensors (copy_, lerp_); `t = "
         "...` only renames, and a returned teacher is not used"
     )
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def parameters(teacher, student):

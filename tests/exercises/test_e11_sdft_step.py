@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import oracles
 import torch
-from kit import compare
+from kit import compare, one_number, weights
 
 FLOAT64 = True
 LR = 0.1
@@ -26,10 +26,6 @@ class Spy(torch.optim.SGD):
     def step(self, closure=None):
         self.seen.append(weights(self.teacher))
         return super().step(closure)
-
-
-def weights(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 @functools.cache
@@ -124,10 +120,7 @@ def step(impl, *args):
         f"{type(result).__name__}"
     )
     loss, response, mask = result
-    assert torch.is_tensor(loss) and loss.shape == (), (
-        f"the loss is one number, a tensor of shape (); yours is {loss!r}"
-    )
-    assert not loss.requires_grad, (
+    assert not one_number(loss).requires_grad, (
         "the loss that is returned still has its graph, which keeps all that was "
         "computed in memory: detach it"
     )

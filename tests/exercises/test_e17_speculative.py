@@ -10,7 +10,7 @@ import math
 
 import oracles
 import torch
-from kit import small_model
+from kit import small_model, words
 from variants import Modules, changes_of
 
 FLOAT64 = True
@@ -34,14 +34,10 @@ class Setting:
         self.tok, self.student, self.teacher = models(impl)
         self.student.eval().dropout = 0.0
         self.teacher.eval()
-        nouns = impl.data.NOUNS
-
-        def words(n):
-            places = torch.randint(len(nouns), (n,), generator=rng).tolist()
-            return " ".join(nouns[i] for i in places)
-
         self.batch = [
-            impl.data.Example(words(2 + i % 2), words(1 + i), "", id=i)
+            impl.data.Example(
+                words(impl, rng, 2 + i % 2), words(impl, rng, 1 + i), "", id=i
+            )
             for i in range(B)
         ]
         self.cfg = impl.sdft.Config(
@@ -325,13 +321,15 @@ def variant():
 
 def test_it_is_what_the_variant_of_sdft_does(impl, rng):
     """variants.py speculative, the diff, writes the same responses with a cache."""
-    setting, m, tau = Setting(impl, rng, B=4), variant(), 2.0
-    cfg = m.sdft.Config(
-        seed=setting.cfg.seed, max_new_tokens=setting.cfg.max_new_tokens, tau=tau
-    )
-    theirs = m.sdft.get_responses(
-        setting.student, setting.teacher, setting.batch, setting.tok, cfg, setting.step
-    )
-    yours = setting.call(tau)
-    same = all(torch.equal(x, y) for x, y in zip(yours, theirs, strict=True))
-    assert same, "variants.py speculative writes other responses here than yours"
+    setting, m = Setting(impl, rng, B=4), variant()
+    models = setting.student, setting.teacher
+    for tau in (0.0, setting.middle(), 1e9):
+        cfg = m.sdft.Config(
+            seed=setting.cfg.seed, max_new_tokens=setting.cfg.max_new_tokens, tau=tau
+        )
+        theirs = m.sdft.get_responses(
+            *models, setting.batch, setting.tok, cfg, setting.step
+        )
+        yours = setting.call(tau)
+        same = all(torch.equal(x, y) for x, y in zip(yours, theirs, strict=True))
+        assert same, f"variants.py speculative --tau {tau} writes other responses here"

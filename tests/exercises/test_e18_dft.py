@@ -9,7 +9,7 @@ import math
 
 import oracles
 import torch
-from kit import compare
+from kit import compare, one_number, unchanged
 from variants import Modules, changes_of
 
 FLOAT64 = True
@@ -115,11 +115,7 @@ def values_of_mistakes(logits, tokens, weight):
 
 
 def loss_of(impl, *args):
-    loss = impl.extra.dft_loss(*args)
-    assert torch.is_tensor(loss) and loss.shape == (), (
-        f"the loss is one number, a tensor of shape (); yours is {loss!r}"
-    )
-    return loss
+    return one_number(impl.extra.dft_loss(*args))
 
 
 def check(impl, args, what):
@@ -201,11 +197,9 @@ def test_float32_logits_are_enough(impl, rng):
 
 
 def test_what_it_is_given_stays_as_it_is(impl, rng):
-    given = draw(rng)
-    before = [x.clone() for x in given]
-    loss_of(impl, *given)
-    for name, x, y in zip(("logits", "tokens", "weight"), given, before, strict=True):
-        assert torch.equal(x, y), f"dft_loss changes the {name}"
+    logits, tokens, weight = draw(rng)
+    with unchanged("dft_loss", logits=logits, tokens=tokens, weight=weight):
+        loss_of(impl, logits, tokens, weight)
 
 
 @functools.cache
@@ -225,5 +219,8 @@ def test_it_is_what_the_variant_of_sft_does(impl, rng):
     bare = m.data.pad_batch(m.data.student_prompt, batch, tok, "cpu")
     logits = student.logits(m.model.response_hidden(student, *bare, response, mask))
     weight = (mask / mask.sum(1, keepdim=True) / 3)[mask]
-    args = logits.detach(), response[mask], weight
-    compare(loss_of(impl, *args), loss, what="the loss that `variants.py dft` has here")
+    yours = loss_of(impl, logits, response[mask], weight)
+    compare(yours, loss, what="the loss that `variants.py dft` has here")
+    grads = oracles.gradients(student, yours), oracles.gradients(student, loss)
+    for pair in zip(*grads, strict=True):
+        compare(*pair, what="the gradient that `variants.py dft` has here")

@@ -28,8 +28,8 @@ def tries(*lines):
     return hostile(*[line for pair in each for line in pair])
 
 
-# past the check of the source, what the process itself has to withstand:
-# name: (text of extra.py, what the remark has in it, points)
+# what the process has to withstand: (text of extra.py, what the remark has in it,
+# points)
 HOSTILE = {
     "is right and prints a lot": (
         hostile('print("passed " * 10**5)', body=RIGHT), [], 4,
@@ -50,15 +50,17 @@ HOSTILE = {
         ["no result"], 0,
     ),
     "starts processes, opens sockets and files": (
-        "import os, socket, subprocess, sys\n\n\n" + tries(
+        "import gc, os, socket, subprocess, sys\n\n\n" + tries(
             "os.fork()", "subprocess.run([sys.executable])", "socket.socket()",
             "os.kill(os.getppid(), 9)", 'os.system("true")', "open(OTHER).read()",
             'open(OTHER, "w").write("")', "os.remove(OTHER)",
             "os.listdir(os.path.dirname(OTHER))", 'open("../project/data.py", "w")',
+            "gc.get_objects()", "sys.settrace(None)",
         ),
         [
             *(() if os.name == "nt" else ["os.fork", "os.kill"]), "subprocess.Popen",
             "socket", "os.system", "; open ", "; write ", "os.remove", "os.listdir",
+            "gc.get_objects", "sys.settrace",
         ],
         0,
     ),
@@ -100,13 +102,14 @@ def graded(tmp_path_factory):
         text = f"import torch\n\nOTHER = {str(other)!r}\n\n\n{HOSTILE[name][0]}"
         seconds = 8 if name == "hangs" else 120
         files = {"extra.py": text}
-        return grade.grade_one(files, EX, content, folder, 0, seconds, check=False)
+        return grade.grade_one(files, EX, content, folder, 0, seconds)
 
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(HOSTILE, pool.map(run, HOSTILE), strict=True))
     return found, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_submission_gets_what_it_deserves(graded, name):
     _, remarks, points = HOSTILE[name]
@@ -117,55 +120,9 @@ def test_a_submission_gets_what_it_deserves(graded, name):
     assert remarks or not found[1], found
 
 
+@pytest.mark.slow
 def test_nothing_happened_to_the_others(graded):
     assert graded[1].read_text(encoding="utf-8") == RIGHT, "it was written to"
-
-
-@pytest.mark.parametrize("line", [
-    "import os", "import sys", "import subprocess", "from torch import serialization",
-    "import torch.utils.cpp_extension", "import numpy.ctypeslib", "torch.os.fork()",
-    "ids.__class__", "getattr(torch, 'o' + 's')", "exec('1')", "open('x')",
-    "torch.equal = min", "del torch.equal", "kit = globals()", "x.tb_frame.f_back",
-    "torch.load('x')", "__builtins__['exec']", "__import__('os')",
-    "for torch.equal in x: pass", "import kit", "import pytest", "vars(torch)",
-    "from . import extra", "os.getcwd()", "shutil.rmtree(ids)",
-])  # fmt: skip
-def test_a_suspicious_line_is_refused_before_anything_runs(line):
-    for text in (hostile(line), f"{RIGHT}\n\ndef helper(x):\n    {line}\n"):
-        work = kit.Work({"extra.py": ("extra.py", text)})
-        assert grade.check_source(work, EX), f"{line} is not refused"
-
-
-def test_a_checkpoint_is_loaded_as_tensors_only():
-    """e15 has to load a file; nothing that could run code in it is let through."""
-    ex, head = kit.exercise("e15"), "def read_checkpoint(path):\n    "
-    for line, fine in {
-        "return torch.load(path, weights_only=True)": True,
-        "return torch.load(path, 'cpu', weights_only=True)": True,
-        "return torch.load(path)": False,
-        "return torch.load(path, weights_only=False)": False,
-        "return torch.load(path, weights_only=not path)": False,
-        "return torch.load(path, weights_only=True, pickle_module=x)": False,
-        "return torch.load(path, 'cpu', x, weights_only=True)": False,
-        "return torch.load(path, weights_only=True, **x)": False,
-        "f = torch.load; return f(path, weights_only=False)": False,
-        "from torch import load; return load(path, weights_only=False)": False,
-        "import pickle; return pickle.load(path)": False,
-        "torch.load = x; return torch.load(path, weights_only=True)": False,
-    }.items():
-        work = kit.Work({"extra.py": ("extra.py", f"{head}{line}\n")})
-        why = grade.check_source(work, ex)
-        assert (why is None) == fine, (line, why)
-    line = "x = torch.load(ids, weights_only=True)"
-    work = kit.Work({"extra.py": ("extra.py", hostile(line))})
-    assert grade.check_source(work, EX), "e04 has nothing to load"
-
-
-def test_the_solutions_that_are_right_are_not_suspicious():
-    for ex in kit.exercises().values():
-        for name, text in ex.rights:
-            why = grade.check_source(kit.work_of(ex, text), ex)
-            assert why is None, f"{ex.id}: {name}: {why}"
 
 
 def test_a_file_is_not_run_only_its_function_is():

@@ -1,14 +1,16 @@
 """make.py and pytest --impl, as a student meets them."""
 
+import functools
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import kit
 import make
 import pytest
 import torch
-from variants import HERE, ROOT, guarded, source
+from variants import HERE, ROOT, changed_texts, guarded, train_with
 
 BODY = '    raise NotImplementedError("e04: response_mask is yours to write")\n'
 
@@ -94,6 +96,7 @@ def grade(*argv):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_stub_is_not_written_yet_and_says_it_once(tmp_path):
     run("e04", "--to", tmp_path)
     code, said = grade("tests/exercises", "-k", "e04", "--impl", tmp_path)
@@ -103,6 +106,7 @@ def test_a_stub_is_not_written_yet_and_says_it_once(tmp_path):
     assert "the project's own functions" not in said, said
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_missing_and_impl_that_is_missing_are_named(tmp_path):
     folder = tmp_path / "nothing"
     code, said = grade("tests/exercises", "-k", "e04", "--impl", folder)
@@ -118,26 +122,16 @@ def test_list_sheet_and_hints_are_printed(capsys):
     assert "Goal: " in said and "Almost the code" in said, said
 
 
-def test_a_stub_is_made_of_a_method_too_and_other_lines_stay():
-    text = source("model.py")
-    stub = kit.empty_function(text, "CausalSelfAttention.forward", "e03: x")
-    assert stub.count("raise NotImplementedError") == 1, "no stub"
-    gone = len(text.splitlines()) - len(stub.splitlines())
-    body = kit.function_source(text, "CausalSelfAttention.forward")
-    assert gone == len(body.splitlines()) - 2, "other lines are gone"
-
-
+@pytest.mark.slow
 def test_pytest_grades_a_folder_and_says_which_mistake_it_is(tmp_path):
     run("e04", "--to", tmp_path)
     write(tmp_path / "extra.py", "    place = torch.arange(ids.size(1))\n"
           "    return place >= lengths[:, None]\n")  # fmt: skip
-    argv = ["tests/exercises", "-k", "e04", "--impl", tmp_path]
-    done = subprocess.run([sys.executable, "-m", "pytest", *map(str, argv)], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "\ntokens behind the end count in yours\n" in done.stdout, done.stdout
-    assert "hint: python tests/exercises/make.py e04 --hint 1" in done.stdout
-    assert "def test_" not in done.stdout, "a traceback of the grader"
+    code, said = grade("tests/exercises", "-k", "e04", "--impl", tmp_path)
+    assert code == 1, said
+    assert "\ntokens behind the end count in yours\n" in said, said
+    assert "hint: python tests/exercises/make.py e04 --hint 1" in said, said
+    assert "def test_" not in said, "a traceback of the grader"
 
 
 def test_a_run_takes_what_is_written_and_leaves_stubs_to_the_project(tmp_path, capsys):
@@ -161,22 +155,38 @@ def test_a_run_takes_what_is_written_and_leaves_stubs_to_the_project(tmp_path, c
 
 def test_the_wires_of_all_exercises_fit_the_source():
     for ex in kit.exercises().values():
-        modules = kit.work_of(ex, ex.rights[0][1]).modules(ex, ex.wire)
-        assert modules.train.main, ex.id
+        changed_texts(ex.wire)
 
 
-@pytest.mark.parametrize("name", ["e01", "e04"])
-def test_a_wired_function_is_the_one_that_the_job_calls(name):
-    ex = kit.exercise(name)
-    words = "def log_softmax(x):\n    return None" if name == "e01" else (
-        "def response_mask(ids, lengths, end):\n    return (ids == ids) & (ids != end)")
-    modules = kit.work_of(ex, words).modules(ex, ex.wire)
-    gpt = kit.small_model(modules)
-    if name == "e01":
-        args = torch.rand(1, 16).double(), gpt.head(), torch.tensor([1])
-        with pytest.raises(AttributeError):
-            modules.model.chunked_nll(*args, torch.ones(1).double())
-        return
-    prompts, u = torch.tensor([[1, 2], [3, 4]]), torch.full((2, 4), 0.5)
-    response, mask = modules.model.generate(gpt, prompts, torch.tensor([2, 2]), 4, 0, u)
-    assert torch.equal(mask, response != 0), "the project's mask is in place"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [ex.id for ex in kit.exercises().values() if ex.wire or ex.id == "e05"]
+)
+def test_the_job_trains_with_the_function_of_an_exercise(name, tiny_job):
+    ex, called = kit.exercise(name), []
+    m = kit.work_of(ex, ex.rights[0][1]).modules(ex, ex.wire)
+
+    def watch(module, function):
+        own = getattr(module, function)
+        wrapped = functools.wraps(own)(lambda *a, **k: called.append(1) or own(*a, **k))
+        setattr(module, function, wrapped)
+
+    for function in ex.functions:
+        file, function = function.split()
+        watch(getattr(m, file.removesuffix(".py")), function)
+    assert train_with(m, tiny_job, name) == 0, "it does not"
+    assert called, "another function stands in its place"
+
+
+@pytest.mark.slow
+def test_a_run_stands_beside_the_projects_own(tiny_job, capsys):
+    folder = Path("mine")
+    folder.mkdir()
+    (folder / "sft.py").write_text(kit.exercise("e05").rights[0][1], encoding="utf-8")
+    make_run = importlib.import_module("run")
+    for _ in range(2):  # the second time the project's own run is there
+        code = make_run.main([str(folder), "--method", "sft", *tiny_job[2:]])
+        said = capsys.readouterr().out
+        assert code == 0 and "e05: your sft.py compute_loss" in said, said
+        table = said.partition("side by side:")[2]
+        assert "project/sft" in table and "mine/sft" in table, said

@@ -1,9 +1,10 @@
 """e16's script: a table is checked before anybody reads it."""
 
+import pytest
 import sweep
 import test_e16_learning_rates as e16
 import torch
-from variants import KitError
+from variants import KitError, Modules
 
 
 def table():
@@ -52,3 +53,15 @@ def test_the_check_reads_the_file_and_shows_the_means(tmp_path, capsys):
         assert "table.csv:" in str(error)
     else:
         raise AssertionError("a word for a number is not refused")
+
+
+@pytest.mark.slow
+def test_a_run_gives_a_line_of_the_table(tiny_job, tmp_path):
+    m = Modules()
+    made = sweep.setting(m, tiny_job[2:])
+    runs = [
+        sweep.one_run(m, made, method, 1e-3, 1, 2, ["A"], tmp_path)
+        for method in sweep.METHODS
+    ]
+    assert all(tuple(run) == sweep.FIELDS for run in runs), runs
+    assert sweep.problems(runs, 1, 1) == [], runs

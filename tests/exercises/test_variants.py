@@ -13,12 +13,7 @@ import variants
 from extra import Quiet
 from variants import KitError, Modules, changes_of
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def setting(m, seed=3):
@@ -33,6 +28,21 @@ def setting(m, seed=3):
         for i in range(4)
     ]
     return student, teacher, batch, tok
+
+
+def loss_with(names, teacher_writes=False):
+    """The loss of a variant, both models, and of each example its two contexts and the
+    response."""
+    m = Modules(changes_of(names))
+    *models, batch, tok = setting(m)
+    cfg, writer = m.sdft.Config(batch_size=4), models[teacher_writes]
+    response, mask = m.sdft.get_responses(writer, batch, tok, cfg, 7)
+    loss, _ = m.sdft.compute_loss(*models, batch, response, mask, tok, cfg, 1)
+    rows = [
+        (m.data.student_prompt(example, tok), m.data.teacher_prompt(example, tok), row)
+        for example, row in zip(batch, oracles.rows_of(response, mask), strict=True)
+    ]
+    return loss, *models, rows
 
 
 @pytest.mark.parametrize("name", variants.VARIANTS)
@@ -88,66 +98,6 @@ def test_closed_modules_are_let_go_of():
     assert held() is None, "something else holds them"
 
 
-def test_dft_weighs_each_token_by_its_own_probability_which_has_no_gradient():
-    m, plain = Modules(changes_of("dft")), Modules()
-    student, _, batch, tok = setting(m)
-    response, mask = m.sft.get_responses(batch, tok, "cpu")
-    cfg = m.sft.Config(batch_size=4)
-    loss, _ = m.sft.compute_loss(student, batch, response, mask, tok, cfg)
-    total = 0
-    for example, row in zip(batch, oracles.rows_of(response, mask), strict=True):
-        context = m.data.student_prompt(example, tok)
-        ids = torch.tensor([context + row])
-        log_p = torch.log_softmax(student(ids), -1)[0, len(context) - 1 : -1]
-        log_p = log_p.gather(1, torch.tensor(row)[:, None])
-        total = total - (log_p.detach().exp() * log_p).mean() / 4
-    oracles.close(loss, total)
-    pair = oracles.gradients(student, loss), oracles.gradients(student, total)
-    oracles.close(*pair)
-    sft, _ = plain.sft.compute_loss(student, batch, response, mask, tok, cfg)
-    assert sft > loss, "DFT weighs tokens by at most 1"
-
-
-def rollouts(m, student, teacher, batch, tok, **settings):
-    cfg = m.sdft.Config(batch_size=4, **settings)
-    return m.sdft.get_responses(student, teacher, batch, tok, cfg, 7), cfg
-
-
-def test_speculative_rollouts_are_the_students_with_a_large_tau_the_teachers_with_0():
-    m, plain = Modules(changes_of("speculative")), Modules()
-    student, teacher, batch, tok = setting(m)
-    cfg = plain.sdft.Config(batch_size=4)
-    own = plain.sdft.get_responses(student, batch, tok, cfg, 7)
-    shown = m.data.pad_batch(m.data.teacher_prompt, batch, tok, "cpu")
-    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 7, "cpu")
-    theirs = m.model.generate(teacher, *shown, cfg.max_new_tokens, tok.end, u)
-    for tau, right in ((1e9, own), (0.0, theirs)):
-        (response, mask), _ = rollouts(m, student, teacher, batch, tok, tau=tau)
-        assert torch.equal(mask, right[1]), f"tau {tau}: another mask"
-        assert torch.equal(response, right[0]), f"tau {tau}: other tokens"
-    assert not torch.equal(own[0], theirs[0]), "these inputs show nothing"
-
-
-def test_in_between_the_teacher_writes_where_it_differs_by_more_than_tau():
-    m = Modules(changes_of("speculative"))
-    student, teacher, batch, tok = setting(m)
-    (response, mask), cfg = rollouts(m, student, teacher, batch, tok, tau=1.0)
-    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 7, "cpu")
-    wrote = set()
-    for example, row, numbers in zip(
-        batch, oracles.rows_of(response, mask), u.tolist(), strict=True
-    ):
-        bare = m.data.student_prompt(example, tok)
-        shown = m.data.teacher_prompt(example, tok)
-        for t, token in enumerate(row):
-            s = oracles.next_logits(student, bare + row[:t])
-            q = oracles.next_logits(teacher, shown + row[:t])
-            far = oracles.divergence(s, q, "forward") > cfg.tau
-            wrote.add(far)
-            assert token == oracles.sample_token(q if far else s, numbers[t]), (t, far)
-    assert wrote == {True, False}, "these inputs show nothing"
-
-
 def test_off_policy_rollouts_are_the_teachers_in_its_own_context():
     m = Modules(changes_of("offpolicy"))
     _, teacher, batch, tok = setting(m)
@@ -161,15 +111,9 @@ def test_off_policy_rollouts_are_the_teachers_in_its_own_context():
 
 
 def test_the_sampled_estimator_has_the_gradient_of_a_policy_gradient():
-    m = Modules(changes_of("sampled"))
-    student, teacher, batch, tok = setting(m)
-    cfg = m.sdft.Config(batch_size=4)
-    response, mask = m.sdft.get_responses(student, batch, tok, cfg, 7)
-    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    loss, student, teacher, rows = loss_with("sampled")
     value, surrogate = 0.0, 0
-    for example, row in zip(batch, oracles.rows_of(response, mask), strict=True):
-        bare = m.data.student_prompt(example, tok)
-        shown = m.data.teacher_prompt(example, tok)
+    for bare, shown, row in rows:
         s = oracles.log_likelihoods(student, bare, row)
         q = oracles.log_likelihoods(teacher, shown, row)
         ratio = torch.tensor(s) - torch.tensor(q)
@@ -183,32 +127,19 @@ def test_the_sampled_estimator_has_the_gradient_of_a_policy_gradient():
 
 
 def test_imitate_is_the_likelihood_of_what_was_sampled():
-    m = Modules(changes_of("offpolicy,imitate"))
-    student, teacher, batch, tok = setting(m)
-    cfg = m.sdft.Config(batch_size=4)
-    response, mask = m.sdft.get_responses(teacher, batch, tok, cfg, 7)
-    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    loss, student, _, rows = loss_with("offpolicy,imitate", teacher_writes=True)
     total = 0.0
-    rows = oracles.rows_of(response, mask)
-    for example, row in zip(batch, rows, strict=True):
-        bare = m.data.student_prompt(example, tok)
+    for bare, _, row in rows:
         values = oracles.log_likelihoods(student, bare, row)
         total -= sum(values) / len(values) / 4
     oracles.close(loss.detach(), torch.tensor(total))
 
 
 def test_rao_blackwell_adds_what_a_token_does_to_the_divergence_behind_it():
-    m = Modules(changes_of("raoblackwell"))
-    student, teacher, batch, tok = setting(m)
-    cfg = m.sdft.Config(batch_size=4)
-    response, mask = m.sdft.get_responses(student, batch, tok, cfg, 7)
-    loss, _ = m.sdft.compute_loss(student, teacher, batch, response, mask, tok, cfg, 1)
+    loss, student, teacher, rows = loss_with("raoblackwell")
     value, surrogate = 0.0, 0
-    rows = oracles.rows_of(response, mask)
-    assert max(map(len, rows)) > 2, "these inputs show nothing"
-    for example, row in zip(batch, rows, strict=True):
-        bare = m.data.student_prompt(example, tok)
-        shown = m.data.teacher_prompt(example, tok)
+    assert max(len(row) for *_, row in rows) > 2, "these inputs show nothing"
+    for bare, shown, row in rows:
         at = torch.tensor([bare + row]), torch.tensor([shown + row])
         log_s = torch.log_softmax(student(at[0])[0, len(bare) - 1 : -1], -1)  # (R, V)
         with torch.no_grad():
@@ -338,9 +269,7 @@ def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
         m = Modules(changes_of(names) if names else [])
         variants.share_base(m)
         args = m.train.parse_args(["--quick", "--out", f"out-{names}"])
-        config, cfg = m.train.base_settings(args, 1)
-        tok, world = m.data.Tokenizer(), m.data.World(args.seed)
-        made.append(m.train.find_base(args, config, cfg, world, tok, torch.float32))
+        made.append(m.train.make_world(args, "cpu")[4])
     assert len(set(made)) == 1 and made[0].parts[0] == "out", made
 
 
@@ -353,6 +282,20 @@ def test_a_setting_of_a_variant_has_a_flag(variant, name, value):
     args = m.train.parse_args([f"--{name.replace('_', '-')}", str(value)])
     cfg = m.train.config_of("sdft", args)
     assert getattr(cfg, name) == value, "the flag does nothing"
+
+
+JOBS = (
+    "dft,copies,rollouts,raoblackwell", "speculative,answer-only",
+    "offpolicy,sampled,reads-answers", "reinvoke,general,imitate",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", JOBS)
+def test_the_job_trains_with_a_variant(names, tiny_job):
+    assert set(",".join(JOBS).split(",")) == set(variants.VARIANTS), "not with each"
+    torch.set_default_dtype(torch.float32)  # as in a job
+    assert variants.main([names, "--run", *tiny_job]) == 0, "it does not"
 
 
 def test_the_list_and_a_diff_are_printed(capsys):

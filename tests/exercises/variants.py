@@ -51,6 +51,16 @@ def own_loss(lines):
 """
 
 
+DENSE = """\
+    from model import make_logits
+
+    dense = []
+    for states, head in zip((hidden, teacher_hidden), heads, strict=True):
+        rows = make_logits(states, head, cfg.temperature)  # (N, V)
+        whole = rows.new_zeros(*mask.shape, rows.size(-1))  # (B, R, V)
+        dense.append(whole.index_put(mask.nonzero(as_tuple=True), rows))
+"""  # the logits of student and teacher, (B, R, V) each
+
 DFT = [(
     "sft.py",
     "    loss = chunked_nll(hidden, student.head(), response[mask], weight)\n",
@@ -271,12 +281,13 @@ REINVOKE = [
     ),
     (
         "train.py",
-        "        return trainer.train(*args, run)\n",
+        "    evaluations = trainer.train(student, stages, tasks, tok, cfg, run)\n",
         """\
-        if trainer is sft:
-            return trainer.train(*args, run)
-        start = read_run(run.folder.parent / "sft" / "checkpoint.pt")["models"]
-        return trainer.train(*args, run, start["student"])
+    args = student, stages, tasks, tok, cfg, run
+    if trainer is sdft:
+        saved = read_run(run.folder.parent / "sft" / "checkpoint.pt")
+        args += (saved["models"]["student"],)
+    evaluations = trainer.train(*args)
 """,
     ),
 ]
@@ -497,11 +508,10 @@ def share_base(modules):
         args.out = "out"
         return own.train.find_base(args, *rest)
 
-    def get_base(path, config, cfg, student, *rest):
-        base = own.model.GPT(config, own.data.make_rng(cfg.seed, "weights"))
-        base = base.to(next(student.parameters()).device)
-        base.dtype = student.dtype
-        seconds = own.train.get_base(path, config, cfg, base, *rest)
+    def get_base(path, student, *rest):
+        base = own.model.GPT(student.config).to(next(student.parameters()).device)
+        base.load_state_dict(student.state_dict())  # the first weights
+        seconds = own.train.get_base(path, base, *rest)
         student.load_state_dict(base.state_dict())
         return seconds
 
