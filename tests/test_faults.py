@@ -166,7 +166,7 @@ def test_a_base_that_was_stopped_goes_on_and_counts_its_seconds(tmp_path, go):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, text, err = go(tmp_path, "--method sft --resume")
     assert code == 0 and "plan: sft: nothing to resume, a new run in" in text, err
-    assert 1000 <= read(tmp_path, "sft")[0]["seconds"]["base"] < 1060
+    assert 1000 <= read(tmp_path, "sft")[0]["seconds"]["base"] < 2000
 
 
 def test_a_resume_on_another_machine_says_that_it_is_not_exact(finished, made, go):
