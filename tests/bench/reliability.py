@@ -53,6 +53,8 @@ FLAGS = [*SMALL, "--method", "both"]
 PROGRAM = """
 import json, os, resource, signal, sys, threading, time
 import train
+# (started in the background, as by a script, a process ignores Ctrl-C)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 *place, names, ranks, later = json.loads(os.environ.get("AT", "[0, 0, 0, 0, 0]"))
 progress, load, rank = train.Run.progress, train.Run.load, os.environ.get("RANK", "0")
 train.BASE.save_every = 3
