@@ -772,12 +772,13 @@ def parse_row(line, i, needs_demo, grade):
         raise ValueError(f"expected an object, found {json.dumps(row)[:40]}")
     prompts, demos = ([key for key in row if key in keys] for keys in (PROMPTS, DEMOS))
     turns = turns_of(row[prompts[0]], prompts[0], "user") if len(prompts) == 1 else []
-    if prompts == ["instruction"] and row.get("input"):  # Alpaca's rows
-        turns[-1] = ("user", f"{turns[-1][1]}\n\n{text_of(row['input'], 'input')}")
-    for key in demos:
-        turns += turns_of(row[key], key, "assistant")
+    if prompts == ["instruction"] and row.get("input") not in (None, ""):  # Alpaca's
+        role, text = turns[-1]
+        turns[-1] = (role, f"{text}\n\n{text_of(row['input'], 'input')}")
+    said = [turn for key in demos for turn in turns_of(row[key], key, "assistant")]
+    single, turns = [role for role, _ in said] in ([], ["assistant"]), turns + said
     demo = turns.pop()[1] if turns and turns[-1][0] == "assistant" else ""
-    if not turns or turns[-1][0] != "user" or (needs_demo and not demo):
+    if not single or not turns or turns[-1][0] != "user" or (needs_demo and not demo):
         raise ValueError(f"expected {' or '.join(PROMPTS)}, and one demonstration that "
                          f"answers the user; found {', '.join(row)}")  # fmt: skip
     answer = row.get("answer", [])
@@ -802,12 +803,13 @@ def read_examples(path, needs_demo=True, grade="contains"):
     Args: grade, for rows that name none: one of GRADES, or "none".
     Raises: ValueError that says what is wrong, in MAX_ERRORS lines at most; OSError.
     """
-    content, examples, errors, unused = Path(path).read_bytes(), [], [], Counter()
+    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    examples, errors, unused = [], [], Counter()
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{path}: UTF-16; iconv -f utf-16 -t utf-8 makes it UTF-8")
     if content.lstrip().startswith(b"["):
         raise ValueError(f"{path}: one list; jq -c '.[]' writes one row a line")
-    for i, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+    for i, line in enumerate(content.split(b"\n"), 1):
         try:
             if line.strip():
                 example, keys = parse_row(line, i, needs_demo, grade)
@@ -905,7 +907,7 @@ class ChatTokenizer:
     def __init__(self, name):
         from transformers import AutoTokenizer
 
-        self.hf = AutoTokenizer.from_pretrained(name)
+        self.hf = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         parts = self.hf.chat_template, self.hf.eos_token, self.encode("a")
         if not all(parts):
             raise ValueError("no chat template, end or tokens: take an instruct model")

@@ -356,8 +356,7 @@ class Run:
         self.settings["first weights"] = digest_of(student)
         start, spent = 0, 0.0
         if not self.resume and first_does(files_in, self.folder):
-            message = f"{self.folder} holds a run"
-            raise UserError(message, "resume it, or take another folder")
+            raise UserError(f"{self.folder} holds a run", "resume it, or move it")
         if first_does(self.checkpoint.exists):
             weights = {}  # filled in the first process alone
             saved = first_does(self.read, weights)
@@ -702,7 +701,8 @@ def load_own(name, device, bytes_per_weight=8):
         local = Path(name).is_dir()
         folder = name if local else snapshot_download(name, allow_patterns=kinds)
         with torch.device("meta"):  # takes no memory
-            shell = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            shell = AutoModelForCausalLM.from_config(config)
         need = shell.num_parameters() * bytes_per_weight / 1e9
         if need > (free := free_memory(device)):
             raise MemoryError(f"it needs {need:.3g} GB, {free:.3g} GB are free")
@@ -969,6 +969,7 @@ def write_checkpoint(path, content):
 
 def write_model(gpt, name, folder):
     try:
+        folder.mkdir(exist_ok=True)  # transformers would only log that it is a file
         model.save_pretrained(gpt, name, folder)
     except Exception as error:  # safetensors has its own kind for a full disk
         raise OSError(f"{folder} not written: {error}") from error
@@ -1139,25 +1140,27 @@ def show_sample(args, device):
         saved = read_run(path) if path.exists() or not args.init else None
         note = saved["note"] if saved else {"init": True, "base": args.init}
         if args.init and not note["init"]:
-            message = f"{path.parent} is a run of the tiny world"
-            raise UserError(message, "leave --init out")
+            raise UserError(f"{path.parent} is of the tiny world", "leave --init out")
         base = Path(args.init or Path(args.out) / note["base"])
         if note["init"]:  # the run's own model has the shape and the tokenizer, too
-            there = base.exists() or not saved
-            name = base if there else path.parent / "model"
+            there = bool(args.init) or base.exists()  # (a name is not a path)
+            name = args.init or (base if there else path.parent / "model")
             _, tok, gpt = load_own(str(name), device)
+            if saved and (other := differences(saved["config"], asdict(gpt.config))):
+                message = f"{path.parent} is of another model (saved -> now): {other}"
+                raise UserError(message, "leave --init out")
         else:
             there = base.exists()
             tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"]))
             gpt.load_state_dict(read_checkpoint(base)["model"] if there else {}, there)
         gpt.to(device)
-        n = saved["settings"]["max_new_tokens"] if saved else REAL["max_new_tokens"]
+        settings = saved["settings"] if saved else REAL
+        n = args.max_new_tokens or settings["max_new_tokens"]
         if not shown:
             respond("base", gpt, n, args, tok) if there else say(f"{base} is gone")
             shown = True
         if saved:
-            say(f"{path.parent}: seed {saved['settings']['seed']}, after update "
-                f"{saved['step']}")
+            say(f"{path.parent}: seed {settings['seed']}, after update {saved['step']}")
             gpt.load_state_dict(saved["models"]["student"])
             respond(method, gpt, n, args, tok)
 
@@ -1168,8 +1171,7 @@ def respond(name, gpt, n, args, tok):
     contexts = [data.student_prompt(example, tok)] * 2
     say(f"{name:5s}  {data.get_texts(gpt, contexts[:1], tok, n)[0]}")
     u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample"))
-    u = u.to(next(gpt.parameters()).device)
-    for text in data.get_texts(gpt, contexts, tok, n, u, temperature=1):
+    for text in data.get_texts(gpt, contexts, tok, n, u.to(gpt.cos.device), 1):
         say(f"       sampled: {text}")
     if args.demo:
         pull = data.token_pull(gpt, gpt, example, tok, n, args.seed)

@@ -102,7 +102,6 @@ def test_a_bad_line_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
     assert lines[19].startswith("F:21: ") and lines[20:] == ["... and 80 more"]
 
 
-@pytest.mark.xfail(strict=True, reason="not refused yet, and so misread")
 @pytest.mark.parametrize(("row", "wrong"), [
     ({**ALPACA, "input": 0}, f"1: input: {TEXT}0"), (f"\ufeff[\n{LINE}]", " one list"),
     ({**ROW, "completion": [USER, REPLY]}, f"1: {FORM}prompt, completion"),

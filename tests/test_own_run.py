@@ -88,7 +88,8 @@ def weights_of(gpt):
 def test_a_run_measures_all_files_and_writes_a_model(method, both):
     results, lines = read(both / "out", method)
     base, *ends = results["evaluations"]
-    assert base["step"] == 0 and [end["skill"] for end in ends] == ["a", "b"]
+    first = [(end["skill"], end["responses"][0]["prompt"]) for end in ends]  # of --eval
+    assert base["step"] == 0 and first == [("a", "the the 12"), ("b", "the rest 18")]
     assert [x for x in lines if x.get("stage_end")] == ends
     assert ends[-1]["step"] == 6 and results["config"]["batch_size"] == 6
     for each in (base, *ends):
@@ -108,8 +109,7 @@ def test_a_run_is_the_one_that_is_made_by_hand(both, tmp_path):
     cfg = sdft.Config(**train.REAL | {"steps": 3, "batch_size": 6, "max_new_tokens": 6})
     torch.set_num_threads(1)
     sdft.train(student, stages, {}, tok, cfg, train.Run(tmp_path))
-    trained = load(both / "out" / "sdft" / "model")
-    assert torch.equal(weights_of(student), weights_of(trained))
+    assert torch.equal(weights_of(student), weights_of(load(both / "out/sdft/model")))
 
 
 def test_a_resume_is_exact_and_less_memory_changes_nothing(capsys, both, tmp_path):

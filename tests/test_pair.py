@@ -170,7 +170,7 @@ def test_neither_the_split_nor_garbage_behind_the_end_changes_anything(module):
 
 
 @pytest.mark.parametrize("module, more", [
-    (sft, {}), (sdft, {"ema_rate": 0.0}),
+    (sft, {}), (sdft, {"ema_rate": 0.0}), (sdft, {"temperature": 0.7}),
     (sdft, {"ema_rate": 0.25, "kl": "reverse", "skip_first_tokens": 2}),
     (sdft, {"ema_rate": 1.0, "kl": "jsd", "temperature": 0.8}),
 ])  # fmt: skip
@@ -201,16 +201,18 @@ def test_the_loops_evaluate_record_and_save_when_it_is_due(tmp_path, capsys):
     benchmark with any grade will do. SFT's records have no key that SDFT's lack."""
     sums = [Example(f"{a} + {a} = ?", f"{2 * a}", f"{2 * a}", id=a) for a in range(5)]
     grade = functools.partial(lambda example, text, sign: sign in text, sign="<")
-    prior = {"mine": Benchmark(sums[1:], data.grade_items)}
+    prior = dict.fromkeys(("my", "our"), Benchmark(sums[1:], data.grade_items))
     tasks = {"new": dict.fromkeys("AB", Benchmark(sums, grade)), "prior": prior}
-    every, found = {"eval_every": 3, "log_every": 2, "save_every": 3, "steps": 4}, []
+    every = {"eval_every": 3, "log_every": 2, "save_every": 3, "steps": 4, "lr": 1e-2}
+    found = []
     for module in (sft, sdft):
         run, saved = train.Run(tmp_path / module.__name__), []
         read = functools.partial(train.read_metrics, run.folder)
         run.save = lambda step, *_, on=saved, read=read: on.append((step, len(read())))
         _, rows, lines = train_in(None, module, None, "AB", tasks, run, **every)
-        assert "new A  new B  mine  KL(student || base)" in capsys.readouterr().out
+        assert "new A  new B  my  our  KL(student || base)" in capsys.readouterr().out
         assert rows == [line for line in lines if "new" in line]
+        assert [x["prompt"] for x in rows[0]["responses"]] == ["0 + 0 = ?", "1 + 1 = ?"]
         assert [(row["step"], row["skill"], row["stage_end"]) for row in rows] == [
             (0, "A", False), (3, "A", False), (4, "A", True), (7, "B", False),
             (8, "B", True),
@@ -234,6 +236,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_its_end(module, tmp_pa
     new = dict.fromkeys("AB", Benchmark(BATCH, data.grade_items))
     args = module, None, "AB", {"new": new, "prior": {}}
     right = train_in(tmp_path / "whole", *args)
+    assert [row["step"] for row in right[1]] == [0, 3, 6], "where eval_every is 0"
     for step in (1, 3):
         run = train.Run(tmp_path / "stopped", resume=step > 1)
         run.stop_wanted = iter([0.0, 1.0]).__next__

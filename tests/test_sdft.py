@@ -1,7 +1,4 @@
-"""Self-distillation: contexts, responses, loss and the teacher's average.
-
-What it promises together with SFT is tested in test_pair.py.
-"""
+"""Self-distillation alone: contexts, responses, loss, teacher. test_pair.py uses it."""
 
 import copy
 import json
@@ -192,13 +189,15 @@ def test_a_teacher_is_a_copy_in_memory_of_its_own_that_is_not_trained(tie_weight
 
 @KINDS
 def test_no_gradient_reaches_the_teacher_even_if_it_is_the_student(kl):
-    """It is a constant: a live teacher gives the gradient of a copy."""
-    student, teacher, *rows = make_pair()
+    """It is a constant, and keeps no graph; a live one gives the gradient of a copy."""
+    (student, teacher, *rows), graph = make_pair(), []
+    teacher.ln_f.register_forward_hook(lambda *args: graph.append(args[2].grad_fn))
     for needs_grad in (False, True):
         teacher.requires_grad_(needs_grad)
         loss_of(student, teacher, *rows, kl=kl)[0].backward()
         assert all(p.grad is None for p in teacher.parameters())
         assert all(p.grad is not None for p in student.parameters())
+    assert graph == [None, None]
     sdft.update_teacher(teacher, student, replace(CFG, ema_rate=1.0))
     by_teacher = [
         gradients(student, loss_of(student, each, *rows, kl=kl)[0])
