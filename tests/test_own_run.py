@@ -245,11 +245,7 @@ ERRORS = {  # what the error says: command lines
 BAD = {flags: text for text, lines in ERRORS.items() for flags in lines.split("|")}
 
 
-TO_DO = pytest.mark.xfail(reason="train.show_sample: a traceback", strict=True)
-OTHER = pytest.param("--sample x --out out --init short", marks=TO_DO)
-
-
-@pytest.mark.parametrize("flags", [*BAD, OTHER])
+@pytest.mark.parametrize("flags", [*BAD, "--sample x --out out --init short"])
 def test_bad_input_is_one_error_with_a_hint(capsys, monkeypatch, both, tmp_path, flags):
     monkeypatch.chdir(both)
     argv = flags.replace("OWN", "--init source --data a.jsonl").split()
