@@ -630,8 +630,7 @@ def token_pull(student, teacher, example, tok, max_new_tokens, seed):
     are of the demonstration: token, -log p of the student.
     """
 
-    def logits(gpt, tokens_of, response, mask):  # (R, V)
-        prompt = pad_batch(tokens_of, [example], tok, response.device)
+    def logits(gpt, prompt, response, mask):  # (R, V)
         return gpt.logits(response_hidden(gpt, *prompt, response, mask))
 
     def name(token):
@@ -642,13 +641,14 @@ def token_pull(student, teacher, example, tok, max_new_tokens, seed):
         return [[name(i), x] for i, x in zip(tokens.tolist(), p.tolist(), strict=True)]
 
     device = next(student.parameters()).device
-    bare = pad_batch(student_prompt, [example], tok, device)
+    bare, shown, (demo, _) = (
+        pad_batch(tokens_of, [example], tok, device)
+        for tokens_of in (student_prompt, teacher_prompt, demo_response)
+    )
     u = get_uniform([example], max_new_tokens, seed, "pull", device)  # (1, R)
     response, mask = generate(student, *bare, max_new_tokens, tok.end, u)  # (1, R)
-    s = logits(student, student_prompt, response, mask)
-    t = logits(teacher, teacher_prompt, response, mask)
-    demo, _ = pad_batch(demo_response, [example], tok, device)  # (1, R)
-    log_p = logits(student, student_prompt, demo, demo >= 0).log_softmax(-1)
+    s, t = logits(student, bare, response, mask), logits(teacher, shown, response, mask)
+    log_p = logits(student, bare, demo, demo >= 0).log_softmax(-1)  # demo: (1, R)
     kl, nll = kl_reference(s, t, "forward"), -log_p.gather(1, demo.T)[:, 0]  # (R,) both
     tokens = [name(i) for i in response[mask].tolist()]
     both = map(likeliest, s), map(likeliest, t)

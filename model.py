@@ -556,7 +556,7 @@ def fused_kl(s, t, weight, kl="forward"):
     # memory gives s and t once and takes the gradient once. On a GPU all at once.
     n = max(1, len(s) if s.is_cuda else 2**17 // s.size(-1))
     parts = zip(s.split(n), t.split(n), weight.split(n), strict=True)
-    return torch.cat([kl_rows_torch(*part, kl) for part in parts] or [s.new_empty(0)])
+    return torch.cat([kl_rows_torch(*part, kl) for part in parts])
 
 
 def kl_rows_torch(s, t, weight, kl):

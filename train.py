@@ -92,17 +92,14 @@ def whole_run(args, stop):
         return show_sample(args, device)
 
     # what there is to learn, what may be forgotten, and the model before its training
-    prepare = read_own if args.init else make_world
-    tok, stages, tasks, base, path, made_of = prepare(args, device)
+    found = read_own(args, device) if args.init else make_world(args)
+    tok, stages, tasks, base, path, made_of = found
     if args.check_data:
         return None
     n_rows = min(map(len, stages.values()))
     configs = {method: config_of(method, args, n_rows) for method in methods_of(args)}
     for method, cfg in configs.items():
         check_batches(method, cfg, n_rows)
-        for name, stage in stages.items():
-            sizes = cfg.max_new_tokens, base.config.block_size
-            data.check_lengths(name, stage, tok, *sizes)
 
     # does it go on, or is it new? What is in the way is found before any training
     first_does(lock, Path(args.out))
@@ -131,7 +128,7 @@ def whole_run(args, stop):
         say(f"\nafter all skills:\n{table(list(final.values()), list(final))}")
 
 
-def make_world(args, device):
+def make_world(args):
     """The tiny world: tokenizer, stages, tasks, a GPT with its first weights, the file
     of the base model and what it is made of."""
     tok, world = data.Tokenizer(), data.World(args.seed)
@@ -142,6 +139,9 @@ def make_world(args, device):
     tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
     config, cfg = base_settings(args, world_size())
     check_batches("base model", cfg, cfg.batch_size)
+    n = config_of("sdft", args).max_new_tokens
+    for name, stage in stages.items():
+        data.check_lengths(name, stage, tok, n, config.block_size)
     base = GPT(config, data.make_rng(args.seed, "weights"))
     path = find_base(args, config, cfg, world, tok)
     return tok, stages, tasks, base, path, (cfg, world)
@@ -501,8 +501,7 @@ def digest_of(student):
 
 class Stop:
     """The first Ctrl-C or SIGTERM asks to stop after the step, a second at once. So do
-    the signals of schedulers and of a closed terminal, unless the parent ignores them.
-    """
+    the signals of schedulers and closed terminals, unless the parent ignores them."""
 
     def __init__(self):
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
@@ -612,7 +611,7 @@ def make_parser():
             if config is sdft.Config:
                 other = getattr(sft.Config, name, default)
             shown = default if other == default else f"{default}, sft: {other}"
-            text = texts.pop(name).replace("%", "%%")
+            text = texts[name].replace("%", "%%")
             text += "" if shown in (None, False) else f" (default: {shown})"
             if config is sdft.Config and name != "seed":
                 default = None  # see config_of
@@ -646,6 +645,8 @@ def parse_args(argv):
             raise UserError(f"{flag} has no effect here", f"it goes with {where}")
     if args.init and not args.data and args.sample is None:
         raise UserError("--init needs --data", "a file of JSON lines; or --sample")
+    if args.demo is not None and args.sample is None:
+        raise UserError("--demo has no effect here", "it goes with --sample PROMPT")
     cfg = config_of("sdft", args)
     if args.method != "sft" and cfg.skip_first_tokens >= cfg.max_new_tokens:
         raise UserError("--skip-first-tokens leaves nothing of a response in the loss",
@@ -810,10 +811,9 @@ def start_processes(args):
     """The torch.device of this process, which joins the others if torchrun started
     several: each has its own GPU."""
     several = [name for name in TORCHRUN if name in os.environ]
-    torchrun = "torchrun --standalone --nproc_per_node=2 train.py"
+    hint = "torchrun --standalone --nproc_per_node=2 train.py"
     if "RANK" in several and len(several) < len(TORCHRUN):
-        message = f"one of several processes, but only {several} are set"
-        raise UserError(message, torchrun)
+        raise UserError(f"one of several processes, but only {several} are set", hint)
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -826,7 +826,7 @@ def start_processes(args):
     old = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
     if args.shard and (world_size() == 1 or device.type == "mps" or old):
         message = "--shard needs several processes, on a CPU or on CUDA, and torch 2.13"
-        raise UserError(message, f"{torchrun} ... --shard")
+        raise UserError(message, f"{hint} ... --shard")
     say(f"device {device}, seed {args.seed}, processes {world_size()}, "
         f"threads {torch.get_num_threads()}, torch {torch.__version__}, "
         f"CPU {torch.backends.cpu.get_cpu_capability()}")
@@ -1223,7 +1223,7 @@ def main(argv):
     except (OSError, ValueError) as error:
         hint = getattr(error, "hint", "") or (
             "is the path right, and is the disk full?" if isinstance(error, OSError)
-            else 'see "Your own model and data" in the README'
+            else "see tests/bench/own.md"
         )  # fmt: skip
         tell(f"error: {error}\nhint: {hint}")
         return 2

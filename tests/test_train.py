@@ -339,7 +339,7 @@ def test_every_flag_of_the_world_reaches_the_world_and_the_base():
     assert config == GPTConfig(n_tokens=TOK.n_tokens) and cfg == usual
     args = train.parse_args("""--seed 4 --demos 24 --eval-size 9 --distance own
     --n-layer 2 --n-embd 48 --base-steps 8""".split())
-    _, stages, tasks, base, _, (cfg, world) = train.make_world(args, "cpu")
+    _, stages, tasks, base, _, (cfg, world) = train.make_world(args)
     assert vars(world) == vars(data.World(4))
     assert stages["C"] == data.make_demos(world, "C", 24, 4, "own")
     assert tasks == data.make_tasks(world, 9, 4, "own")
@@ -377,6 +377,7 @@ BAD = {
     "--max-new-tokens 400": "> 128 tokens", "--show": "no finished run",
     "--max-new-tokens 8 --skip-first-tokens 8": "leaves nothing",
     "--sample x --method sft": "sft/checkpoint.pt: no such file",
+    "--demo x": "--demo has no effect here",
     "--out /proc/no": "/proc/no", "--out /dev/null/no": "/dev/null/no",
     "--init m --data d": "--demos has no effect here",
     **{f"{flag} 1": f"unrecognized arguments: {flag}" for flag in """--beta2 --compare

@@ -53,7 +53,7 @@ def base(seed, folder, quick, flags="", variants=""):
     argv = [*flags.split(), "--seed", str(seed), "--out", str(work), "--threads", "1"]
     args = m.train.parse_args(argv + QUICK_BASE * quick)
     device = train.choose_device("auto")
-    tok, _, _, model, path, (cfg, world) = m.train.make_world(args, device)
+    tok, _, _, model, path, (cfg, world) = m.train.make_world(args)
     seconds = m.train.get_base(path, model.to(device), cfg, world, tok, None)
     model.eval()
     tasks = make_tasks(m, world, seed, "ABC", "terms", quick)

@@ -10,18 +10,20 @@ demonstration (SFT), KL(teacher || student) at each token of the student's own r
 (SDFT).
 """
 
-import json
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train  # noqa: E402
 
 FULL = 6  # nats at which a box has its darkest colour
 
 
 def read_strips(folder, method):
     """[(title, [(token, nats), ...]), ...] of a run on skill A, and its query."""
-    lines = (folder / method / "metrics.jsonl").read_text().splitlines()
-    rows = [row for row in map(json.loads, lines) if "pull" in row]
-    rows = [row for row in rows if row["skill"] == "A"]
+    rows = train.read_metrics(folder / method)
+    rows = [row for row in rows if "pull" in row and row["skill"] == "A"]
     if len(rows) < 3 or rows[1]["step"] != 30:
         sys.exit(f"error: {folder / method}: no evaluation after 30 updates\n"
                  "hint: train with --eval-every 30")  # fmt: skip
@@ -33,11 +35,13 @@ def read_strips(folder, method):
 
 def draw_strip(axes, x, y, tokens, colours):
     """Boxes from left to right, each as wide as its token."""
+    from matplotlib.patches import Rectangle
+
     for token, nats in tokens:
         width = 0.16 * max(3, len(token)) + 0.3
         shade = colours(min(nats, FULL) / FULL * 0.8)
         box = {"facecolor": shade, "edgecolor": "0.6", "linewidth": 0.6}
-        axes.add_patch(type(axes.patch)((x, y), width, 0.5, **box))
+        axes.add_patch(Rectangle((x, y), width, 0.5, **box))
         dark = nats > 0.6 * FULL
         axes.text(x + width / 2, y + 0.24, token, ha="center", va="center", fontsize=10,
                   color="white" if dark else "black")  # fmt: skip

@@ -120,7 +120,7 @@ if QUICK:
     argv = [*argv.split(), "--out", QUICK]
 args = train.parse_args(argv)
 device = train.start_processes(args)
-tok, stages, tasks, base, path, made_of = train.make_world(args, device)
+tok, stages, tasks, base, path, made_of = train.make_world(args)
 SKILL = "C"  # stages: the demonstrations of three skills; one is enough here
 prompts = [example.prompt for example in stages[SKILL]]
 example = stages[SKILL][prompts.index("garden cork: paper door pepper")]

@@ -89,7 +89,7 @@ def show(runs, summarize):
 def setting(m, flags=()):
     """World, base model, benchmarks: of seed 0, the same for all runs."""
     args = m.train.parse_args(flags)
-    tok, _, tasks, base, path, (cfg, world) = m.train.make_world(args, "cpu")
+    tok, _, tasks, base, path, (cfg, world) = m.train.make_world(args)
     m.train.get_base(path, base, cfg, world, tok, None)
     return args, tok, world, base, tasks
 

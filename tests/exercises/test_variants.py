@@ -269,7 +269,7 @@ def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
         m = Modules(changes_of(names) if names else [])
         variants.share_base(m)
         args = m.train.parse_args(["--quick", "--out", f"out-{names}"])
-        made.append(m.train.make_world(args, "cpu")[4])
+        made.append(m.train.make_world(args)[4])
     assert len(set(made)) == 1 and made[0].parts[0] == "out", made
 
 
