@@ -31,7 +31,6 @@ the paper's parts appear here (arXiv 2601.19897, section 3):
 Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
-import codecs
 import functools
 import hashlib
 import json
@@ -238,12 +237,6 @@ def make_rng(seed, *purpose):
     return torch.Generator().manual_seed(derive_seed(seed, *purpose))
 
 
-@functools.lru_cache(maxsize=2)  # a shuffle serves a whole epoch
-def shuffled(size, seed, epoch):
-    """0 .. size - 1 in the order of an epoch, as a list."""
-    return torch.randperm(size, generator=make_rng(seed, "order", epoch)).tolist()
-
-
 def get_batch(examples, batch_size, seed, step):
     """The examples of one step: a function of (seed, step), the same for each method.
 
@@ -255,8 +248,8 @@ def get_batch(examples, batch_size, seed, step):
     fits = 0 < batch_size <= len(examples)
     assert fits, f"a batch of {batch_size} from {len(examples)} examples"
     epoch, i = divmod(step, len(examples) // batch_size)
-    places = shuffled(len(examples), seed, epoch)[i * batch_size : (i + 1) * batch_size]
-    batch = [examples[j] for j in places]
+    order = torch.randperm(len(examples), generator=make_rng(seed, "order", epoch))
+    batch = [examples[j] for j in order[i * batch_size :][:batch_size].tolist()]
     return sorted(batch, key=lambda e: len(f"{e.prompt} {e.shown} {e.demo}".split()))
 
 
@@ -677,13 +670,13 @@ def evaluate(models, base, skill, tasks, tok, cfg):
         graded = {name: each for name, each in benchmarks.items() if each.grade}
         record[group] = {k: accuracy(student, x, tok, n) for k, x in graded.items()}
 
-    def kl_from_base(p, prompt, examples):
+    def kl_from_base(p, prompt, examples=task.examples):
         return sampled_kl(p, prompt, base, student_prompt, examples, tok, cfg)
 
-    record["kl_student_base"] = kl_from_base(student, student_prompt, task.examples)
+    record["kl_student_base"] = kl_from_base(student, student_prompt)
     record["kl_teacher_base"], record["teacher_gate"] = None, None
     if teacher is not None:
-        record["kl_teacher_base"] = kl_from_base(teacher, teacher_prompt, task.examples)
+        record["kl_teacher_base"] = kl_from_base(teacher, teacher_prompt)
         # its own gate: with a non-zero ema_rate, the first thing that falls when
         # student and teacher drift together
         if task.grade:
@@ -752,7 +745,8 @@ def turns_of(value, key, role):
         return [(role, text_of(value, key))]
     for turn in value:
         known = isinstance(turn, dict) and turn.get("role") in ROLES
-        if not known or any(turn[each] for each in turn.keys() - {"role", "content"}):
+        others = turn.keys() - {"role", "content"} if known else ()
+        if not known or any(turn[each] not in (None, "", []) for each in others):
             found = json.dumps(turn)[:80]
             raise ValueError(f"{key}: expected a role and content only, found {found}")
     return [(turn["role"], text_of(turn.get("content"), key)) for turn in value]
@@ -783,6 +777,8 @@ def parse_row(line, i, needs_demo, grade):
                          f"answers the user; found {', '.join(row)}")  # fmt: skip
     answer = row.get("answer", [])
     answer = answer if isinstance(answer, list) else [answer]
+    if any(isinstance(each, list) for each in answer):
+        raise ValueError("answer: a list in a list")
     answer = tuple(text_of(each, "answer") for each in answer)
     grade = row.get("grade") or grade
     if grade not in (*GRADES, "none"):
@@ -803,10 +799,10 @@ def read_examples(path, needs_demo=True, grade="contains"):
     Args: grade, for rows that name none: one of GRADES, or "none".
     Raises: ValueError that says what is wrong, in MAX_ERRORS lines at most; OSError.
     """
-    content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    content = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf")  # a BOM
     examples, errors, unused = [], [], Counter()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise ValueError(f"{path}: UTF-16; iconv -f utf-16 -t utf-8 makes it UTF-8")
+    if b"\0" in content or content.startswith(b"\x1f\x8b"):  # of gzip
+        raise ValueError(f"{path}: not UTF-8; iconv -f utf-16, or gunzip, makes it so")
     if content.lstrip().startswith(b"["):
         raise ValueError(f"{path}: one list; jq -c '.[]' writes one row a line")
     for i, line in enumerate(content.split(b"\n"), 1):
@@ -817,15 +813,23 @@ def read_examples(path, needs_demo=True, grade="contains"):
                 unused.update(keys)
         except (ValueError, RecursionError) as error:
             errors.append(f"{path}:{i}: {error}".replace(": line 1 column", ", column"))
-    without = [str(e.id) for e in examples if not e.grade][:MAX_ERRORS]
-    if without and any(e.grade for e in examples):
-        errors.append(f"{path}: only lines {', '.join(without)} have no answer")
-    if errors or not examples:
-        more = [f"... and {len(errors) - MAX_ERRORS} more"] * (len(errors) > MAX_ERRORS)
-        raise ValueError("\n".join(errors[:MAX_ERRORS] + more) or f"{path}: no rows")
+    if any(e.grade for e in examples):
+        errors += [f"{path}:{e.id}: no answer" for e in examples if not e.grade]
+    refuse(errors if errors or examples else [f"{path}: no rows"])
     grades = ", ".join(sorted({e.grade or "none" for e in examples}))
     remarks = [f"key {key!r} of {n} rows is not used" for key, n in unused.items()]
-    return examples, [f"{len(examples)} rows, grade: {grades}", *remarks]
+    n = sum("assistant" in dict(example.earlier) for example in examples)
+    if n:
+        remarks.append(f"{n} rows have earlier responses, which are read, not learnt")
+    return examples, [f"{len(examples)} rows, grade: {grades}", *sorted(remarks)]
+
+
+def refuse(errors):
+    """Raise ValueError if there are errors; of many, with the first."""
+    rest = len(errors) - MAX_ERRORS
+    if errors:
+        more = [f"... and {rest} more"] if rest > 0 else []
+        raise ValueError("\n".join(errors[:MAX_ERRORS] + more))
 
 
 def check_lengths(path, examples, tok, max_new_tokens, block_size):
@@ -840,23 +844,34 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
                 raise ValueError(f"{prompt} + {response} > {block_size} tokens")
         except ValueError as error:  # also of a chat template that refuses the row
             errors.append(f"{path}:{e.id}: {error}")
-    if errors:
-        raise ValueError("\n".join(errors[:MAX_ERRORS]))
+    refuse(errors)
 
 
 # a number, and not a part of one: neither 200 in 1,200 nor 5 in 0.5, 3/5 and 5th
-NUMBER = r"(?<![\w./])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?![\w/]|\.\d|,\d{3}\b)"
-# a letter or digit of a script that puts spaces between words: not Thai, Lao, Burmese,
-# Khmer, Japanese, Chinese, Korean
-SPACED = (
-    r"[^\W\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff"
-    r"\uac00-\ud7af\U00020000-\U0003ffff]"
+NUMBER = (
+    r"(?<![\w./])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
+    r"(?![\w/]|\.\d|,\d{3}\b)"
+)
+# scripts without spaces between words: Thai to Burmese, Khmer, Japanese to Korean
+UNSPACED = (
+    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    r"\uff66-\uff9f\U00020000-\U0003ffff]"
 )
 
 
 def plain(text):
-    """A text without the case, spaces and Unicode form in which answers may differ."""
-    return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+    """A text without what does not make an answer wrong: case, spaces, Unicode form."""
+    text = unicodedata.normalize("NFC", text).replace("\u2212", "-")  # the minus sign
+    return " ".join(text.casefold().split())
+
+
+def is_one_word(left, right):
+    """Do two texts, one after the other, share a word or a number where they meet?"""
+    if re.search(r"\d[.,/]?$", left) and re.match(r"[.,/]?\d", right):
+        return True
+    meet = re.sub(UNSPACED, "", left[-1:] + right[:1])
+    kinds = [unicodedata.category(char)[0] for char in meet]
+    return len(kinds) == 2 and {*kinds} <= {*"LMN"}  # letters, their marks, digits
 
 
 def place_of(answer, text):
@@ -867,10 +882,11 @@ def place_of(answer, text):
         numbers = [(float(m[0].replace(",", "")), m) for m in re.finditer(NUMBER, text)]
         value = float(answer.replace(",", ""))
         return next((m.start() for number, m in numbers if number == value), math.inf)
-    before = f"(?<!{SPACED})" if re.match(SPACED, answer) else ""
-    after = f"(?!{SPACED})" if re.match(SPACED, answer[-1]) else ""
-    found = re.search(before + re.escape(answer) + after, text)
-    return found.start() if found else math.inf
+    for found in re.finditer(re.escape(answer), text):
+        before, after = text[: found.start()], text[found.end() :]
+        if not is_one_word(before, answer) and not is_one_word(answer, after):
+            return found.start()
+    return math.inf
 
 
 def grade_answer(example, response, options):
@@ -886,10 +902,13 @@ def grade_answer(example, response, options):
     return place < math.inf and plain(choice) in map(plain, example.answer)
 
 
-def make_benchmark(examples):
-    """A Benchmark of users' rows. Without answers it has no grade."""
+def make_benchmark(examples, size=10**9, seed=0):
+    """A Benchmark of users' rows, of more than `size` rows so many, drawn at random.
+    Without answers it has no grade."""
     options = {a for e in examples for a in e.answer if e.grade}
     grade = functools.partial(grade_answer, options=options)
+    if len(examples) > size:
+        examples = random.Random(derive_seed(seed, "eval")).sample(examples, size)
     return Benchmark(examples, grade if options else None)
 
 
@@ -915,6 +934,9 @@ class ChatTokenizer:
         self.n_tokens = max(self.hf.get_vocab().values()) + 1
         form = self.hf.backend_tokenizer.to_str() + str(self.hf.chat_template)
         self.digest = hashlib.sha256(form.encode()).hexdigest()[:12]
+        # Llama 3's contexts hold the date: a resume on another day must read the same
+        date = "{% macro strftime_now(form) %}01 Jan 2025{% endmacro %}"
+        self.hf.chat_template = date + self.hf.get_chat_template()
         n, n_with_marker = (
             self.chat((), text).count(self.end) for text in ("x", self.hf.eos_token)
         )

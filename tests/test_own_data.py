@@ -1,5 +1,6 @@
 """Users' own files: every form of a row, every bad line, grades, the two contexts."""
 
+import gzip
 import json
 import math
 import random
@@ -61,7 +62,9 @@ BAD = [  # a row, or a line, and what the error says of it
     ({"messages": []}, f"messages: {TEXT}[]"), ({"messages": [{}, "hi"]}, TURN + "{}"),
     ({"messages": [{**USER, "content": None}]}, f"messages: {TEXT}null"),
     ({"messages": [{"role": "bot", "content": "D."}]}, TURN + '{"role": "bot", "cont'),
-    ({"messages": [{**USER, "weight": 0.5}]}, TURN + '{"role": "user", "content": "Q'),
+    *(({"messages": [USER, {**REPLY, **more}]}, TURN + json.dumps({**REPLY, **more}))
+      for more in ({"weight": 0}, {"weight": 0.5}, {"train": False}, {"a": {}})),
+    ({**SHOWN, "answer": [["a", "b"]]}, "answer: a list in a list"),
     ({"messages": [USER, "hi"]}, TURN + '"hi"'), (LINE + LINE, "Extra data"),
     ({**SHOWN, "grade": "a"}, "grade: expected exact or contains or choice, found a"),
     *((value, OBJECT + value) for value in ("[1, 2]", "12", "null", '"text"')),
@@ -85,10 +88,12 @@ def read(tmp_path, *rows, **how):
         return str(error).replace(str(path), "F").split("\n")
 
 
-def test_each_form_of_a_row_gives_its_example_and_no_remark_but_one(tmp_path):
+def test_each_form_of_a_row_gives_its_example_and_no_remark_but_of_its_turns(tmp_path):
+    turns = ["1 rows have earlier responses, which are read, not learnt"]
     for row, changes in ROWS:
         example = replace(GOOD, **changes)
         remarks = [f"1 rows, grade: {example.grade or 'none'}"]
+        remarks += turns * ("assistant" in str(example.earlier))
         assert read(tmp_path, row) == ([example], remarks), row
 
 
@@ -124,24 +129,24 @@ def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
         assert [e.grade or "none" for e in examples] == grades.split(", ")
         assert remarks == ["2 rows, grade: " + ", ".join(sorted({*grades.split(", ")}))]
     wrong = read(tmp_path, SHOWN, ANSWERED, SHOWN)
-    assert wrong == ["F: only lines 1, 3 have no answer"]
+    assert wrong == ["F:1: no answer", "F:3: no answer"]
     rows = {**ROW, "answer": "x", "input": "y"}, "", {**ANSWERED, "z": 1}
     examples, (_, *remarks) = read(tmp_path, *rows, needs_demo=False)
     assert examples == [replace(GOOD, demo="", **X), replace(GOOD, id=3, **X)]
-    assert {*remarks} == {f"key '{x}' of 1 rows is not used" for x in ("input", "z")}
+    assert remarks == [f"key '{x}' of 1 rows is not used" for x in ("input", "z")]
 
 
 def test_a_file_is_utf_8_with_any_line_ends_and_not_a_list(tmp_path):
     assert [e.id for e in read(tmp_path, f"\ufeff{LINE}\r", LINE + "\r")[0]] == [1, 2]
-    utf_16 = "UTF-16; iconv -f utf-16 -t utf-8 makes it UTF-8"
+    binary = "not UTF-8; iconv -f utf-16, or gunzip, makes it so"
     a_list = "one list; jq -c '.[]' writes one row a line"
     for content, wrong in (
-        (f"\ufeff{LINE}".encode("utf-16-le"), utf_16), (b"", "no rows"),
-        (f"\ufeff{LINE}".encode("utf-16-be"), utf_16), (b" \n\n", "no rows"),
+        (f"\ufeff{LINE}".encode("utf-16-le"), binary), (b"", "no rows"),
+        (f"\ufeff{LINE}".encode("utf-16-be"), binary), (b" \n\n", "no rows"),
+        (LINE.encode("utf-16-le"), binary), (gzip.compress(LINE.encode()), binary),
         (f"[{LINE}]", a_list), (f" [\n{LINE},\n{LINE}\n]\n", a_list),
     ):  # fmt: skip
         assert read(tmp_path, content) == [f"F: {wrong}"]
-    assert read(tmp_path, LINE.encode("utf-16-le"))[0].startswith("F:1: ")
 
 
 def test_damaged_files_raise_nothing_but_value_errors(tmp_path):
@@ -174,7 +179,11 @@ GRADED = {  # grade: (answer, what is right, what is wrong), ...
         ("200", ["$200.", "200, or so", "200.0"], ["$1,200", "200th"]),
         ("1200", ["$1,200", "1200"], ["$1,200,000", "1,2,0,0"]),
         ("5", ["5.", "3-5", "1,5,7", "(5)"], ["0.5", "5.25", "3/5", "-5"]),
-        ("-5", ["x = -5", "-5.0"], ["5", "3-5"]),
+        ("-5", ["x = -5", "-5.0", "\u22125"], ["5", "3-5"]), ("7", ["7"], ["\u22127"]),
+        ("0.5", ["0.5", ".5", "0.50"], ["5", "0.55"]), ("12", ["\u0661\u0662"], []),
+        ("$5", ["$5.", "$5, or"], ["$5,000", "$5.50", "$55"]), ("v1.2", [], ["v1.25"]),
+        ("50%", ["50%.", "or 50%"], ["1.50%", "1,50%", "150%"]),
+        ("कमल", ["कमल है", "कमल।"], ["कमला"]), ("བོད", ["བོད་ལྗོངས"], []),
     ],
     "choice": [  # of A, B, C, New, New York and the answer
         ("B", ["B, and not A", "it is b"], ["A or B", "I do not know", ""]),
@@ -196,6 +205,10 @@ def test_a_grade_says_what_is_right(grade):
         is_right = data.make_benchmark([example, *others]).grade
         assert [x for x in right + wrong if is_right(example, x)] == right
     assert data.make_benchmark([Example("Q?", "D.", ("x",))]).grade is None
+    draws = [data.make_benchmark(others, 3, seed) for seed in (0, 0, 1, 2)]
+    assert draws[0].examples == draws[1].examples and draws[0].grade(others[0], "A")
+    assert {len(x.examples) for x in draws} == {3} and draws[1].examples != others[:3]
+    assert any(x.examples != draws[0].examples for x in draws)
     assert data.place_of("B", "a b c b") == 2 and data.place_of("d", "a") == math.inf
 
 
@@ -224,6 +237,7 @@ def test_the_two_contexts_of_a_real_model_are_these_texts_and_must_fit():
     n = len(data.teacher_prompt(example, CHAT))
     data.check_lengths("a.jsonl", [example], CHAT, 2, n + 3)
     for new, room, needed in ((2, n + 2, 3), (9, n + 8, 9)):
-        text = "\n".join([f"a.jsonl:1: {n} + {needed} > {room} tokens"] * 20)
+        lines = [f"a.jsonl:1: {n} + {needed} > {room} tokens"] * 20
+        text = "\n".join([*lines, "... and 1 more"])
         with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
             data.check_lengths("a.jsonl", [example] * 21, CHAT, new, room)
