@@ -31,7 +31,6 @@ import sys
 import time
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 from pathlib import Path
 
 try:  # locks of files: Linux and macOS
@@ -285,12 +284,8 @@ def free_name(path):
 def fine_tune(method, run, cfg, student, stages, tasks, tok):
     """Run one method on all skills; the student, which has the base's weights, is
     trained in place. Returns its last evaluation."""
-    trainer = METHODS[method]
-    say(f"\n{method}: " + ", ".join(
-        f"{key} {value}" + ("" if value == getattr(trainer.Config, key) else " (set)")
-        for key, value in asdict(cfg).items()
-    ))
-    evaluations = trainer.train(student, stages, tasks, tok, cfg, run)
+    say(f"\n{method}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items())}")
+    evaluations = METHODS[method].train(student, stages, tasks, tok, cfg, run)
     if run.note["init"]:
         path = run.folder / "model"
         first_does(write_model, whole_gpt(student), run.note["base"], path)
@@ -541,6 +536,7 @@ class RunFlags:
     show: list = None  # no training: tables of finished runs, in --out or these folders
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     threads: int = None  # of a CPU, 0: all cores; without it 2, with --init all
+    eval_size: int = 400  # held-out queries for each accuracy, drawn from users' files
     gate_margin: float = 0.2  # what a demonstration must add to the base's accuracy
     checkpointing: bool = False  # less memory: activations are computed twice
 
@@ -564,7 +560,6 @@ class OwnFlags:
 @dataclass
 class WorldFlags:
     demos: int = 2048  # demonstrations for each skill
-    eval_size: int = 400  # held-out queries for each accuracy
     base_steps: int = BASE.steps  # updates that make the base model
     n_layer: int = GPTConfig.n_layer  # blocks of the model
     n_embd: int = GPTConfig.n_embd  # its channels, in heads of 16
@@ -581,10 +576,10 @@ CHOICES = {
 }  # fmt: skip
 # Lowest and highest value of a number, both allowed; of the others 1 to 10^7
 RANGES = {
-    "eval_every": (0, 10**7), "skip_first_tokens": (0, 10**7),
-    "demos": (8, 10**7), "eval_size": (8, 10**7), "n_embd": (16, 10**5),
-    "lr": (0, 1e3), "dropout": (0, 0.9), "ema_rate": (0, 1), "temperature": (1e-3, 1e3),
-    "gate_margin": (-1, 1), "threads": (0, 1024), "seed": (0, 2**62),
+    "eval_every": (0, 10**7), "skip_first_tokens": (0, 10**7), "demos": (8, 10**7),
+    "n_embd": (16, 10**5), "lr": (0, 1e3), "dropout": (0, 0.9), "ema_rate": (0, 1),
+    "temperature": (1e-3, 1e3), "gate_margin": (-1, 1), "threads": (0, 1024),
+    "seed": (0, 2**62),
 }  # fmt: skip
 
 
@@ -597,7 +592,6 @@ def make_parser():
     parser = Parser(
         prog="train.py", allow_abbrev=False,
         description="SDFT and SFT on three skills in a row, from a base made here.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, width=96),
     )  # fmt: skip
     for title, config in (
         ("run", RunFlags), ("a real model and your own data", OwnFlags),
@@ -723,14 +717,16 @@ def load_own(name, device, bytes_per_weight=8):
 
 
 def free_memory(device):
-    """GB that are free on the device; infinity where the system does not say."""
+    """GB that are free for each process; infinity where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    info = Path("/proc/meminfo")
-    if device.type != "cpu" or not info.exists():
-        return math.inf
-    found = re.search(r"MemAvailable:\s+(\d+) kB", info.read_text())
-    return int(found[1]) / 1e6 if found else math.inf
+    free, info = math.inf, Path("/proc/meminfo")
+    if device.type == "cpu" and info.exists():
+        free = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) / 1e6
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container, or the word "max"
+    if limit.exists() and limit.read_text().strip().isdigit():
+        free = min(free, int(limit.read_text()) / 1e9)
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def read_own(args, device):
@@ -749,7 +745,9 @@ def read_own(args, device):
     args.init, tok, base = load_own(args.init, device, 20 / share)
     say(f"model: {args.init}, {base.num_params():,} parameters")
     if args.template:
-        tok.template = Path(args.template).read_text(encoding="utf-8-sig")
+        tok.template = Path(args.template).read_text("utf-8-sig", errors="replace")
+        if "\ufffd" in tok.template:
+            raise UserError(f"{args.template}: not UTF-8")
         for place in ("{prompt}", "{demonstration}"):
             if place not in tok.template:
                 raise UserError(f"{args.template}: no {place} in it")
@@ -764,14 +762,15 @@ def read_own(args, device):
         for path in {**with_demos, **dict.fromkeys(prior)}
     }
     stages = {Path(path).stem: rows[path] for path in args.data}
-    old = {Path(path).stem: data.make_benchmark(rows[path]) for path in prior}
+    size = args.eval_size, args.seed
+    old = {Path(path).stem: data.make_benchmark(rows[path], *size) for path in prior}
     if len({*stages, *old}) < len(args.data) + len(prior):
         raise UserError("two files of one name in --data and --prior",
                         "a skill has the name of its file: rename one")  # fmt: skip
     new = {}
     evals = evals * len(stages) if len(evals) == 1 else evals
     for (name, stage), path in zip(stages.items(), evals, strict=True):
-        new[name] = data.make_benchmark(rows[path])
+        new[name] = data.make_benchmark(rows[path], *size)
         trained = {(e.earlier, e.prompt) for e in stage}
         both = [e.id for e in rows[path] if (e.earlier, e.prompt) in trained]
         if both and args.eval:
@@ -791,6 +790,8 @@ def read_rows(args, path, needs_demo, tok, block_size):
     n = config_of("sdft", args).max_new_tokens
     examples, remarks = data.read_examples(path, needs_demo, args.grade)
     data.check_lengths(path, examples, tok, n, block_size)
+    if len(examples) > args.eval_size:
+        remarks.append(f"an evaluation takes {args.eval_size} of them (--eval-size)")
     cut = sum(len(data.demo_response(e, tok)) > n for e in examples if e.demo)
     if cut:
         remarks.append(f"{cut} demonstrations are longer than --max-new-tokens {n}, "
@@ -819,7 +820,7 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if len(several) == len(TORCHRUN):
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+        dist.init_process_group(backend)
     threads = (0 if args.init else 2) if args.threads is None else args.threads
     if threads:
         torch.set_num_threads(threads)
@@ -1132,13 +1133,15 @@ def show(folders):
 
 
 def show_sample(args, device):
-    """What the base and the fine-tuned models respond to args.sample. A saved run knows
-    its own seed, sizes and base. --init alone shows the base."""
-    shown = False
-    for method in methods_of(args):
-        path = Path(args.out) / method / "checkpoint.pt"
-        saved = read_run(path) if path.exists() or not args.init else None
-        note = saved["note"] if saved else {"init": True, "base": args.init}
+    """What the base and the models fine-tuned in --out respond to args.sample. A saved
+    run knows its own seed, sizes and base. --init alone shows the base."""
+    paths = [Path(args.out) / method / "checkpoint.pt" for method in METHODS]
+    paths = [path for path in paths if path.exists()]
+    if not paths and not args.init:
+        raise UserError(f"no run in {args.out}", "train first, or choose another --out")
+    for path in paths or [None]:
+        saved = read_run(path) if path else {}
+        note = saved.get("note", {"init": True, "base": args.init})
         if args.init and not note["init"]:
             raise UserError(f"{path.parent} is of the tiny world", "leave --init out")
         base = Path(args.init or Path(args.out) / note["base"])
@@ -1154,15 +1157,14 @@ def show_sample(args, device):
             tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"]))
             gpt.load_state_dict(read_checkpoint(base)["model"] if there else {}, there)
         gpt.to(device)
-        settings = saved["settings"] if saved else REAL
+        settings = saved.get("settings", REAL)
         n = args.max_new_tokens or settings["max_new_tokens"]
-        if not shown:
+        if path in (paths[:1] or [None]):  # once for all
             respond("base", gpt, n, args, tok) if there else say(f"{base} is gone")
-            shown = True
         if saved:
             say(f"{path.parent}: seed {settings['seed']}, after update {saved['step']}")
             gpt.load_state_dict(saved["models"]["student"])
-            respond(method, gpt, n, args, tok)
+            respond(path.parent.name, gpt, n, args, tok)
 
 
 def respond(name, gpt, n, args, tok):
@@ -1190,11 +1192,14 @@ def command_line(argv):
     return f"{start} {shlex.join(argv)}"
 
 
-def tell(text):
+def tell(text, stop):
     """Print an error, in one process. torchrun ends all when one ends, so the others
-    wait until the first has spoken."""
+    first wait: if the error is theirs alone, nobody stops them, and they speak."""
     if not is_first():
-        return time.sleep(2)
+        stop.signal = 0
+        time.sleep(5)
+        if stop.signal:
+            return
     with contextlib.suppress(OSError):  # nobody reads it
         print(text, file=sys.stderr, flush=True)
 
@@ -1213,26 +1218,26 @@ def main(argv):
     except BrokenPipeError:  # python train.py | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         tell("error: the program that reads this output has ended\n"
-             "hint: --resume goes on from the last checkpoint")
+             "hint: --resume goes on from the last checkpoint", stop)
         return 2
-    except torch.OutOfMemoryError as error:  # of a GPU, perhaps not the first one's
-        print(f"error: {str(error).splitlines()[0]}\n"
-              "hint: more --micro-batches, --checkpointing, or --shard on several GPUs",
-              file=sys.stderr)
+    except torch.OutOfMemoryError as error:
+        hint = "more --micro-batches, --checkpointing, or --shard on several GPUs"
+        tell(f"error: {str(error).splitlines()[0]}\nhint: {hint}", stop)
         return 2
     except (OSError, ValueError) as error:
         hint = getattr(error, "hint", "") or (
             "is the path right, and is the disk full?" if isinstance(error, OSError)
             else "see tests/bench/own.md"
         )  # fmt: skip
-        tell(f"error: {error}\nhint: {hint}")
+        tell(f"error: {error}\nhint: {hint}", stop)
         return 2
     except FloatingPointError as error:
-        tell(f"error: {error}\nhint: try a lower --lr; checkpoint.pt is still good")
+        hint = "try a lower --lr; checkpoint.pt is still good"
+        tell(f"error: {error}\nhint: {hint}", stop)
         return 3
     except KeyboardInterrupt:
         again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
-        tell(f"stopped; to go on: {command_line(again)}")
+        tell(f"stopped; to go on: {command_line(again)}", stop)
         return 128 + (stop.signal or signal.SIGTERM)  # 0: it came to another process
     finally:
         stop.restore()

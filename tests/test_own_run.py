@@ -3,6 +3,7 @@ own files, from start to finish: is every number of the right thing?"""
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,7 @@ def both(tmp_path_factory):
     no = "{% if 'boo' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
     with_template(source, no + CHATML)
     write(place / "boo.jsonl", [row(0), row(1, prompt="boo")])
+    (place / "latin.txt").write_bytes(b"{prompt} caf\xe9 {demonstration}")
     argv = [*make_files(place, source), "--method", "both", "--out", str(place / "out")]
     assert train.main(argv) == 0
     torch.set_num_threads(threads)
@@ -201,7 +203,8 @@ def test_check_data_shows_contexts_and_makes_remarks(capsys, both, tmp_path):
     assert "a.jsonl: 1 demonstrations are longer than --max-new-tokens 12, " in text
     assert "jsonl: 2 demonstrations are wrong by their own answer, lines [4, 6]" in text
     at = argv.index("--eval")
-    text = run(capsys, *argv[:at], *argv[at + 4 :])[1]
+    text = run(capsys, *argv[:at], *argv[at + 4 :], "--eval-size", 5)[1]
+    assert f"{tmp_path}/a.jsonl: an evaluation takes 5 of them (--eval-size)" in text
     assert "no --eval: the new skills are measured on the rows that are trained" in text
 
 
@@ -211,7 +214,11 @@ def test_a_closed_gate_or_no_memory_stops_a_run(capsys, monkeypatch, both, tmp_p
     assert code == 2 and "a demonstration does not help enough" in err
     assert "another --template" in err and "queries right only with it: " in text
     assert not train.files_in(tmp_path / "out" / "sdft")
-    monkeypatch.setattr(train, "free_memory", lambda device: 1e-6)
+    limit = tmp_path / "memory.max"  # of a container; two processes share it
+    limit.write_text("2000\n")
+    group = "/sys/fs/cgroup/memory.max"
+    monkeypatch.setattr(train, "Path", lambda x: limit if x == group else Path(x))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(model, "from_pretrained", None)  # it is not even loaded
     code, _, err = run(capsys, *argv, tmp_path / "new")
     assert code == 2 and f"it needs {20e-9 * N:.3g} GB, 1e-06 GB are free" in err
@@ -230,6 +237,7 @@ ERRORS = {  # what the error says: command lines
     "two files of one name": "OWN a.jsonl|OWN --data a.jsonl|OWN --prior a.jsonl|OWN "
     "--prior b.jsonl b.jsonl",
     "no {prompt} in it": "OWN --template a.jsonl",
+    "latin.txt: not UTF-8": "OWN --template latin.txt",
     "a.jsonl:1: ": "OWN --max-new-tokens 390",
     "a batch of 7 from 6 examples": "OWN --batch-size 7",
     "4 micro-batches of one size": "OWN --batch-size 6 --micro-batches 4",
@@ -237,9 +245,9 @@ ERRORS = {  # what the error says: command lines
     "--shard needs several processes": "OWN --shard",
     "it goes with --init MODEL": "--data x|--eval x|--prior x|--template x|--shard|"
     "--grade exact|--check-data",
-    "it goes with the tiny world": "OWN --demos 9|OWN --eval-size 9|OWN --base-steps 9|"
+    "it goes with the tiny world": "OWN --demos 9|OWN --base-steps 9|"
     "OWN --n-layer 9|OWN --n-embd 32|OWN --distance own",
-    "no such file": "--sample x",
+    "no run in": "--sample x",
     "template: {prompt} so: {demonstration} now you -> ": "OWN --resume --out out",
 }
 BAD = {flags: text for text, lines in ERRORS.items() for flags in lines.split("|")}
