@@ -66,9 +66,12 @@ class Linear(nn.Linear):
     """Its weights are float32 and are cast to x.dtype on use. (Weights in bfloat16
     would lose the small steps of AdamW and of the teacher's average.)"""
 
+    ready = None  # while sampling: the weight, cast once and not for each token
+
     def forward(self, x):
+        weight = self.weight.to(x.dtype) if self.ready is None else self.ready
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return F.linear(x, weight, bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -260,9 +263,18 @@ class GPT(nn.Module):
         padded embedding (Qwen2.5 has 271 rows too many) never gets a probability."""
         return self.lm_head.weight[: self.config.n_tokens or None]
 
+    @contextlib.contextmanager
     def sampling(self):
         """The context in which generate works: cheaper than no_grad."""
-        return torch.inference_mode()
+        layers = [part for part in self.h.modules() if isinstance(part, Linear)]
+        with torch.inference_mode():
+            for layer in layers:
+                layer.ready = layer.weight.detach().to(self.dtype)
+            try:
+                yield
+            finally:
+                for layer in layers:
+                    layer.ready = None
 
     def logits(self, hidden):
         """float32 (..., V), whatever the dtype of hidden (..., C)."""

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracles import SMALL, close, draw, gradients, make_model, pad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_py
 from model import GPT, GPTConfig, KVCache, generate, response_hidden, sample_token
@@ -427,6 +428,31 @@ def test_generating_leaves_the_model_as_it_was(training, monkeypatch):
     for prompt, row, numbers in zip(prompts, after.tolist(), u.tolist(), strict=True):
         assert row == oracles.sample(model, prompt, numbers, NEVER)
     assert not torch.equal(after, first)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_matrix_is_cast_once_for_a_response_and_not_for_each_token(dtype):
+    """And it is let go after it, also where a response fails."""
+    model = make_model(**SMALL).float()
+    model.dtype, casts = dtype, []
+    sizes = {p.shape for p in model.h.parameters() if p.dim() == 2}
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out, x = func(*args, **(kwargs or {})), args[0] if args else None
+            if getattr(x, "shape", None) in sizes and out.dtype != x.dtype:
+                casts.append(x)
+            return out
+
+    matrices = sum(p.dim() == 2 for p in model.h.parameters())
+    for R in 2, 9:
+        casts.clear()
+        with Count():
+            generate(model, *pad([[1, 2, 3]]), R, NEVER, draw_uniform(1, R))
+        assert len(casts) == (matrices if dtype == torch.bfloat16 else 0), R
+    with pytest.raises(RuntimeError), model.sampling():
+        raise RuntimeError
+    assert all(getattr(part, "ready", None) is None for part in model.modules())
 
 
 @pytest.mark.parametrize("temperature", (1.0, 0.5, 2.0))
