@@ -1192,13 +1192,13 @@ def command_line(argv):
     return f"{start} {shlex.join(argv)}"
 
 
-def tell(text, stop):
+def tell(text, stop=None):
     """Print an error, in one process. torchrun ends all when one ends, so the others
-    first wait: if the error is theirs alone, nobody stops them, and they speak."""
+    wait until the first has spoken. If nobody asks them to stop, the error is theirs
+    alone, and they speak. stop: None if it must be known to all."""
     if not is_first():
-        stop.signal = 0
-        time.sleep(5)
-        if stop.signal:
+        time.sleep(5 if stop else 2)
+        if not stop or stop.signal:
             return
     with contextlib.suppress(OSError):  # nobody reads it
         print(text, file=sys.stderr, flush=True)
@@ -1237,7 +1237,7 @@ def main(argv):
         return 3
     except KeyboardInterrupt:
         again = [arg for arg in argv if arg != "--resume"] + ["--resume"]
-        tell(f"stopped; to go on: {command_line(again)}", stop)
+        tell(f"stopped; to go on: {command_line(again)}")
         return 128 + (stop.signal or signal.SIGTERM)  # 0: it came to another process
     finally:
         stop.restore()

@@ -257,18 +257,28 @@ def test_an_error_of_several_processes_is_printed_once(killed, with_base, tmp_pa
     assert "step    1 A" in first[1] and "step    2 A" not in first[1]
 
 
-def test_a_process_that_is_not_the_first_waits_with_its_end(monkeypatch, capsys):
+@pytest.mark.parametrize(("rank", "ended", "speaks"), [
+    ("0", False, True), ("1", True, False), ("1", False, True),
+])  # fmt: skip
+def test_a_process_that_is_not_the_first_waits_before_it_tells_its_error(
+    rank, ended, speaks, monkeypatch, capsys
+):
     """torchrun ends all when one ends. The first, which tells the error, may still be
-    loading when another knows it."""
+    loading when another knows it. Whom nobody ends has an error of its own."""
     waited = []
-    monkeypatch.setattr(train.time, "sleep", waited.append)
+
+    def sleep(seconds):
+        waited.append(seconds)
+        if ended:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.time, "sleep", sleep)
     for name in train.TORCHRUN:
         monkeypatch.setenv(name, "2")
-    for rank, silent in ("1", True), ("0", False):
-        monkeypatch.setenv("RANK", rank)
-        assert train.main(["--stpes", "5"]) == 2
-        assert (capsys.readouterr().err == "") == silent
-        assert bool(waited) == silent and (not silent or waited.pop() >= 1)
+    monkeypatch.setenv("RANK", rank)
+    assert train.main(["--stpes", "5"]) == 2
+    assert ("--stpes" in capsys.readouterr().err) == speaks
+    assert waited == ([] if rank == "0" else [5])
 
 
 # ---- The same numbers, and no dead setting -------------------------------------------

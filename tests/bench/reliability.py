@@ -146,7 +146,8 @@ def killed_and_resumed(part, out, whole, rng, in_save):
 
 
 def run_two(*args, **environment):
-    """PROGRAM as two processes without torchrun: for each, exit code and texts."""
+    """PROGRAM as two processes: for each, exit code and texts. As torchrun does it, an
+    error of the first ends the second."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
@@ -154,7 +155,10 @@ def run_two(*args, **environment):
              "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none",
              **environment}  # fmt: skip
     both = [begin(*args, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
-    return [finish(process) for process in both]
+    first = finish(both[0])
+    if first[0] == 2:
+        both[1].terminate()
+    return [first, finish(both[1])]
 
 
 def assert_stopped(both, code, argv):
