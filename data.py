@@ -350,16 +350,18 @@ def draw_demo(operation, items, rng):
     return word_response(rng.choice((operation, term)), operate(items), style)
 
 
-# Shares of the base corpus. Without the last two, SDFT's teacher would not know how to
-# go on after a mistake of the student.
-SHOWN = 0.45  # there is a demonstration in the prompt
-SHOWN_UNKNOWN = 0.36  # ... of an unknown command (.36 of all), its operation drawn anew
-# each time, so that only the demonstration tells which
+# Shares of the base corpus. First, what is asked and shown:
+SHOWN = 0.45  # a demonstration is in the prompt ...
+SHOWN_UNKNOWN = 0.36  # (a part of these) ... of an unknown command, its operation drawn
+# anew each time, so that only the demonstration tells which
 GUESSED = 0.05  # an unknown command and nothing shown, any operation of its domain: so
 # the base is not sure of one guess, which a skill would have to drive out
+# Drawn apart from it:
 ASKED = 0.25  # a style is asked for
-WRONG_THOUGHT = 0.2  # the thought is wrong, and the items are right for that thought
-WRONG_ITEM = 0.1  # ... has a wrong item, after which the rest is right
+# And again, one of two mistakes. Without them, SDFT's teacher would not know how to go
+# on after a mistake of the student.
+WRONG_THOUGHT = 0.2  # any thought of the domain, and the items are right for it
+WRONG_ITEM = 0.1  # one item is wrong, and those after it are right
 
 
 def make_base_corpus(world, tok, size, seed):
@@ -467,7 +469,8 @@ def grade_style(example, response):
 class Benchmark:
     examples: list  # of Example; they are never trained on
     # (example, response as text) -> is it right? None: not graded
-    grade: Callable | None = field(repr=False)  # (an address is not the same next time)
+    # (not in its repr, which a resume compares: there is an address in a function's)
+    grade: Callable | None = field(repr=False)
 
 
 def make_tasks(world, size, seed, distance="terms"):
@@ -641,7 +644,8 @@ def token_pull(student, teacher, example, tok, max_new_tokens, seed):
     u = get_uniform([example], max_new_tokens, seed, "pull", device)  # (1, R)
     response, mask = generate(student, *bare, max_new_tokens, tok.end, u)  # (1, R)
     s, t = logits(student, bare, response, mask), logits(teacher, shown, response, mask)
-    log_p = logits(student, bare, demo, demo >= 0).log_softmax(-1)  # demo: (1, R)
+    whole = torch.ones_like(demo, dtype=torch.bool)  # (1, R)
+    log_p = logits(student, bare, demo, whole).log_softmax(-1)  # (R, V)
     kl, nll = kl_reference(s, t, "forward"), -log_p.gather(1, demo.T)[:, 0]  # (R,) both
     tokens = [name(i) for i in response[mask].tolist()]
     both = map(likeliest, s), map(likeliest, t)
@@ -717,7 +721,7 @@ PROMPTS = ("prompt", "messages", "instruction")  # a row has one of these keys
 DEMOS = (  # and one of these, or a demonstration as the last of its messages
     "demonstration", "completion", "golden_response", "privileged_context", "output"
 )  # fmt: skip
-OTHERS = ("input", "answer", "grade", "id", "task")  # and perhaps some of these
+OTHERS = ("answer", "grade", "id", "task")  # and perhaps some of these
 ROLES, GRADES = ("system", "user", "assistant"), ("exact", "contains", "choice")
 MAX_ERRORS = 20  # lines that are named one by one
 
@@ -759,22 +763,31 @@ def unique(pairs):
     return dict(pairs)
 
 
-def parse_row(line, i, needs_demo, grade):
-    """Line i of a file, as bytes: its Example, and the keys that are not used."""
-    row = json.loads(line.decode(), object_pairs_hook=unique)
-    if not isinstance(row, dict):
-        raise ValueError(f"expected an object, found {json.dumps(row)[:40]}")
+def turns_of_row(row, needs_demo):
+    """[(role, text), ...] of a row up to the user's prompt, and its demonstration."""
     prompts, demos = ([key for key in row if key in keys] for keys in (PROMPTS, DEMOS))
     turns = turns_of(row[prompts[0]], prompts[0], "user") if len(prompts) == 1 else []
     if prompts == ["instruction"] and row.get("input") not in (None, ""):  # Alpaca's
         role, text = turns[-1]
         turns[-1] = (role, f"{text}\n\n{text_of(row['input'], 'input')}")
     said = [turn for key in demos for turn in turns_of(row[key], key, "assistant")]
-    single, turns = [role for role, _ in said] in ([], ["assistant"]), turns + said
+    one_at_most = [role for role, _ in said] in ([], ["assistant"])
+    turns = turns + said
     demo = turns.pop()[1] if turns and turns[-1][0] == "assistant" else ""
-    if not single or not turns or turns[-1][0] != "user" or (needs_demo and not demo):
+    asked = bool(turns) and turns[-1][0] == "user"
+    if not one_at_most or not asked or (needs_demo and not demo):
         raise ValueError(f"expected {' or '.join(PROMPTS)}, and one demonstration that "
                          f"answers the user; found {', '.join(row)}")  # fmt: skip
+    return turns, demo
+
+
+def parse_row(line, i, needs_demo, grade):
+    """Line i of a file, as bytes: its Example, and the keys that are not used. grade:
+    of a row that names none."""
+    row = json.loads(line.decode(), object_pairs_hook=unique)
+    if not isinstance(row, dict):
+        raise ValueError(f"expected an object, found {json.dumps(row)[:40]}")
+    (*earlier, (_, prompt)), demo = turns_of_row(row, needs_demo)
     answer = row.get("answer", [])
     answer = answer if isinstance(answer, list) else [answer]
     if any(isinstance(each, list) for each in answer):
@@ -785,11 +798,10 @@ def parse_row(line, i, needs_demo, grade):
         raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {grade}")
     if grade == "exact" and demo and not answer:
         answer = (demo,)
-    *earlier, (_, prompt) = turns
     grade = grade if answer and grade != "none" else ""
     example = Example(prompt, demo, answer, i, earlier=tuple(earlier), grade=grade)
-    used = {*PROMPTS, *DEMOS, *OTHERS[prompts != ["instruction"] :]}
-    return example, row.keys() - used
+    alpaca = ["input"] if "instruction" in row else []
+    return example, row.keys() - {*PROMPTS, *DEMOS, *OTHERS, *alpaca}
 
 
 def read_examples(path, needs_demo=True, grade="contains"):
@@ -839,11 +851,13 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
     for e in examples:
         try:
             prompt = len(teacher_prompt(e, tok))
-            response = max(max_new_tokens, len(demo_response(e, tok)))
-            if prompt + response > block_size:
-                raise ValueError(f"{prompt} + {response} > {block_size} tokens")
-        except ValueError as error:  # also of a chat template that refuses the row
+        except ValueError as error:  # of a chat template that refuses the row
             errors.append(f"{path}:{e.id}: {error}")
+            continue
+        response = max(max_new_tokens, len(demo_response(e, tok)))
+        if prompt + response > block_size:
+            tokens = f"{prompt} + {response} > {block_size} tokens"
+            errors.append(f"{path}:{e.id}: {tokens}")
     refuse(errors)
 
 
@@ -903,7 +917,7 @@ def grade_answer(example, response, options):
 
 
 def make_benchmark(examples, size=10**9, seed=0):
-    """A Benchmark of users' rows, of more than `size` rows so many, drawn at random.
+    """A Benchmark of users' rows; of more than `size` of them, that many are drawn.
     Without answers it has no grade."""
     options = {a for e in examples for a in e.answer if e.grade}
     grade = functools.partial(grade_answer, options=options)

@@ -11,8 +11,8 @@
 Shapes:  B batch   T sequence   P prompt   R response   C channels   V vocabulary
          H query heads   G key/value heads   D head size   S columns of the cache
          N rows of a loss: the response tokens of a batch that count
-Padding is on the right, positions are per row, masks come from lengths and never from
-comparing a token with a pad id. Logits that enter a loss or a sample are float32.
+Padding is on the right, positions are per row. Masks come from lengths, and that of a
+sampled response from its first end. Logits that enter a loss or a sample are float32.
 
 The layout is that of Qwen2.5 (RMSNorm, rotary positions, SwiGLU, grouped queries, bias
 on q, k and v only); the style is that of nanoGPT (github.com/karpathy/nanoGPT).
@@ -265,7 +265,7 @@ class GPT(nn.Module):
 
     @contextlib.contextmanager
     def sampling(self):
-        """The context in which generate works: cheaper than no_grad."""
+        """Inference mode, in which each matrix of a block is cast to dtype once."""
         layers = [part for part in self.h.modules() if isinstance(part, Linear)]
         with torch.inference_mode():
             for layer in layers:
@@ -323,7 +323,7 @@ def response_hidden(model, prompts, lengths, response, mask):
     row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
     column = lengths[row] + t - 1  # (N,) where it is predicted
     T = max(column.tolist(), default=0) + 1  # later columns are not needed
-    check_fit(model, prompts, lengths, T + 1)  # + 1: the last token counts
+    check_fit(model, prompts, lengths, T + 1)  # + 1: the last token has a place, too
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response follows its own prompt
@@ -378,8 +378,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
         assert ((u >= 0) & (u < 1)).all(), "u is uniform in [0, 1)"
     training = model.training
     model.eval()
-    # Tensors made under inference_mode (cheaper than no_grad) cannot take part in
-    # autograd later. The response has to, so it is allocated outside.
+    # Tensors made in inference mode (cheaper than no_grad) cannot take part in autograd
+    # later. The response has to, so it is allocated outside.
     response = torch.full((B, R), end, device=device)
     row = torch.arange(B, device=device)  # the rows that have not ended yet
     with model.sampling():
@@ -421,7 +421,7 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
 # reverse needs.
 
 KLS = ("forward", "reverse", "jsd")
-LOG_ZERO = -1e30  # for log 0, where logits are -inf (padding): 0 * -inf would be NaN
+LOG_ZERO = -1e30  # for log 0, where somebody's logits are -inf: 0 * -inf is NaN
 
 
 def kl_reference(student_logits, teacher_logits, kl="forward"):
@@ -534,18 +534,13 @@ def chunked_kl(
     def row_loss(s, w, rows):
         t = make_logits(teacher_hidden[rows], teacher_head, temperature)  # (chunk, V)
         if watch:
-            numbers = kl_reference(s, t, "reverse"), entropy(s), entropy(t)
+            entropies = (torch.special.entr(x.softmax(-1)).sum(-1) for x in (s, t))
+            numbers = kl_reference(s, t, "reverse"), *entropies  # (chunk,) each
             sums.add_(torch.stack(numbers) @ weight[rows])  # (3, chunk) @ (chunk,)
         return fused_kl(s, t, w, kl), s
 
     loss = ChunkedLoss.apply(hidden, head, weight, temperature, row_loss)
     return loss, dict(zip(names, sums, strict=True)) if watch else {}
-
-
-def entropy(logits):
-    """The entropy of softmax(logits) in nats, (...) of logits (..., V)."""
-    log_p = torch.log_softmax(logits, -1)
-    return -(log_p.exp() * log_p).sum(-1)
 
 
 # ---- The fused log-softmax KL kernel -------------------------------------------------
@@ -572,7 +567,7 @@ def fused_kl(s, t, weight, kl="forward"):
 
 
 def kl_rows_torch(s, t, weight, kl):
-    """fused_kl with torch alone: two softmaxes, since a torch.exp costs more than one.
+    """fused_kl with torch alone, by softmax: it is faster than torch.exp.
 
     With lse the log of a sum of exp, diff = s - t and log_ratio = lse_s - lse_t,
 
@@ -580,15 +575,17 @@ def kl_rows_torch(s, t, weight, kl):
         reverse = E_s[diff] - log_ratio
 
     where s and t are relative to the largest of their row. The largest probability is
-    exp(0 - lse), which gives lse. jsd, which is seldom used, is left to autograd.
+    then exp(-lse), so log_ratio comes from those of both. jsd, which is seldom used, is
+    left to autograd.
     """
     if kl == "jsd":
+        x = s.detach().clone().requires_grad_()
         with torch.enable_grad():
-            value = kl_reference(x := s.detach().clone().requires_grad_(), t, kl)
+            value = kl_reference(x, t, kl)
         s.copy_(torch.autograd.grad(value, x, weight)[0])
         return value.detach()
     s.clamp_(min=LOG_ZERO)
-    t = t.clamp(min=LOG_ZERO)
+    t = t.clamp(min=LOG_ZERO)  # a copy: it is overwritten below
     p_s, p_t = s.softmax(-1), t.softmax(-1)
     log_ratio = (p_t.amax(-1) / p_s.amax(-1)).log()
     largest = s.amax(-1) - t.amax(-1)  # difference of the two row maxima
@@ -699,10 +696,10 @@ def shard(gpt, device):
 
     n, f32 = torch.distributed.get_world_size(), torch.float32
     mesh = device_mesh.init_device_mesh(device.type, (n,))
-    half = fsdp.MixedPrecisionPolicy(gpt.dtype, f32, cast_forward_inputs=False)
+    policy = fsdp.MixedPrecisionPolicy(gpt.dtype, f32, cast_forward_inputs=False)
     parts = [part for block in gpt.h for part in (block.attn, block.mlp)]
     for part in parts:
-        fsdp.fully_shard(part, mesh=mesh, mp_policy=half)
+        fsdp.fully_shard(part, mesh=mesh, mp_policy=policy)
     parts.append(fsdp.fully_shard(gpt, mesh=mesh, reshard_after_forward=True))
     for part in parts:
         part.set_gradient_divide_factor(1.0)  # a sum, not a mean: see whole
@@ -786,21 +783,22 @@ def from_pretrained(name, n_tokens=0):
             qk_norm=hasattr(attn, "q_norm"), tie_weights=c.tie_word_embeddings,
         ))  # fmt: skip
     gpt.to_empty(device="cpu")
-    gpt.lm_head.weight = gpt.wte.weight if c.tie_word_embeddings else gpt.lm_head.weight
-    odd = {theirs: key for key, theirs in hf.named_parameters()}
+    if c.tie_word_embeddings:  # to_empty has untied them
+        gpt.lm_head.weight = gpt.wte.weight
+    alone = {theirs: key for key, theirs in hf.named_parameters()}
     for ours, theirs in pairs(gpt, hf):
         ours.copy_(theirs.view_as(ours))
         theirs.data = ours  # so that memory holds only one of the two
-        del odd[theirs]
+        del alone[theirs]
     cos, sin = rotary(gpt.wte.weight, torch.arange(T)[None])  # (1, T, D) each
     gpt.cos, gpt.sin = (x[0, :, : D // 2].clone() for x in (cos, sin))  # (T, D/2)
 
     # transformers makes up what a file lacks and drops what it has too many, and 64
     # tokens show neither a longer window nor angles that change with the length
-    odd = [*info["missing_keys"], *info["unexpected_keys"], *odd.values()]
+    odd = [*info["missing_keys"], *info["unexpected_keys"], *alone.values()]
     probe = torch.arange(2 * min(T, 64)).view(2, -1) * 97 % (n_tokens or c.vocab_size)
-    ours, theirs = gpt.eval()(probe), hf.eval()(probe).logits[..., : n_tokens or None]
-    error = ((ours - theirs).abs().max() / theirs.std()).item()
+    logits, wanted = gpt.eval()(probe), hf.eval()(probe).logits[..., : n_tokens or None]
+    error = ((logits - wanted).abs().max() / wanted.std()).item()
     window, kind = getattr(c, "sliding_window", None) or T, rotary.rope_type
     if odd or not error < 1e-3 or window < T or kind in ("dynamic", "longrope"):
         raise ValueError(

@@ -35,7 +35,7 @@ class Config:
     steps: int = 120  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
     micro_batches: int = 1  # gradient accumulation: micro-batches per update and
-    # process; more of them need less memory and make the same update
+    # process; more of them need less memory; the update is the same, but for dropout
     lr: float = 9e-5  # highest learning rate, reached after the warm-up. Tune it first:
     # lower if old skills suffer, higher if new ones are not learnt
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0

@@ -38,8 +38,8 @@ try:  # locks of files: Linux and macOS
 except ImportError:  # Windows
     fcntl = None
 
-# Threads that wait for each other soon sleep, so a busy machine costs little; the
-# default is to spin for long. GNU's OpenMP (Linux) reads it when torch is loaded.
+# Threads that wait for each other soon sleep, and do not spin for long, which is better
+# on a busy machine. GNU's OpenMP (Linux) reads it when torch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -136,7 +136,7 @@ def make_world(args):
         for skill in data.SKILLS
     }
     tasks = data.make_tasks(world, args.eval_size, args.seed, args.distance)
-    config, cfg = base_settings(args, world_size())
+    config, cfg = base_settings(args)
     check_batches("base model", cfg, cfg.batch_size)
     n = config_of("sdft", args).max_new_tokens
     for name, stage in stages.items():
@@ -149,7 +149,7 @@ def make_world(args):
 # ---- The base model and its gate -----------------------------------------------------
 
 
-def base_settings(args, world_size):
+def base_settings(args):
     """GPTConfig and sft.Config of the base model."""
     tok, usual, n_head = data.Tokenizer(), GPTConfig(), args.n_embd // 16
     if args.n_embd % 16:  # the size of a head
@@ -162,7 +162,7 @@ def base_settings(args, world_size):
     cfg = replace(
         BASE, seed=args.seed, steps=args.base_steps,
         warmup_steps=min(BASE.warmup_steps, args.base_steps // 4),
-        micro_batches=max(1, BASE.micro_batches // world_size),  # shared out
+        micro_batches=max(1, BASE.micro_batches // world_size()),  # shared out
         log_every=max(1, args.base_steps // 10),
     )  # fmt: skip
     return config, cfg
@@ -171,8 +171,9 @@ def base_settings(args, world_size):
 def find_base(args, config, cfg, world, tok):
     """Where the base model is, or will be when it is made. The name of its folder
     depends on all that decides it: configurations, a sample of its corpus, the code
-    that trains it; not on the number of processes, or on what is recorded."""
-    cfg = replace(cfg, micro_batches=1, log_every=1, eval_every=0, save_every=1)
+    that trains it; not on who makes which micro-batch, or on what is recorded."""
+    parts = cfg.micro_batches * world_size()  # each has its own noise of dropout
+    cfg = replace(cfg, micro_batches=parts, log_every=1, eval_every=0, save_every=1)
     sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
     batch = data.get_batch(sample, len(sample), cfg.seed, 0)  # also their order
     prompts = [data.student_prompt(example, tok) for example in batch]
@@ -246,7 +247,7 @@ def check_folder(args, method, settings):
     saved = folder / "checkpoint.pt"
     if args.resume and saved.exists():
         content = read_run(saved)
-        read_metrics(folder)
+        read_metrics(folder)  # is it whole? (Run.load does all this again, later)
         then = {key: content["settings"].get(key) for key in settings}
         check_settings(folder, then, settings)
         say(f"plan: {method}: {folder} goes on after update {content['step']}")
@@ -270,8 +271,9 @@ def files_in(folder):
 def make_room(folder):
     """Make a folder for a new run. What another one has left there is kept."""
     if files_in(folder):
-        say(f"the old run in {folder} is kept, in {free_name(folder)}")
-        os.replace(folder, free_name(folder))
+        kept = free_name(folder)
+        say(f"the old run in {folder} is kept, in {kept}")
+        os.replace(folder, kept)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -335,7 +337,7 @@ class Run:
         self.note, self.about = note or {}, about or {}
         self.checkpoint = self.folder / "checkpoint.pt"
         self.metrics = self.folder / "metrics.jsonl"
-        self.settings, self.evaluations = {}, []
+        self.settings, self.machine, self.evaluations = {}, {}, []
         self.clock = time.perf_counter()  # when the last record was made
         self.span = 0, 1, self.clock  # first and last step, and the begin: see progress
 
@@ -349,6 +351,7 @@ class Run:
         student = models["student"]
         self.settings = settings_of(cfg, student.config, examples) | self.about
         self.settings["first weights"] = digest_of(student)
+        self.machine = machine_of(student) | {"micro_batches": cfg.micro_batches}
         start, spent = 0, 0.0
         if not self.resume and first_does(files_in, self.folder):
             raise UserError(f"{self.folder} holds a run", "resume it, or move it")
@@ -356,7 +359,7 @@ class Run:
             weights = {}  # filled in the first process alone
             saved = first_does(self.read, weights)
             check_settings(self.folder, saved["settings"], self.settings)
-            if other := differences(saved["machine"], machine_of(student)):
+            if other := differences(saved["machine"], self.machine):
                 say(f"resumed, but not to the bit (saved -> now): {other}")
             load_weights(weights, models, optimizer)
             start, spent = saved["step"], saved["unrecorded"]
@@ -405,8 +408,7 @@ class Run:
             start, end, begun = self.span
             left = (self.clock - begun) / (record["step"] + 1 - start)
             left = f"  {left * (end - record['step']):.0f} s left"
-            text = describe(record, self.evaluations, self.note.get("gate"))
-            say(text + ("" if "new" in record else left))
+            say(describe(record, self.evaluations, self.note.get("gate"), left))
         if "new" in record:
             self.evaluations.append(record)
 
@@ -419,7 +421,7 @@ class Run:
         content = {
             "step": step,
             "settings": self.settings,
-            "machine": machine_of(models["student"]),
+            "machine": self.machine,
             "config": asdict(models["student"].config),
             "evaluations": evaluations,
             "note": self.note,
@@ -448,7 +450,7 @@ def read_metrics(folder):
 
 def settings_of(cfg, config, examples):
     """All that decides a run but its first weights, as plain values: a resume must find
-    the same. (Another number of micro-batches makes the same updates.)"""
+    the same. (With other micro-batches, only the noise of dropout is another one.)"""
     settings = {**asdict(cfg), **asdict(config), "examples": digest(repr(examples))}
     return {key: value for key, value in settings.items() if key != "micro_batches"}
 
@@ -598,6 +600,7 @@ def make_parser():
         ("tiny world and its base model", WorldFlags), ("training", sdft.Config),
     ):  # fmt: skip
         group, source = parser.add_argument_group(title), inspect.getsource(config)
+        # a line "name: type = default  # text", perhaps with lines "# text" below it
         texts = re.findall(r"^    (\w+): .*?  # (.*(?:\n    # .*)*)$", source, re.M)
         texts = {name: text.replace("\n    #", "") for name, text in texts}
         for field in fields(config):
@@ -606,7 +609,7 @@ def make_parser():
                 other = getattr(sft.Config, name, default)
             shown = default if other == default else f"{default}, sft: {other}"
             text = texts[name].replace("%", "%%")
-            text += "" if shown in (None, False) else f" (default: {shown})"
+            text += "" if shown is None or shown is False else f" (default: {shown})"
             if config is sdft.Config and name != "seed":
                 default = None  # see config_of
             if field.type is bool:
@@ -655,6 +658,7 @@ def methods_of(args):
 def config_of(method, args, n_rows=10**9):
     """The Config of a method: a flag before the default of a real model before the
     method's own. n_rows: of the smallest file, a limit for the batches of --init."""
+    # (the flags are read before the processes join: world_size() would be 1)
     config, processes = METHODS[method].Config, int(os.environ.get("WORLD_SIZE", 1))
     given = {f.name: getattr(args, f.name, None) for f in fields(config)}
     values = {name: value for name, value in given.items() if value is not None}
@@ -742,8 +746,8 @@ def read_own(args, device):
     # weights, gradients, AdamW's two and the base; then come the teacher (4 more) and
     # the activations
     share = world_size() if args.shard else 1
-    args.init, tok, base = load_own(args.init, device, 20 / share)
-    say(f"model: {args.init}, {base.num_params():,} parameters")
+    source, tok, base = load_own(args.init, device, 20 / share)
+    say(f"model: {source}, {base.num_params():,} parameters")
     if args.template:
         tok.template = Path(args.template).read_text("utf-8-sig", errors="replace")
         if "\ufffd" in tok.template:
@@ -781,7 +785,7 @@ def read_own(args, device):
                 f"{tok.decode([*ids, tok.end])}")
     if not args.eval:
         say("no --eval: the new skills are measured on the rows that are trained on")
-    return tok, stages, {"new": new, "prior": old}, base, Path(args.init), None
+    return tok, stages, {"new": new, "prior": old}, base, Path(source), None
 
 
 def read_rows(args, path, needs_demo, tok, block_size):
@@ -1050,12 +1054,13 @@ def table(rows, labels=None):
     return "\n".join(lines)
 
 
-def describe(record, earlier=(), gate=None):
-    """A record of metrics.jsonl as lines for the screen."""
+def describe(record, earlier=(), gate=None, left=""):
+    """A record of metrics.jsonl as lines for the screen, with the time that is left."""
     if "new" in record:
         return describe_evaluation(record, earlier, gate)
     numbers = [f"{k} {v:.4g}" for k, v in record.items() if isinstance(v, float)]
-    lines = [f"step {record['step']:4d} {record['skill']}  " + "  ".join(numbers)]
+    begin = f"step {record['step']:4d} {record['skill']}"
+    lines = ["  ".join([begin, *numbers]) + left]
     if record["eos_rate"] == 0:
         lines.append(f"warning: EOS rate 0 %, mean length {record['response_length']}: "
                      "no response came to its end; try a higher --max-new-tokens")
@@ -1136,35 +1141,46 @@ def show_sample(args, device):
     """What the base and the models fine-tuned in --out respond to args.sample. A saved
     run knows its own seed, sizes and base. --init alone shows the base."""
     paths = [Path(args.out) / method / "checkpoint.pt" for method in METHODS]
-    paths = [path for path in paths if path.exists()]
-    if not paths and not args.init:
+    runs = {path.parent: read_run(path) for path in paths if path.exists()}
+    if not runs and not args.init:
         raise UserError(f"no run in {args.out}", "train first, or choose another --out")
-    for path in paths or [None]:
-        saved = read_run(path) if path else {}
-        note = saved.get("note", {"init": True, "base": args.init})
-        if args.init and not note["init"]:
-            raise UserError(f"{path.parent} is of the tiny world", "leave --init out")
-        base = Path(args.init or Path(args.out) / note["base"])
-        if note["init"]:  # the run's own model has the shape and the tokenizer, too
-            there = bool(args.init) or base.exists()  # (a name is not a path)
-            name = args.init or (base if there else path.parent / "model")
-            _, tok, gpt = load_own(str(name), device)
-            if saved and (other := differences(saved["config"], asdict(gpt.config))):
-                message = f"{path.parent} is of another model (saved -> now): {other}"
-                raise UserError(message, "leave --init out")
-        else:
-            there = base.exists()
-            tok, gpt = data.Tokenizer(), GPT(GPTConfig(**saved["config"]))
-            gpt.load_state_dict(read_checkpoint(base)["model"] if there else {}, there)
-        gpt.to(device)
-        settings = saved.get("settings", REAL)
+    n = args.max_new_tokens or REAL["max_new_tokens"]
+    if not runs:
+        _, tok, gpt = load_own(args.init, device)
+        respond("base", gpt.to(device), n, args, tok)
+    for i, (folder, saved) in enumerate(runs.items()):
+        base, tok, gpt = load_base_of(folder, saved, args, device)
+        settings, gpt = saved["settings"], gpt.to(device)
         n = args.max_new_tokens or settings["max_new_tokens"]
-        if path in (paths[:1] or [None]):  # once for all
-            respond("base", gpt, n, args, tok) if there else say(f"{base} is gone")
-        if saved:
-            say(f"{path.parent}: seed {settings['seed']}, after update {saved['step']}")
-            gpt.load_state_dict(saved["models"]["student"])
-            respond(path.parent.name, gpt, n, args, tok)
+        if i == 0 and base:
+            respond("base", gpt, n, args, tok)
+        say(f"{folder}: seed {settings['seed']}, after update {saved['step']}")
+        gpt.load_state_dict(saved["models"]["student"])
+        respond(folder.name, gpt, n, args, tok)
+
+
+def load_base_of(folder, saved, args, device):
+    """The base of a saved run: is it there? its tokenizer, and a GPT with its weights,
+    or with any weights if it is not there."""
+    note = saved["note"]
+    base = Path(args.init or Path(args.out) / note["base"])
+    there = bool(args.init) or base.exists()  # (a name is not a path)
+    if not there:
+        say(f"{base} is gone")
+    if not note["init"]:
+        if args.init:
+            raise UserError(f"{folder} is of the tiny world", "leave --init out")
+        gpt = GPT(GPTConfig(**saved["config"]))
+        if there:
+            gpt.load_state_dict(read_checkpoint(base)["model"])
+        return there, data.Tokenizer(), gpt
+    # the run's own model has the shape and the tokenizer, too
+    name = args.init or (base if there else folder / "model")
+    _, tok, gpt = load_own(str(name), device)
+    if other := differences(saved["config"], asdict(gpt.config)):
+        message = f"{folder} is of another model (saved -> now): {other}"
+        raise UserError(message, "leave --init out")
+    return there, tok, gpt
 
 
 def respond(name, gpt, n, args, tok):

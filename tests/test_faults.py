@@ -85,8 +85,10 @@ def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use(flags, finishe
 def where(flags="", world_size=1):
     """The folder that train.py gives to the base of these flags."""
     args = train.parse_args([*SMALL, *shlex.split(flags)])
-    config, cfg = train.base_settings(args, world_size)
-    return train.find_base(args, config, cfg, data.World(args.seed), TOK).parent.name
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "world_size", lambda: world_size)
+        settings = train.base_settings(args)
+        return train.find_base(args, *settings, data.World(args.seed), TOK).parent.name
 
 
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
@@ -94,7 +96,8 @@ def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch
     usual, real, batch = where(), train.inspect.getsource, data.get_batch
     alike = """--steps 4 --lr 1 --method both --demos 99 --kl jsd --distance own
     --eval-size 9 --threads 2 --seed 0 --dropout 0 --max-new-tokens 9"""
-    assert usual == where(alike) == where("", 2)
+    assert usual == where(alike) == where("", 2) == where("", 4)
+    assert usual != where("", 8)  # which are eight parts, with a noise for each
     others = "--seed 1", "--base-steps 3", "--n-layer 2", "--n-embd 64"
     keys = [usual, *map(where, others)]
 
