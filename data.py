@@ -253,12 +253,17 @@ def get_batch(examples, batch_size, seed, step):
     return sorted(batch, key=lambda e: len(f"{e.prompt} {e.shown} {e.demo}".split()))
 
 
-def my_micro_batches(batch, n):
-    """This process's share of a batch, as n micro-batches of equal size. (torchrun may
-    start several processes; each works on a share of every batch.)"""
-    rank, world_size = 0, 1
+def rank_and_world_size():
+    """The number of this process, and how many there are: torchrun may start several,
+    and each works on a share of every batch and of every benchmark."""
     if dist.is_initialized():
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def my_micro_batches(batch, n):
+    """This process's share of a batch, as n micro-batches of equal size."""
+    rank, world_size = rank_and_world_size()
     size, rest = divmod(len(batch), world_size * n)
     assert size > 0 and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
@@ -532,17 +537,25 @@ ROWS = 64  # responses that are sampled at a time; more need more memory
 
 def get_texts(model, contexts, tok, max_new_tokens, u=None, temperature=0):
     """Responses to contexts (lists of tokens), as texts: the most likely tokens, or
-    samples at a temperature with the numbers u, see model.generate."""
-    device, texts = next(model.parameters()).device, []
-    for i in range(0, len(contexts), ROWS):
+    samples at a temperature with the numbers u, see model.generate. Processes share
+    the work, and all get all texts."""
+    device, (rank, world_size) = next(model.parameters()).device, rank_and_world_size()
+    starts, texts = range(0, len(contexts), ROWS), {}
+    # each makes the same number of calls, if need be twice the same: shards need that
+    for n in range(rank, math.ceil(len(starts) / world_size) * world_size, world_size):
+        i = starts[n % len(starts)]
         prompts, lengths = pad_right(contexts[i : i + ROWS], tok.end, device)
         numbers = None if u is None else u[i : i + ROWS]  # (ROWS, R)
         response, mask = generate(
             model, prompts, lengths, max_new_tokens, tok.end, numbers, temperature
         )
         rows = zip(response.tolist(), mask.sum(1).tolist(), strict=True)
-        texts += [tok.decode(row[:count]) for row, count in rows]
-    return texts
+        texts[i] = [tok.decode(row[:count]) for row, count in rows]
+    shares = [texts] * world_size
+    if world_size > 1:
+        dist.all_gather_object(shares, texts)
+    texts = {i: part for share in shares for i, part in share.items()}
+    return [text for i in starts for text in texts[i]]
 
 
 def is_right(model, benchmark, tok, max_new_tokens, prompt=student_prompt):

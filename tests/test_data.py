@@ -1,5 +1,6 @@
 """The tiny world: its words, the two contexts, grades, batches and evaluations."""
 
+import contextlib
 import hashlib
 import json
 import random
@@ -430,6 +431,40 @@ def test_the_gate_counts_who_is_right_with_and_without_a_demonstration(monkeypat
     }
     assert len({*map(fmean, student + teacher)}) == 4, "else it shows nothing"
     assert 0 < gate["only_student"] != gate["only_teacher"] > 0
+
+
+@pytest.mark.parametrize(("world_size", "n"), [(2, 9), (3, 9), (3, 5), (5, 9), (2, 0)])
+def test_processes_share_out_responses_and_all_get_all_of_them(
+    world_size, n, monkeypatch
+):
+    """Each is asked once, or twice where there are too few for all: every process makes
+    the same number of calls, since those of shards wait for each other."""
+    monkeypatch.setattr(data, "ROWS", 2)
+    contexts, gpt = [bare(e, TOK) for e in QUERIES[:n]], small_model()
+    alone, real = data.get_texts(gpt, contexts, TOK, 6), data.generate
+    calls, parts = [], {}
+    assert len(contexts) == n == len(alone)
+    monkeypatch.setattr(data, "generate", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(data.dist, "get_world_size", lambda: world_size)
+    for gathers in False, True:  # first what each gives, then what each gets
+        for rank in range(world_size):
+            def gather(shares, mine, rank=rank, gathers=gathers):
+                parts[rank] = mine
+                if gathers:
+                    shares[:] = [parts[i] for i in range(world_size)]
+
+            calls.clear()
+            monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(data.dist, "all_gather_object", gather)
+            if gathers:
+                assert data.get_texts(gpt, contexts, TOK, 6) == alone
+            else:
+                with contextlib.suppress(KeyError):  # it has only its own share
+                    data.get_texts(gpt, contexts, TOK, 6)
+            assert len(calls) == -(-len(range(0, n, 2)) // world_size)
+    assert sorted({i for part in parts.values() for i in part}) == [*range(0, n, 2)]
+
 
 
 def test_an_evaluation_is_of_64_queries_and_makes_no_large_tensor(monkeypatch):

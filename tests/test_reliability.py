@@ -188,6 +188,7 @@ def assert_same_training(one, two):
         parts = [contents(out, method) for out in (one, two)]
         for part, n in zip(parts, (1, 2), strict=True):
             assert part["machine"].pop("processes") == n and len(part["metrics"]) > 6
+            assert part["machine"].pop("micro_batches") * n == 2
             for key in "machine", "config":  # which has micro_batches
                 part.get("results", {}).pop(key, None)
         assert same(*parts), method
