@@ -131,16 +131,6 @@ def test_logits_equal_the_formulas_written_out(n_kv_head, other):
     close(full_logits(model, tokens), logits, 1e-5)  # the model's cos is float32
 
 
-def test_the_future_is_masked_and_all_of_the_past_counts():
-    model, idx = make_model(), draw_tokens(2, 9)
-    for j in range(9):
-        other = idx.clone()
-        other[:, j] = (idx[:, j] + 1) % V
-        change = (model(other) - model(idx)).abs().amax(-1)  # (B, T)
-        assert change[:, :j].sum() == 0
-        assert change[:, j:].min() > 1e-6
-
-
 def test_a_tied_head_is_one_parameter_also_when_copied_or_loaded():
     """It collects both gradients."""
     idx, slopes = draw_tokens(2, 9), []
@@ -224,11 +214,10 @@ def test_dropout_drops_its_share_of_each_branch_and_only_in_train_mode(monkeypat
         assert ((grown == 0).float().mean() - 0.1).abs() < 5 * (0.09 / x.numel()) ** 0.5
 
 
-@pytest.mark.parametrize("dropout", (0.0, 0.1))
-def test_recomputed_activations_give_the_same_gradients(dropout):
+def test_recomputed_activations_give_the_same_gradients():
     """Equal to the bit, dropout included: the second pass drops what the first did."""
     model, ids = make_model(seed=1).train(), draw_tokens(3, 9)
-    model.dropout = dropout
+    model.dropout = 0.1
     kept, results = [], []
     for model.checkpointing in (False, True):
         torch.manual_seed(3)
@@ -297,40 +286,7 @@ def test_response_logits_equal_one_full_forward_of_each_row():
             close(logits[i], row[len(prompt) - 1 : -1])
 
 
-def test_garbage_behind_the_end_leaves_hidden_and_gradient_bit_identical():
-    prompts, lengths = draw_prompts((4, 1, 8)), torch.tensor([5, 2, 3])
-    mask = torch.arange(5) < lengths[:, None]
-    model, results = make_model(), []
-    for seed in (50, 51):
-        response = torch.where(mask, draw_tokens(3, 5), draw_tokens(3, 5, seed=seed))
-        hidden = response_hidden(model, *pad(prompts), response, mask)
-        loss = model.logits(hidden).logsumexp(1).sum()
-        results.append([hidden, *gradients(model, loss)])
-    assert all(map(torch.equal, *results))
-    assert all(x.abs().max() > 0 for x in results[0])
-
-
 # ---- The cache and the sampler -----------------------------------------------------
-
-
-@every_grouping
-def test_cached_decoding_equals_full_forward_also_when_rows_leave(n_kv_head):
-    """Ragged prompts, down to a single token; who stays comes in another order."""
-    model, R, rows = make_model(n_kv_head=n_kv_head), 7, draw_prompts((1, 6, 3, 1))
-    (prompts, lengths), response = pad(rows), draw_tokens(4, R, seed=9)
-    cache = KVCache(model.config, prompts, lengths, R, torch.float64)
-    logits, alive = model(prompts, cache=cache), torch.arange(4)
-    for i, row in enumerate(rows):
-        close(logits[i, : len(row)], full_logits(model, row))
-    for t in range(R):
-        if stay := {2: [3, 1, 0], 4: [2, 1]}.get(t):
-            cache.keep(torch.tensor(stay))
-            alive = alive[stay]
-        logits = model(response[alive, t : t + 1], lengths[alive] + t, cache)
-        assert logits.shape == (len(alive), 1, V)
-        for each, i in zip(logits[:, 0], alive.tolist(), strict=True):
-            tokens = rows[i] + response[i, : t + 1].tolist()
-            close(each, full_logits(model, tokens)[-1])
 
 
 @every_grouping
@@ -380,16 +336,20 @@ def test_sampling_equals_a_full_forward_of_each_row_alone(n_kv_head, temperature
         assert torch.equal(mask, torch.arange(right.size(1)) < lengths[:, None])
 
 
-@pytest.mark.parametrize("dtype, temperature, tolerance", (
-    (torch.float64, 0.8, 1e-10), (torch.float32, 0.8, 1e-4),
-    *((torch.bfloat16, temperature, 0.05) for temperature in (0.7, 1.0, 1.3)),
+@pytest.mark.parametrize("dtype, n_kv_head, temperature, tolerance", (
+    *((torch.float64, n_kv_head, 0.8, 1e-10) for n_kv_head in (4, 2, 1)),
+    *((torch.bfloat16, 2, temperature, 0.05) for temperature in (0.7, 1.0, 1.3)),
+    (torch.float32, 2, 0.8, 1e-4),
 ))  # fmt: skip
-def test_what_is_sampled_is_what_is_trained(dtype, temperature, tolerance, monkeypatch):
+def test_what_is_sampled_is_what_is_trained(
+    dtype, n_kv_head, temperature, tolerance, monkeypatch
+):
     """Hidden states are the same up to rounding, also when some rows have ended; from
     there on all is float32 and equal to the bit: what is divided by the temperature are
     float32 logits, not bfloat16 numbers."""
     wide = torch.promote_types(dtype, torch.float32)
-    model = make_model().to(wide).requires_grad_(False)
+    seed = 5 if n_kv_head == 1 else 0  # of a model whose responses all end
+    model = make_model(seed, n_kv_head=n_kv_head).to(wide).requires_grad_(False)
     model.dtype = dtype
     hiddens = record(monkeypatch, model, "logits")
     divided = record(monkeypatch, torch, "softmax")
@@ -453,16 +413,6 @@ def test_a_matrix_is_cast_once_for_a_response_and_not_for_each_token(dtype):
     with pytest.raises(RuntimeError), model.sampling():
         raise RuntimeError
     assert all(getattr(part, "ready", None) is None for part in model.modules())
-
-
-@pytest.mark.parametrize("temperature", (1.0, 0.5, 2.0))
-def test_evenly_spaced_numbers_give_each_token_its_share_of_the_softmax(temperature):
-    model, prompt, n = make_model(scale=1.0), [3, 1, 4], 10_000
-    u = (torch.arange(n) + 0.5)[:, None] / n
-    token, _ = generate(model, *pad([prompt] * n), 1, END, u, temperature)
-    p = oracles.softmax(full_logits(model, prompt)[-1].tolist(), temperature)
-    for times, share in zip(token.flatten().bincount(minlength=V), p, strict=True):
-        assert abs(times - n * share) < 1.5
 
 
 def test_numbers_at_the_edge_and_cold_temperatures_draw_possible_tokens():
