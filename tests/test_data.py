@@ -9,7 +9,8 @@ from statistics import fmean
 
 import pytest
 import torch
-from oracles import LargestTensor, divergences, log_likelihoods, make_model, sample
+from oracles import LargestTensor, divergences, log_likelihoods, sample
+from test_sdft import small_model
 
 import data
 import model
@@ -312,12 +313,6 @@ QUERIES = [  # prompts and demonstrations of several lengths
 CHAT = data.Tokenizer()  # as of a real model
 CHAT.template = "{demonstration} = {prompt}"
 CHAT.chat = lambda turns, x: TOK.encode(" ".join([*(t for _, t in turns), "!", x]))
-
-
-def small_model(seed=0, **changes):
-    """About a fifth of what it predicts is the end, unless end=None is given."""
-    sizes = {"vocab_size": TOK.vocab_size, "n_tokens": TOK.n_tokens, "n_layer": 1}
-    return make_model(seed, **{"end": TOK.end, **sizes, **changes})
 
 
 def is_even(example, text):

@@ -33,9 +33,9 @@ KINDS = pytest.mark.parametrize("kl", KLS)
 
 
 def small_model(seed=0, **changes):
-    """In float64; about a fifth of what it predicts is the end."""
-    sizes = {"vocab_size": TOK.vocab_size, "n_tokens": TOK.n_tokens, "n_layer": 1}
-    return oracles.make_model(seed, end=TOK.end, **{**sizes, **changes})
+    """In float64; about a fifth of what it predicts is the end, unless end=None."""
+    usual = {"vocab_size": TOK.vocab_size, "n_tokens": TOK.n_tokens, "n_layer": 1}
+    return oracles.make_model(seed, **{"end": TOK.end, **usual, **changes})
 
 
 def respond(student, batch=BATCH, cfg=CFG, step=1):
@@ -150,18 +150,6 @@ def test_a_response_is_a_sample_of_the_student_as_it_is_now():
             seen.append(got)
 
 
-def test_a_rollout_keeps_no_graph_and_restores_the_mode():
-    student, teacher, *_ = make_pair()
-    for training in (True, False):
-        student.train(training)
-        response, mask = respond(student)
-        assert student.training == training
-        assert not response.requires_grad and not response.is_inference()
-        assert all(p.grad is None for p in student.parameters())
-        loss, _ = loss_of(student, teacher, response, mask)
-        assert loss.requires_grad, "the student still learns from it"
-
-
 # ---- The teacher -------------------------------------------------------------------
 
 
@@ -224,24 +212,6 @@ def test_the_teacher_approaches_a_constant_student_geometrically(ema_rate):
     assert equal_weights(teacher, first) == (ema_rate == 0)
     assert equal_weights(teacher, student) == (ema_rate == 1)
     assert teacher.lm_head.weight is teacher.wte.weight
-
-
-@pytest.mark.parametrize(
-    "dtype, least, most", [(torch.float32, 0.918, 0.920), (torch.bfloat16, 0, 0.1)]
-)
-def test_the_average_moves_in_float32_and_hardly_in_bfloat16(dtype, least, most):
-    """It closes 1 - 0.99^250 = 0.919 of a gap of 1 %, or most steps round to 0."""
-    student, gaps = small_model(1), []
-    teacher = sdft.make_teacher(student).to(dtype)
-    with torch.no_grad():
-        for p in student.to(dtype).parameters():
-            p *= 1.01
-    for n in range(251):
-        if n in (0, 250):
-            pairs = zip(student.parameters(), teacher.parameters(), strict=True)
-            gaps.append(sum((s.double() - t).abs().sum() for s, t in pairs).item())
-        sdft.update_teacher(teacher, student, replace(CFG, ema_rate=0.01))
-    assert least <= 1 - gaps[1] / gaps[0] < most
 
 
 # ---- The loop ----------------------------------------------------------------------

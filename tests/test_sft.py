@@ -82,12 +82,8 @@ def test_the_student_reads_its_context_and_learns_at_what_predicts_a_learnt_toke
 
 def test_the_rate_rises_for_at_most_half_of_a_stage_and_falls_to_zero():
     """Else a short stage would never reach its rate, and end at its highest."""
-    cfg = sft.Config(lr=2.0, warmup_steps=4, steps=12)
-    rates = [sft.get_lr(t, cfg) for t in range(13)]
-    assert rates[:5] == [0.5, 1, 1.5, 2, 2] and rates[12] == 0
-    assert rates[8] == pytest.approx(1) and rates[10] == pytest.approx(1 - 0.5**0.5)
-    for steps in (1, 2, 3, 4, 7, 20, 30, 40, 41, 79, 80, 300):
-        for warmup_steps in (0, 1, 10, 40, 1000):
+    for steps in (1, 2, 3, 4, 7, 12, 30, 40, 41, 79, 80, 300):
+        for warmup_steps in (0, 1, 4, 10, 40, 1000):
             cfg = sft.Config(lr=2.0, warmup_steps=warmup_steps, steps=steps)
             n = min(warmup_steps, steps // 2)
             right = [2 * (t + 1) / n for t in range(n)]
@@ -95,15 +91,6 @@ def test_the_rate_rises_for_at_most_half_of_a_stage_and_falls_to_zero():
             rates = [sft.get_lr(t, cfg) for t in range(steps)]
             assert rates == pytest.approx(right, rel=1e-12)
             assert max(rates) == 2 and min(rates) > 0 and sft.get_lr(steps, cfg) == 0
-
-
-def test_only_matrices_decay():
-    model = small_model()
-    decay, rest = sft.make_optimizer(model, sft.Config(weight_decay=0.1)).param_groups
-    assert decay["weight_decay"] == 0.1 and rest["weight_decay"] == 0
-    for group, dim in ((decay, 2), (rest, 1)):
-        right = [id(p) for p in model.parameters() if p.dim() == dim]
-        assert right and [id(p) for p in group["params"]] == right
 
 
 def test_it_overfits_one_batch_and_then_responds_with_its_demonstrations(tmp_path):
