@@ -118,16 +118,6 @@ def test_the_teacher_sees_the_demonstration_and_the_student_does_not():
         assert len(shown(e, TOK) + demo_ids(e, TOK)) + longest <= block_size, e
 
 
-def test_padding_is_on_the_right_and_neither_it_nor_what_is_skipped_carries_loss():
-    batch = [Example("apple apple", "", "", skip=(0, 2)), Example("apple", "", "")]
-    ids, lengths = data.pad_batch(bare, batch, TOK, "cpu")
-    (apple,), start, end = TOK.encode("apple"), TOK.start, TOK.end
-    assert ids.tolist() == [[apple, apple, start], [apple, start, end]]
-    assert lengths.tolist() == [3, 2] and ids.dtype == lengths.dtype == torch.int64
-    mask = data.loss_mask(batch, torch.tensor([4, 2]))
-    assert mask.int().tolist() == [[0, 1, 0, 1], [1, 1, 0, 0]]
-
-
 def test_a_world_is_complete_and_all_is_decided_by_its_seed():
     for part in ("operations", "known", "unknown", "skills"):
         one, other = (getattr(World(seed), part) for seed in (0, 1))

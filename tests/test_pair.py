@@ -230,22 +230,6 @@ def test_the_loops_evaluate_record_and_save_when_it_is_due(tmp_path, capsys):
 
 
 @BOTH
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_to_its_end(module, tmp_path):
-    """In the middle of a stage, and after the first update of the next."""
-    new = dict.fromkeys("AB", Benchmark(BATCH, data.grade_items))
-    args = module, None, "AB", {"new": new, "prior": {}}
-    right = train_in(tmp_path / "whole", *args)
-    assert [row["step"] for row in right[1]] == [0, 3, 6], "where eval_every is 0"
-    for step in (1, 3):
-        run = train.Run(tmp_path / "stopped", resume=step > 1)
-        run.stop_wanted = iter([0.0, 1.0]).__next__
-        with pytest.raises(KeyboardInterrupt, match=f"stopped after step {step}$"):
-            train_in(None, *args, run)
-    got = train_in(None, *args, train.Run(tmp_path / "stopped", resume=True))
-    assert equal_weights(got[0], right[0]) and got[1:] == right[1:]
-
-
-@BOTH
 def test_an_update_its_record_and_its_stop_are_of_all_processes(module, tmp_path):
     """Here of one that takes every gradient back and adds 7 to each sum."""
     student, run = small_model(), train.Run(tmp_path)

@@ -1,10 +1,11 @@
-"""Supervised fine-tuning alone: its responses, its loss, its mask, its optimizer."""
+"""Supervised fine-tuning alone: its responses, its loss, its mask, its rate."""
 
 import math
 
 import pytest
 import torch
-from oracles import log_likelihoods, make_model
+from oracles import log_likelihoods
+from test_sdft import small_model
 
 import data
 import sft
@@ -24,10 +25,6 @@ BATCH = [  # responses of 2 to 16 tokens; of the last ones, fewer and fewer are 
     Example("garden cork: cake door", "first: cake", "", 0, SHOWN, skip=(3, 10, 11)),
     *(Example("owl: fox", "fox", "", skip=tuple(range(n))) for n in range(1, 3)),
 ]
-
-
-def small_model():
-    return make_model(0, vocab_size=TOK.vocab_size, n_tokens=TOK.n_tokens)
 
 
 def written(example):
@@ -57,27 +54,6 @@ def test_the_response_is_the_demonstration_and_the_loss_minus_its_log_likelihood
     cfg = sft.Config(batch_size=16)
     loss, extra = sft.compute_loss(model, BATCH, response, mask, TOK, cfg)
     assert loss.item() == pytest.approx(total / 16, rel=1e-12) and extra == {}
-
-
-def test_the_student_reads_its_context_and_learns_at_what_predicts_a_learnt_token():
-    """Token for token; neither the prompt nor what is skipped gets a gradient."""
-    model, seen = small_model(), []
-
-    def keep(idx):
-        seen.extend((idx, GPT.hidden(model, idx)))
-        seen[1].retain_grad()
-        return seen[1]
-
-    model.hidden = keep
-    args = model, BATCH, *sft.get_responses(BATCH, TOK, "cpu"), TOK, sft.Config()
-    sft.compute_loss(*args)[0].backward()
-    rows, grads = seen[0].tolist(), seen[1].grad
-    for example, row, grad in zip(BATCH, rows, grads, strict=True):
-        context, response, learnt = written(example)
-        right = context + response
-        assert row[: len(right)] in (right, right[:-1]), "the longest lacks its last"
-        right = [False] * (len(context) - 1) + learnt + [False] * len(row)
-        assert [bool(g.any()) for g in grad] == right[: len(row)]
 
 
 def test_the_rate_rises_for_at_most_half_of_a_stage_and_falls_to_zero():
