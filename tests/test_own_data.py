@@ -51,14 +51,15 @@ BAD = [  # a row, or a line, and what the error says of it
         {"messages": [USER, REPLY], "output": "E."}, {"messages": [USER, REPLY, FIRST]},
         {"messages": [USER, SYSTEM, REPLY]}, {"messages": [REPLY]}, {"messages": "Q?"},
         {**ROW, "privileged_context": [SYSTEM, REPLY]}, {**ROW, "completion": [USER]},
-        {**ROW, "completion": [FIRST, REPLY]},
+        {**ROW, "completion": [FIRST, REPLY]}, {**ROW, "completion": [USER, REPLY]},
+        {**ALPACA, "instruction": [USER, FIRST], "input": "x"},
     )),
     *(({**ANSWERED, key: x}, f"{key}: {TEXT}{json.dumps(found)}") for key, x, found in (
         ("prompt", 3, 3), ("prompt", " ", " "), ("prompt", [], []), ("answer", "", ""),
         ("answer", ["x", 3], 3), ("answer", None, None), ("demonstration", None, None),
         ("demonstration", ["a", {}], {}), ("demonstration", math.nan, math.nan),
     )),
-    ({**ALPACA, "input": 3}, f"input: {TEXT}3"),
+    *(({**ALPACA, "input": x}, f"input: {TEXT}{x}") for x in (0, 3)),
     ({"messages": []}, f"messages: {TEXT}[]"), ({"messages": [{}, "hi"]}, TURN + "{}"),
     ({"messages": [{**USER, "content": None}]}, f"messages: {TEXT}null"),
     ({"messages": [{"role": "bot", "content": "D."}]}, TURN + '{"role": "bot", "cont'),
@@ -107,15 +108,6 @@ def test_a_bad_line_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
     assert lines[19].startswith("F:21: ") and lines[20:] == ["... and 80 more"]
 
 
-@pytest.mark.parametrize(("row", "wrong"), [
-    ({**ALPACA, "input": 0}, f"1: input: {TEXT}0"), (f"\ufeff[\n{LINE}]", " one list"),
-    ({**ROW, "completion": [USER, REPLY]}, f"1: {FORM}prompt, completion"),
-    ({**ALPACA, "instruction": [USER, FIRST], "input": "x"}, f"1: {FORM}instruction"),
-])  # fmt: skip
-def test_a_row_that_is_misread_is_named(row, wrong, tmp_path):
-    assert str(read(tmp_path, row)[0]).startswith(f"F:{wrong}")
-
-
 def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
     """By the rows' own grade, or the run's. Old questions need no demonstration."""
     exact = {**ANSWERED, "grade": "exact"}
@@ -145,6 +137,7 @@ def test_a_file_is_utf_8_with_any_line_ends_and_not_a_list(tmp_path):
         (f"\ufeff{LINE}".encode("utf-16-be"), binary), (b" \n\n", "no rows"),
         (LINE.encode("utf-16-le"), binary), (gzip.compress(LINE.encode()), binary),
         (f"[{LINE}]", a_list), (f" [\n{LINE},\n{LINE}\n]\n", a_list),
+        (f"\ufeff[\n{LINE}]", a_list),
     ):  # fmt: skip
         assert read(tmp_path, content) == [f"F: {wrong}"]
 
@@ -188,7 +181,7 @@ GRADED = {  # grade: (answer, what is right, what is wrong), ...
     "choice": [  # of A, B, C, New, New York and the answer
         ("B", ["B, and not A", "it is b"], ["A or B", "I do not know", ""]),
         ("New", ["it is New, York"], ["it is New York"]), ("c", ["C"], ["A", "Cc"]),
-        ("New York", ["it is new york"], ["New", "New, New York"]),
+        ("New York", ["it is new york"], ["New", "New, New York", ""]),
         (("B", "C"), ["the answer is C", "B or A"], ["A", "A or C"]),
     ],
 }  # fmt: skip
