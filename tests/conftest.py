@@ -27,10 +27,10 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def as_in_a_process_of_its_own():
-    """Threads as they were afterwards, where train.main runs in this process: see
-    float64 for how a file asks for it. (Signals are given back by train.main.)"""
+    """Threads as they were afterwards, where train.main ran in this process. (Signals
+    are given back by train.main.)"""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,19 +2,8 @@
 
 Every truth here is plain Python floats and loops: one token after the other, one
 sequence after the other, no batch, no padding, no cache, nothing of the code that is
-tested but a model's forward pass. Tests (and whoever checks a change of sdft.py or
-sft.py) compare the fast code with these.
+tested but a model's forward pass. Below stand the helpers of the tests.
 
-    softmax, log_softmax, entropy      of one row of logits, a list
-    divergence, divergence_gradient    of two rows of logits, in nats: student first
-    sample_token, sample               with given numbers u, no generator
-    next_logits, log_likelihoods,      of a model after a context, a list of tokens
-    divergences
-
-Below them stand the helpers: a small model in float64, gradients, comparisons,
-padding, and LargestTensor, which sees how much memory a computation asks for at once.
-
-    model = make_model(seed=1, vocab_size=tok.vocab_size, end=tok.end)
     tokens = sample(model, context, u, tok.end)
     per_token = divergences(student, context, teacher, longer, tokens, "reverse")
 """
@@ -125,25 +114,21 @@ def sample(model, context, uniforms, end, temperature=1.0):
     return response
 
 
-def log_likelihoods(model, context, response, temperature=1.0):
+def log_likelihoods(model, context, response):
     """log p of each token of a response, given the context and what is before it."""
-    values = []
-    for t, token in enumerate(response):
-        logits = next_logits(model, context + response[:t])
-        values.append(log_softmax(logits, temperature)[token])
-    return values
+    rows = [next_logits(model, context + response[:t]) for t in range(len(response))]
+    pairs = zip(rows, response, strict=True)
+    return [log_softmax(row)[token] for row, token in pairs]
 
 
-def divergences(
-    student, context, teacher, teacher_context, response, kl="forward", temperature=1.0
-):
+def divergences(student, context, teacher, teacher_context, response, kl="forward"):
     """One number in nats for each token of a response: both models read the same
     response, each after a context of its own."""
     values = []
     for t in range(len(response)):  # token t is predicted from all that is before it
         s = next_logits(student, context + response[:t])
         q = next_logits(teacher, teacher_context + response[:t])
-        values.append(divergence(s, q, kl, temperature))
+        values.append(divergence(s, q, kl))
     return values
 
 
@@ -262,14 +247,12 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        given = {
-            x.untyped_storage().data_ptr()
-            for x in tree_leaves((args, kwargs))
-            if isinstance(x, torch.Tensor)
-        }
-        for x in tree_leaves(result):
-            if not isinstance(x, torch.Tensor):
-                continue
+        every = [
+            [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+            for tree in ((args, kwargs), result)
+        ]
+        given = {x.untyped_storage().data_ptr() for x in every[0]}
+        for x in every[1]:
             memory = x.untyped_storage()
             n = memory.nbytes() // x.element_size()
             if n > self.numel and memory.data_ptr() not in given:

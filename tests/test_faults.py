@@ -32,7 +32,6 @@ from model import GPT, GPTConfig
 
 __all__ = ["finished", "go", "made", "no_training", "sources_are_read_once",
            "with_base"]  # fmt: skip
-pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 TINY = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=16, n_inner=16)
 
 # ---- deletes or overwrites -----------------------------------------------------------

@@ -16,8 +16,6 @@ import train
 pytest.importorskip("transformers", reason="pip install transformers")
 from test_pretrained import CHATML, make_folder, with_template  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
-
 WORDS = "the theory other one they there rest theirs user assistant system end".split()
 FILES = "data/a data/b eval/a_test eval/b_test prior/old prior/older".split()
 SHORT = "--steps 3 --max-new-tokens 6 --gate-margin -1 --threads 1 --device cpu".split()

@@ -20,8 +20,6 @@ tokenizers = pytest.importorskip("tokenizers", reason="pip install transformers"
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import decoders, models, pre_tokenizers, trainers  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
-
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + "
     "'<|im_end|>\\n' }}{% endfor %}"

@@ -37,7 +37,6 @@ import train
 from model import GPT, GPTConfig
 
 __all__ = ["finished", "go", "made", "sources_are_read_once", "with_base"]  # fixtures
-pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 
 
 # ---- Kills, and a full disk ----------------------------------------------------------

@@ -21,8 +21,8 @@ if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     pytest.skip("--shard needs torch 2.13 or newer", allow_module_level=True)
 from test_own_run import load, make_files, read, run, stop_at, weights_of  # noqa: E402
 from test_pretrained import make_folder  # noqa: E402
+from test_train import same  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("as_in_a_process_of_its_own")
 ROOT, OUTS = Path(__file__).parents[1], ("one", "two", "cut", "plain")
 
 # A GPT in shards beside a whole one, then train.py with one command line after another
@@ -146,24 +146,6 @@ def test_a_process_holds_half_and_computes_what_it_computes_alone(pair):
     assert both[4:] == [(20 / 2, 20 / 2)] * 4  # bytes for each weight
 
 
-def assert_same(x, y, where=""):
-    """Equal but for rounding, and of one kind and shape."""
-    assert type(x) is type(y), where
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for key in x:
-            assert_same(x[key], y[key], f"{where}, {key}")
-    elif isinstance(x, torch.Tensor):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype), where
-        assert torch.allclose(x, y, atol=1e-5), where
-    elif isinstance(x, list):
-        for i, both in enumerate(zip(x, y, strict=True)):
-            assert_same(*both, f"{where}, {i}")
-    else:
-        y = pytest.approx(y, rel=1e-3, abs=1e-5) if isinstance(y, float) else y
-        assert x == y, where
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["sft", "sdft"])
 def test_a_run_in_shards_is_the_run_of_one_process(method, pair):
@@ -172,17 +154,16 @@ def test_a_run_in_shards_is_the_run_of_one_process(method, pair):
     outs = pair[0] / "two", pair[0] / "one"
     (results, lines), (wanted, wanted_lines) = (read(out, method) for out in outs)
     assert len(lines) == 9  # 6 updates, 3 evaluations
-    for line in lines + wanted_lines:
-        del line["seconds"]
-    assert_same(dict(enumerate(lines)), dict(enumerate(wanted_lines)))
+    for line, right in zip(lines, wanted_lines, strict=True):
+        assert same(line, right, 1e-5), (line, right)
     assert results["machine"]["processes"] == 2
     assert results["machine"]["device"] == "cpu, in shards"
     assert results["teacher_gate"] == wanted["teacher_gate"]
     saved, other = (
         torch.load(out / method / "checkpoint.pt", weights_only=True) for out in outs
     )
-    assert_same(saved["models"], other["models"])
-    assert_same(saved["optimizer"], other["optimizer"])
+    for key in "models", "optimizer":
+        assert same(saved[key], other[key], 1e-5), key
     weights = saved["models"]["student"]
     assert saved["optimizer"]["state"].keys() == weights.keys() - {"lm_head.weight"}
     assert ("teacher" in saved["models"]) == (method == "sdft")
