@@ -206,6 +206,8 @@ def test_a_teacher_that_has_fallen_is_told_by_skill(skills, earlier, now, then):
     (0.0, 2.0, 1.0, ["EOS rate 0 %, mean length 2.0: no response came to its end"]),
     (1.0, 1.0, 1.0, ["every response is empty"]), (1.0, 2.0, 0.1, []),
     (0.5, 1.5, 0.0, ["the gradient is 0, nothing is learnt"]),
+    (0.0, 9.0, 0.0, ["EOS rate 0 %, mean length 9.0: no response came to its end",
+                     "the gradient is 0, nothing is learnt"]),
 ])  # fmt: skip
 def test_little_that_is_learnt_is_reported(eos_rate, length, norm, warnings):
     numbers = {"eos_rate": eos_rate, "response_length": length, "grad_norm": norm}
