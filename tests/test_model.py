@@ -380,14 +380,6 @@ def test_generating_leaves_the_model_as_it_was(training, monkeypatch):
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
     assert not any(logits.requires_grad for logits, *_ in calls)
     assert torch.is_grad_enabled() and not first.is_inference() | mask.is_inference()
-    hidden = response_hidden(model, *pad(prompts), first, mask)
-    model.logits(hidden).logsumexp(-1).sum().backward()
-    assert model.wte.weight.grad.abs().max() > 0
-    model.eval().wte.weight.data.mul_(-1)  # responses come from the weights of now
-    after, _ = generate(model, *pad(prompts), 6, NEVER, u)
-    for prompt, row, numbers in zip(prompts, after.tolist(), u.tolist(), strict=True):
-        assert row == oracles.sample(model, prompt, numbers, NEVER)
-    assert not torch.equal(after, first)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
