@@ -162,27 +162,6 @@ def test_a_sample_is_in_the_chat_form_and_needs_no_base(capsys, both, tmp_path):
     assert last in found and "is gone" not in found and "base  " in found
 
 
-@pytest.mark.parametrize(("temperature", "sampled"), [(50.0, 0), (1e-6, 5 / 8)])
-def test_the_gate_counts_who_alone_is_right(temperature, sampled, capsys, both):
-    gpt, tok = load(both / "source").eval(), data.ChatTokenizer(both / "source")
-    rows = [data.Example(f"the {i}", "one", "", i) for i in range(12)]
-    new, right = {"not graded": data.Benchmark(rows, None)}, set()
-    bits = {data.student_prompt: "110000000001", data.teacher_prompt: "101110001110"}
-    for prompt, which in bits.items():
-        texts = data.get_texts(gpt, [prompt(e, tok) for e in rows], tok, 6)
-        right |= {(i, text) for i, text in enumerate(texts) if which[i] == "1"}
-    for k, part in {"a": rows[:8], "b": rows[8:]}.items():  # both weigh the same
-        new[k] = data.Benchmark(part, lambda example, text: (example.id, text) in right)
-    configs = {"sdft": sdft.Config(max_new_tokens=6, temperature=temperature)}
-    args = train.parse_args(["--gate-margin", "-1"])
-    wanted = {"student": 1 / 4, "teacher": 5 / 8, "only_student": 2, "only_teacher": 6}
-    wanted |= {"skills": {"a": 4 / 8, "b": 3 / 4}, "sampled": sampled}
-    assert train.check_gate(args, gpt, {"new": new}, tok, configs) == wanted
-    text = capsys.readouterr().out
-    assert f"at temperature {temperature:g}: {sampled:.2f}" in text
-    assert ("a lower --temperature" in text) == (sampled == 0)
-
-
 def test_check_data_shows_contexts_and_makes_remarks(capsys, both, tmp_path):
     argv, rows = make_files(tmp_path, both / "source"), [row(i) for i in range(6)]
     rows[3]["demonstration"], rows[5]["answer"] = "one theory " * 9, "42"

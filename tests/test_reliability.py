@@ -382,17 +382,21 @@ def test_a_demonstration_that_does_not_help_stops_sdft_and_warns_sft(
     method, with_base, go, monkeypatch
 ):
     """SFT needs no teacher: there it is a warning, and the run goes on to its end."""
-    monkeypatch.setattr(data, "teacher_gate", lambda *args: GATE)
+    gate, asked = dict(GATE), []
+    monkeypatch.setattr(data, "teacher_gate", lambda *x: asked.append(x) or gate)
     message = "a demonstration does not help enough: 0.50 - 0.25 < --gate-margin 0.26"
-    result = code, text, err = go(with_base, f"--gate-margin .26 --method {method}")
-    assert "warning: the teacher seldom says what it knows" in text
+    flags = f"--method {method} --temperature .6 --seed 0 --max-new-tokens 12"
+    result = code, text, err = go(with_base, f"--gate-margin .26 {flags}")
+    assert "warning: the teacher seldom says what it knows; a lower --temp" in text
+    assert asked[0][3:] == (12, 1.0 if method == "sft" else 0.6, 0)
     if method == "sft":
         assert code == 0 and f"warning: {message}: " in text and not err
     else:
         assert_refused(result, f"{message}: nothing to distil", "--gate-margin -1 goes")
         assert not list(with_base.glob("s*/*"))
+        gate["sampled"] = 0.25
         code, text, _ = go(with_base, "--gate-margin .25 --steps 1")
-        assert code == 0 and "does not help" not in text
+        assert code == 0 and "does not help" not in text and "seldom" not in text
 
 
 def test_the_base_is_found_again_and_a_finished_run_is_kept(made, finished, go):
