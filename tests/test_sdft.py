@@ -8,7 +8,7 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
-from oracles import equal_weights, gradients, next_logits, record_tokens, rows_of
+from oracles import equal_weights, gradients, next_logits, rows_of
 
 import data
 import sdft
@@ -27,7 +27,6 @@ BATCH = [  # prompts and demonstrations of several lengths
     Example("kitchen kettle robot: apple", "copy equals apple beep stop", "", id=6),
     Example("harbour violin: candle spoon tower bag", "bag", "", id=7),
 ]
-OTHER_DEMOS = [replace(e, demo="double gives bag bag done sir") for e in BATCH]
 CFG = sdft.Config(batch_size=len(BATCH), max_new_tokens=8)
 KINDS = pytest.mark.parametrize("kl", KLS)
 
@@ -67,9 +66,10 @@ def contexts_of(example):
 @KINDS
 @pytest.mark.parametrize("tau", [1.0, 0.7])
 def test_the_loss_and_its_records_are_what_plain_loops_say(kl, tau):
-    """Rows, then tokens, each formula typed out anew; the mean of a response, then of
-    the batch, of which this is a half. Tokens that are skipped are still seen by those
-    behind, and a row that has no others adds 0, not NaN."""
+    """Both models read the response, each behind a context of its own, and only the
+    teacher reads the demonstration. Rows, then tokens, each formula typed out anew; the
+    mean of a response, then of the batch, of which this is a half. Tokens that are
+    skipped are still seen by those behind; a row that has no others adds 0, not NaN."""
     student, teacher, response, mask = make_pair()
     table, rows = [], rows_of(response, mask)
     assert len(set(map(len, rows))) > 2 and min(map(len, rows)) <= 5 < mask.size(1)
@@ -96,32 +96,6 @@ def test_the_loss_and_its_records_are_what_plain_loops_say(kl, tau):
     # nothing is left to learn from in the last of these
     assert list(got.values()) == [0, 0, 0, 0]
     assert not any(g.any() for g in gradients(student, loss))
-
-
-def test_both_read_the_response_and_only_the_teacher_reads_the_demonstration():
-    """Token for token: in the loss, each right behind a context of its own; what the
-    sampler and the evaluator give to the student is its prompt."""
-    student, teacher, response, mask = make_pair()
-    seen_student, seen_teacher = record_tokens(student), record_tokens(teacher)
-    losses = []
-    for batch in (BATCH, OTHER_DEMOS):
-        assert torch.equal(respond(student, batch)[0], response)
-        data.accuracy(student, Benchmark(batch, data.grade_items), TOK, 8)
-        losses.append(loss_of(student, teacher, response, mask, batch)[0])
-        (seen_t,), seen_s = seen_teacher, [x for x in seen_student if x.size(1) > 1]
-        assert len(seen_s) == 3, "the others are single new tokens"
-        sampled, evaluated, by_student, by_teacher = (
-            x.tolist() for x in (*seen_s, seen_t)
-        )
-        for i, tokens in enumerate(rows_of(response, mask)):
-            bare, shown = contexts_of(batch[i])
-            for row in (sampled[i], evaluated[i]):
-                assert row == bare + [TOK.end] * (len(row) - len(bare))
-            for row, context in ((by_student[i], bare), (by_teacher[i], shown)):
-                right = context + tokens
-                assert row[: len(right)] in (right, right[:-1]), "the longest: one less"
-        seen_student.clear(), seen_teacher.clear()
-    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 # ---- The response ------------------------------------------------------------------
