@@ -15,6 +15,7 @@ import train
 
 pytest.importorskip("transformers", reason="pip install transformers")
 from test_pretrained import CHATML, make_folder, with_template  # noqa: E402
+from test_train import read  # noqa: E402
 
 WORDS = "the theory other one they there rest theirs user assistant system end".split()
 FILES = "data/a data/b eval/a_test eval/b_test prior/old prior/older".split()
@@ -68,12 +69,6 @@ def stop_at(step, *argv):
         steps = iter(range(100))
         patch.setattr(train.Run, "stop_wanted", lambda _: float(next(steps) == step))
         return train.main(list(map(str, argv)))
-
-
-def read(out, method):
-    lines = (out / method / "metrics.jsonl").read_text().splitlines()
-    results = json.loads((out / method / "results.json").read_text())
-    return results, [json.loads(line) for line in lines]
 
 
 def load(folder):

@@ -19,9 +19,9 @@ import train
 pytest.importorskip("transformers", reason="pip install transformers")
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13):
     pytest.skip("--shard needs torch 2.13 or newer", allow_module_level=True)
-from test_own_run import load, make_files, read, run, stop_at, weights_of  # noqa: E402
+from test_own_run import load, make_files, run, stop_at, weights_of  # noqa: E402
 from test_pretrained import make_folder  # noqa: E402
-from test_train import same  # noqa: E402
+from test_train import read, same  # noqa: E402
 
 ROOT, OUTS = Path(__file__).parents[1], ("one", "two", "cut", "plain")
 
