@@ -48,15 +48,16 @@ def test_every_file_of_the_user_stays_and_so_does_every_run(with_base, go, monke
         (with_base / name).parent.mkdir(parents=True, exist_ok=True)
         (with_base / name).write_text(f"mine: {name}")
     monkeypatch.chdir(with_base)
-    for i in range(3):
-        assert go(".", "--method sft --steps 1")[0] == 0
-        Path("sft/mark").write_text(f"run {i}")
+    places, runs = ["sft.previous2", "sft.previous3", "sft.previous4", "sft"], []
+    for place in places[:3]:
+        code, text, _ = go(".", "--method sft --steps 1")
+        assert code == 0 and f"the old run in sft is kept, in {place}\n" in text
+        runs.append(files_in(Path("sft")))
+        assert Path("results.json") in runs[-1] and runs.count(runs[-1]) == 1
     for name in USERS:
         kept = re.sub("^sft/", "sft.previous2/", name)
         assert Path(kept).read_text() == f"mine: {name}"
-    for i, name in enumerate(("sft.previous3", "sft.previous4", "sft")):
-        assert Path(name, "mark").read_text() == f"run {i}"
-        assert Path(name, "results.json").exists()
+    assert [files_in(Path(place)) for place in places[1:]] == runs
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "model/config.json"])

@@ -24,7 +24,7 @@ import torch
 
 from test_train import (  # isort: skip
     CHANGES, GATE, METHODS, ROOT, SIGNALS, SMALL, TOK, assert_refused, base_file,
-    files_in, finished, go, made, make, read, same, send, sources_are_read_once, start,
+    files_in, finished, go, made, make, same, send, sources_are_read_once, start,
     with_base,
 )  # fmt: skip
 from bench.reliability import (  # isort: skip
@@ -397,17 +397,6 @@ def test_a_demonstration_that_does_not_help_stops_sdft_and_warns_sft(
         gate["sampled"] = 0.25
         code, text, _ = go(with_base, "--gate-margin .25 --steps 1")
         assert code == 0 and "does not help" not in text and "seldom" not in text
-
-
-def test_the_base_is_found_again_and_a_finished_run_is_kept(made, finished, go):
-    """And this is the command that the README has for newcomers."""
-    assert "\npython train.py --method sdft\n" in (ROOT / "README.md").read_text()
-    code, text, err = go(finished, "--method sdft")
-    assert code == 0 and f"base model: found in {base_file(finished).parent}" in text
-    assert same(read(finished, "sdft"), read(made, "sdft")) and not err
-    assert f"the old run in {finished / 'sdft'} is kept, in " in text
-    assert files_in(finished / "sdft.previous1") == files_in(made / "sdft")
-    assert files_in(finished / "sft") == files_in(made / "sft")
 
 
 def test_two_runs_at_once_do_not_disturb_each_other(made, tmp_path, go, monkeypatch):
