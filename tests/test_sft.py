@@ -27,16 +27,6 @@ BATCH = [  # responses of 2 to 16 tokens; of the last ones, fewer and fewer are 
 ]
 
 
-def written(example):
-    """Context, response, and which tokens of the response are learnt; by hand."""
-    prompt, demo = TOK.encode(example.prompt), TOK.encode(example.demo)
-    context, response = [*prompt, TOK.start], [*demo, TOK.end]
-    if example.shown:  # what is learnt begins with the demonstration in the prompt
-        context = [*prompt, *TOK.encode("example")]
-        response = [*TOK.encode(example.shown), TOK.start, *response]
-    return context, response, [t not in example.skip for t in range(len(response))]
-
-
 def test_the_response_is_the_demonstration_and_the_loss_minus_its_log_likelihood():
     """The mean of each response, then of the batch, of which this is a part; one by
     one, without padding. The end counts, pads behind it do not; both are one token.
@@ -44,7 +34,14 @@ def test_the_response_is_the_demonstration_and_the_loss_minus_its_log_likelihood
     model, total = small_model(), 0.0
     response, mask = sft.get_responses(BATCH, TOK, "cpu")
     for example, *rows in zip(BATCH, response.tolist(), mask.tolist(), strict=True):
-        context, tokens, learnt = written(example)
+        context, tokens = TOK.encode(example.prompt), TOK.encode(example.demo)
+        tokens.append(TOK.end)
+        if example.shown:  # what is learnt begins with the demonstration in the prompt
+            context += TOK.encode("example")
+            tokens = [*TOK.encode(example.shown), TOK.start, *tokens]
+        else:
+            context.append(TOK.start)
+        learnt = [t not in example.skip for t in range(len(tokens))]
         pads = len(rows[0]) - len(tokens)
         assert rows == [tokens + [TOK.end] * pads, learnt + [False] * pads]
         values = log_likelihoods(model, context, tokens)
