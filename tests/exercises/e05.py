@@ -26,8 +26,9 @@ the loss is a tensor of shape (), the dict holds further numbers for the record.
 Divide by cfg.batch_size and not by the number of rows that you were given: a batch of
 64 may come as four micro-batches of 16 whose losses are added up. Each response weighs
 the same, whatever its length; one of which nothing counts adds 0.
-Nothing that you are given may be changed. Keep the dtype that you are given (no
-.float()): the grader works in float64, where a right loss is right to nine digits.
+Nothing that you are given may be changed, the mode of the student (train, eval)
+neither: who calls decides on dropout. Keep the dtype that you are given (no .float()):
+the grader works in float64, where a right loss is right to nine digits.
 
 What to look at when it runs: python tests/exercises/run.py mine --method sft. The loss
 falls within the first hundred updates and the skill is learnt; then read the columns of
@@ -167,6 +168,17 @@ MUTANTS = (
         "times rows / batch_size",
     ),
     ("a number", ((LOSS, f"{LOSS}.item()"),), "has no gradient"),
+    ("eval mode is left on", (("    hidden = response", "    student.eval()\n    "
+                               "hidden = response"),), "mode"),
+    ("train mode is left on", (("    return loss, {}", "    student.train()\n    "
+                                "return loss, {}"),), "was in eval mode"),
+    ("eval mode for the loss", (("    hidden = response", "    was = student.training"
+                                 "\n    student.eval()\n    hidden = response"),
+                                ("    return loss, {}", "    student.train(was)\n    "
+                                 "return loss, {}")), "who calls decides on dropout"),
+    ("an empty row gets a token", (("    hidden = response", "    mask[mask.sum(1) == "
+                                    "0, 0] = True\n    hidden = response"),),
+     "compute_loss changes mask"),
     (
         "changes the mask",
         (

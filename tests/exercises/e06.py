@@ -9,30 +9,32 @@ same response. Two functions make this work.
 teacher_prompt(example, tok) of data.py: a list of tokens. The text is
 with_demo(example.prompt, example.demo), which is the prompt, the word "example" and the
 demonstration; tok.encode(text) gives its tokens, and tok.start, the start of a
-response, comes behind them. All of the demonstration, nothing cut, and nothing else:
-above all not example.answer.
+response, comes after them. All of the demonstration, nothing cut, and nothing else:
+above all not example.answer. (student_prompt of data.py also serves real tokenizers and
+chats; the tiny world has neither, and yours need not.)
 
 response_hidden(model, prompts, lengths, response, mask) of model.py: the hidden states
 that predict the response. prompts (B, P) are padded on the right, lengths (B,) are
 theirs; response (B, R) is padded with anything; mask (B, R) is true at the N tokens
 that are wanted. The result is (N, C), row after row.
 
-1. Each response stands right behind its own prompt, not behind the pads: put the rows
+1. Each response comes right after its own prompt, not after the pads: put the rows
    together as (B, P + R) tokens and call model.hidden(idx) -> (B, T, C) once.
 2. The state *at* a token predicts the *next* one: token t of the response of row b is
    predicted at column lengths[b] + t - 1. This shift is made here and nowhere else.
 3. A wanted token and all before it may be model.config.block_size tokens, and no more:
    check_fit(model, prompts, lengths, n_tokens) raises ValueError if n_tokens are too
-   many. Nothing is ever cut. Tokens behind the last wanted one need not be read, and
-   must not make it fail.
+   many; ValueError, too, if you look yourself. Nothing is ever cut. Tokens after the
+   last wanted one need not be read and must not make it fail: a row of 20 tokens, of
+   which the first 16 are wanted, fits into 16. (So the docstring is meant.)
 
 Student and teacher call it with prompts of different lengths and one response: row n of
 the one and row n of the other then predict the same token. What stands in the rows
-beside it changes no row.
+beside it changes no row. The mode of the model (train, eval) is the caller's.
 
-What to look at when it runs: decode the two contexts of one example. Then the gate that
-train.py prints: accuracy without and with a demonstration. It is all that SDFT has to
-give.
+What to look at when it runs: decode the two contexts of one example. Then the two lines
+that train.py calls the gate: the accuracy of the base without and with a demonstration
+in its prompt. The difference is all that SDFT has to give.
 """
 
 HINTS = (

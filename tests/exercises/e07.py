@@ -18,12 +18,17 @@ Write reverse_kl(student_logits, teacher_logits, mask) of extra.py. The logits a
 2. The KL of each token that counts; then the mean over the tokens of a response; then
    the mean over the B responses. Each response weighs the same, whatever its length. A
    response of which nothing counts adds 0 and is one of the B.
-3. The gradient goes into the student's logits, through p and through log p. It never
+3. The gradient of the KL goes into the student's logits. (It goes through p; what goes
+   through log p adds up to 0 over the vocabulary, so you may leave it out.) It never
    goes into the teacher's, even if they would take one.
-4. Behind the mask the logits may be anything, NaN too: neither the result nor the
-   gradient may notice. Nothing that you are given may be changed.
+4. Where the mask is false the logits may be anything, NaN too: neither the result nor
+   the gradient may notice. Nothing that you are given may be changed.
 5. Keep the dtype that you are given (no .float()): the grader works in float64, where a
    right result is right to nine digits.
+
+Write it with softmax, logarithms and sums: kl_reference and fused_kl of model.py are
+what you build, and are not there while it is graded. torch.distributions will not do:
+it computes probabilities first, and they round to 0.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.51083. KL(teacher || student) of
 the same two is 0.36806.
@@ -159,6 +164,15 @@ def reverse_kl(student_logits, teacher_logits, mask):
      "Or is a small number added"),
     ("a number", (("values).sum()", "values).sum().item()"),),
      "a Python number, which has no gradient"),
+    ("an empty row gets a token", (("    log_s = ", "    mask[:, 0] |= ~mask.any(1)\n"
+     "    log_s = "),), "reverse_kl changes mask"),
+    ("the project's own", """
+from model import kl_reference
+
+def reverse_kl(student_logits, teacher_logits, mask):
+    kl = kl_reference(student_logits[mask], teacher_logits[mask], "reverse")
+    return kl.sum()
+""", "model.kl_reference is what you build in e07"),
     ("changes the teacher", ((LOG_T, "torch.log_softmax(teacher_logits.detach()"
      ".masked_fill_(~mask[..., None], 0)[mask], -1)"),), "changes teacher_logits"),
 )  # fmt: skip
@@ -232,6 +246,8 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    not_with=("model.kl_reference", "model.fused_kl", "model.kl_rows_torch",
+              "model.chunked_kl", "extra.kl_surrogate", "sdft.compute_loss"),
     wire=(
         own_loss(f"""\
     from extra import reverse_kl

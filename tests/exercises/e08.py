@@ -4,25 +4,25 @@ from kit import Exercise
 from variants import own_loss
 
 SHEET = """
-The KL divergence is no distance: KL(student || teacher) and KL(teacher || student) are
+The KL divergence is not a distance: KL(student || teacher) and KL(teacher || student) are
 two numbers with two gradients. The paper writes the first (Eq. 1); its results were
 made with the second, its author says. So the project has both, and what lies between.
 Write kl_reference(student_logits, teacher_logits, kl) of model.py, from logits (..., V)
-to (...), one number in nats for each row, by the name kl:
+to (...): for each row of logits one number, in nats. The string kl says which:
 
     forward   KL(teacher || student) = sum_v t (log t - log s)          (the default)
     reverse   KL(student || teacher) = sum_v s (log s - log t)
     jsd       1/2 KL(teacher || m) + 1/2 KL(student || m),  m = (s + t) / 2
 
-s and t are the probabilities: softmax of the logits over V. The student comes first in
-the arguments, always; what is in front of the || is what kl says.
+s and t are the probabilities: softmax of the logits over V. The arguments are always
+student first, teacher second; which of them weighs the sum depends on kl alone.
 
 1. The gradient goes into the student's logits, never into the teacher's.
 2. Use log_softmax: logits of 1e4 give finite numbers. So must log m.
 3. A logit may be -inf in both (a token that nobody can say): it adds 0 to the value and
    gets 0 as its gradient, not nan. The constant LOG_ZERO is there for it.
 4. bfloat16 logits are turned into float32 before anything else; float64 stays float64.
-5. Shapes that differ and an unknown kl (the known ones are in KLS) are refused, by an
+5. fused_kl, chunked_kl and their rows are not there while it is graded. Shapes that differ and an unknown kl (the known ones are in KLS) are refused, by an
    assert. Nothing that you are given may be changed.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.36806 forward, 0.51083 reverse.
@@ -223,6 +223,8 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    not_with=("model.fused_kl", "model.kl_rows_torch", "model.chunked_kl",
+              "extra.reverse_kl", "extra.kl_surrogate", "sdft.compute_loss"),
     wire=(
         own_loss("""\
     from model import kl_reference, make_logits

@@ -20,7 +20,7 @@ k-th of teacher.parameters() belongs to the k-th of student.parameters().
    stays one tensor.
 2. The teacher never gets a gradient, and no graph of autograd may hang on it.
 3. The teacher has a memory of its own: when the student goes on, it stays.
-4. The student is not changed. The arithmetic is in the dtype of the parameters: float32
+4. The student is not changed, nor the mode of a model. The arithmetic is in the dtype of the parameters: float32
    in training ("critical!" says the docstring: in bfloat16 a step of .001 rounds to
    nothing), float64 in the grader. So no .float() and no .bfloat16().
 
@@ -116,6 +116,10 @@ def update_teacher(teacher, student, cfg):
      "the teacher shrinks"),
     ("the student's share comes on top", ((COPY, "t.add_(s, alpha=cfg.ema_rate)"),),
      "comes on top"),
+    ("gradients of the student for the teacher", ((COPY, COPY + "\n        t.grad = "
+     "s.grad"),), "has a gradient"),
+    ("teacher.train()", (("    for t, s in", "    teacher.train()\n    for t, s in"),),
+     "was in eval mode"),
     ("a rate of one's own", rate("0.001"), "take cfg.ema_rate"),
 )  # fmt: skip
 
@@ -180,4 +184,5 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    changes=("teacher", "student"),
 )

@@ -5,7 +5,11 @@ from kit import Exercise
 SHEET = """
 All parts in one place, once. Write sdft_step(student, teacher, optimizer, batch, u,
 tok, cfg) of extra.py: one update of SDFT, from model.py and data.py. (sdft.py holds the
-project's own, in pieces: look at it afterwards.)
+project's own, in pieces: look at it afterwards.) cfg.batch_size is that of a whole run
+and has no part in it.
+
+(compute_loss, get_responses and update_teacher of sdft.py are not there while it is
+graded.)
 
 1. The student writes a response to each prompt, sampled: generate(student, prompts,
    lengths, cfg.max_new_tokens, tok.end, u, cfg.temperature) gives response and mask,
@@ -27,7 +31,8 @@ project's own, in pieces: look at it afterwards.)
    each parameter, with cfg.ema_rate and the student after the step.
 
 Return (loss, response, mask), the loss as it was before the update and without a graph.
-Whoever calls you decides on dropout: leave both models in the mode they are in.
+The caller decides on dropout: compute the loss in the mode that each model is in, and
+leave it in that mode (generate switches dropout off for the response by itself).
 Micro-batches, cfg.kl and cfg.skip_first_tokens are not asked for.
 
 What to look at when it runs: print the responses (tok.decode) and the loss of each
@@ -157,7 +162,7 @@ MUTANTS = (
       ".sum(-1)")), "of the teacher has a gradient"),
     ("the graph is returned", (("loss.detach()", "loss"),), "still has its graph"),
     ("eval mode is left on", (("    optimizer.zero_grad()\n",
-     "    student.eval()\n    optimizer.zero_grad()\n"),), "in eval mode now"),
+     "    student.eval()\n    optimizer.zero_grad()\n"),), "is in eval mode"),
     ("the student is detached", (("(weight[mask] * kl)", "(weight[mask] * kl.detach() "
      "+ 0 * student_logits.sum(-1))"),), "does not move"),
     ("only the head learns", ((OF_STUDENT, f"{OF_STUDENT}.detach()"),),
@@ -288,6 +293,9 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    not_with=("sdft.compute_loss", "sdft.get_responses", "sdft.update_teacher",
+              "sdft.train"),
+    changes=("student", "teacher", "optimizer"),
     wire=(
         (
             "sdft.py",

@@ -13,7 +13,7 @@ extra.py between a dict and its file.
    beside the target (its name <name>.tmp.<digits>, which remove_temporary tidies up),
    bring it to the disk, give it the name, bring the name to the disk (sync_folder).
    keep: the file that is replaced stays as <name>.previous (keep_previous); from then
-   on there is a <name>.previous at every moment. If something raises OSError (a full
+   on there is a <name>.previous at every moment. There may be no file yet. If something raises OSError (a full
    disk): what was there stays, the temporary file goes, and an OSError that names the
    path is raised.
 2. read_checkpoint(path): the dict of write_checkpoint. Its file is one line, "sdft ",
@@ -62,8 +62,7 @@ Almost the code.
         os.replace(...)
         ...
     except OSError as error:
-        for left in (temporary, path.with_name(f"{temporary.name}0")):  # keep's, too
-            left.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} not written: {error.strerror}") from None
 
     head, _, content = path.read_bytes().partition(b"\\n")
@@ -145,13 +144,16 @@ def write_atomically(path, content, keep=False):
                 path.with_name(path.name + ".previous").unlink(missing_ok=True),
                 os.link(path, path.with_name(path.name + ".previous")))"""),),
      "there is no <name>.previous"),
+    ("no file yet", (("if keep and path.exists()", "if keep"),),
+     "into an empty folder"),
+    ("tensors go where they were", ((LOAD, LOAD.replace('map_location="cpu", ', "")),),
+     "Tensors come to the CPU"),
     ("never kept", ((KEEP, ""),), "not kept"),
     ("always kept", (("if keep and path", "if path"),), "made without keep"),
     ("error swallowed", (
         ("    except OSError as error:\n",
          "    except OSError as error:\n        return print(error)\n"),), "swallowed"),
-    ("rubbish stays", (("            left.unlink(missing_ok=True)\n",
-                        "            pass\n"),), "takes the space"),
+    ("rubbish stays", (("        temporary.unlink(missing_ok=True)\n", ""),), "takes the space"),
     ("the error names nothing", (('f"{path} not written: ', 'f"'),),
      "does not name the file"),
     ("no checksum", ((SUM, "False"),), "torch.load checks no sum"),
@@ -285,6 +287,7 @@ EXERCISE = Exercise(
     hints=HINTS,
     mutants=MUTANTS,
     rights=RIGHTS,
+    not_with=("train.write_file", "train.read_checkpoint"),
     wire=(
         (
             "train.py",

@@ -3,7 +3,7 @@
 from kit import Exercise
 
 SHEET = """
-(For those who are done.) Who writes the responses? If the teacher does (off-policy),
+(When you are done.) Who writes the responses? If the teacher does (off-policy),
 training is fast and ends lower; if the student does (SDFT), it is slow, and after one
 wrong token the two may agree on nonsense. One number lies between them: the student
 writes, but where it and the teacher are further apart than tau, the teacher writes the
@@ -20,17 +20,19 @@ Write speculative_responses(student, teacher, batch, tok, cfg, tau, step) of ext
 2. For t = 0 .. R - 1: the logits (B, V) of both models for token t, after the *same*
    response so far, divided by cfg.temperature. Per row: if KL(teacher || student) > tau
    (nats, over the whole vocabulary), the token is drawn from the teacher's
-   distribution, else from the student's, in both cases with sample_token and u[:, t].
+   distribution, else from the student's, in both cases by sample_token(logits, u[:, t]).
 3. A row has ended after tok.end. Return as generate does: response int64 (B, R'), mask
-   bool (B, R'), true up to and including the end; behind it stands tok.end; R' is the
-   longest response.
+   bool (B, R'), true up to and including the end; after it the response is filled with
+   tok.end. R' is the length of the longest response.
 
 No cache is needed: response_hidden(model, prompts, lengths, response[:, :t + 1], here)
-with `here` true in column t alone gives the (B, C) states that predict token t. Nothing
-drops out while they respond, and the modes (train, eval) are afterwards what they were.
+with `here` true in column t alone gives the (B, C) states that predict token t. Both
+respond without dropout, and afterwards their modes (train, eval) are what they were.
 
-What to look at when it runs: python tests/exercises/run.py mine --method sdft runs with
-tau 0.3; python tests/exercises/variants.py speculative --run --tau 1 needs no line of
+What to look at when it runs: python tests/exercises/run.py mine --only e17 --method
+sdft runs with tau 0.3. It reads the whole row again for each token, twice: a run takes
+half an hour more than the project's own ten minutes. (--only e11 trains plain SDFT, if
+both are in one folder; the variant below has a cache, and costs what SDFT does.) python tests/exercises/variants.py speculative --run --tau 1 needs no line of
 yours. Which tau learns fastest, which keeps most? Let your function print the mean KL
 of each t: where along the response do the two disagree, and does tau change that?
 """
@@ -165,6 +167,7 @@ from model import KVCache
 @torch.no_grad()
 def speculative_responses(student, teacher, batch, tok, cfg, tau, step):
     device, was = next(student.parameters()).device, student.training
+    drops, teacher.dropout = teacher.dropout, 0.0
     bare = data.pad_batch(data.student_prompt, batch, tok, device)
     shown = data.pad_batch(data.teacher_prompt, batch, tok, device)
     u = data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, step, device)
@@ -192,6 +195,7 @@ def speculative_responses(student, teacher, batch, tok, cfg, tau, step):
             for (m, _, n), cache in zip(both, caches)
         ]
     student.train(was)
+    teacher.dropout = drops
     response = torch.stack(columns, 1)
     return response, torch.arange(response.size(1)) < lengths[:, None]
 """,
@@ -208,7 +212,7 @@ EXERCISE = Exercise(
     difficulty=3,
     minutes=45,
     points=6,
-    run_time="in 3 seconds; the training job takes minutes",
+    run_time="in 3 seconds; the training job takes 40 minutes, see below",
     sheet=SHEET,
     hints=HINTS,
     mutants=MUTANTS,

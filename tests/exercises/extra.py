@@ -295,8 +295,10 @@ def keep_previous(path):
         os.link(path, spare)
     except (OSError, AttributeError):  # exFAT, Android, Google Drive have no links
         shutil.copyfile(path, spare)
-    os.replace(spare, path.with_name(f"{path.name}.previous"))
-    spare.unlink(missing_ok=True)  # to rename one of two names of a file does nothing
+    try:
+        os.replace(spare, path.with_name(f"{path.name}.previous"))
+    finally:  # to rename one of two names of a file does nothing
+        spare.unlink(missing_ok=True)
 
 
 def write_atomically(path, content, keep=False):
@@ -318,8 +320,7 @@ def write_atomically(path, content, keep=False):
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        for left in (temporary, path.with_name(f"{temporary.name}0")):
-            left.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise OSError(f"{path} not written: {error.strerror}") from None
 
 

@@ -5,17 +5,22 @@ wrong; test_eNN_*.py is its grader. What a student writes is put over the projec
 modules, one exercise at a time: an error in one exercise takes no points of another.
 """
 
+import __future__
 import ast
 import contextlib
+import copy
+import difflib
 import functools
 import hashlib
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
 import tempfile
 import textwrap
+import tokenize
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +28,7 @@ from pathlib import Path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from variants import FILES, HERE, ROOT, KitError, Modules, change, source
 
 for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
@@ -51,6 +57,9 @@ class Exercise:
     mutants: tuple
     rights: tuple  # (name, source): right, and not as the project has it
     wire: tuple = ()  # (file, old, new): puts the function into the training job
+    # what is absent while it is graded: "model.kl_reference", "torch._log_softmax"
+    not_with: tuple = ()
+    changes: tuple = ()  # arguments that the function is to change
     extra: bool = False  # for those who are done
 
     @property
@@ -98,103 +107,204 @@ def parse(text):
     return ast.parse(text)
 
 
+def lines_of(text):
+    """As Python counts them: neither a form feed nor U+2028 ends a line."""
+    return io.StringIO(text).readlines()
+
+
+def bound_names(node):
+    """The names that a statement makes in its module or class."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {(a.asname or a.name).split(".")[0] for a in node.names}
+    if isinstance(node, ast.Lambda | ast.comprehension):
+        return set()
+    if isinstance(node, ast.Name):
+        return {node.id} if isinstance(node.ctx, ast.Store) else set()
+    return set().union(*map(bound_names, ast.iter_child_nodes(node)))
+
+
 def find(tree, dotted):
-    """The node of a function, "name" or "Class.name", or None."""
+    """The statement that makes "name" or "Class.name", or None."""
     *outer, name = dotted.split(".")
     body = tree.body
     for each in outer:
         classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name == each]
         body = classes[0].body if classes else []
-    found = [n for n in body if isinstance(n, ast.FunctionDef) and n.name == name]
-    return found[-1] if found else None
+    return next((n for n in reversed(body) if name in bound_names(n)), None)
 
 
 def first_line(node):
     """Index of its first line, decorators included."""
-    return min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+    decorators = getattr(node, "decorator_list", ())
+    return min([node.lineno, *(d.lineno for d in decorators)]) - 1
 
 
 def function_source(text, dotted):
-    """The lines of a function, or None."""
+    """The lines of a function or class, or None."""
     node = find(parse(text), dotted)
     if node is None:
         return None
-    return "".join(text.splitlines(True)[first_line(node) : node.end_lineno])
+    return "".join(lines_of(text)[first_line(node) : node.end_lineno])
 
 
 def replace_function(text, dotted, new):
-    node = find(parse(text), dotted)
-    lines = text.splitlines(True)
+    node, lines = find(parse(text), dotted), lines_of(text)
     return "".join([*lines[: first_line(node)], new, *lines[node.end_lineno :]])
 
 
 def empty_function(text, dotted, message):
     """The text with the function's body gone: its signature, docstring and decorators
     stay, and every line around it."""
-    node, lines = find(parse(text), dotted), text.splitlines(True)
+    node, lines = find(parse(text), dotted), lines_of(text)
     first = node.body[0]
     start = first.lineno - 1
     if ast.get_docstring(node) is not None:
         start = first.end_lineno
-    if start < node.lineno:
-        raise KitError(f"{dotted} has its body on its first line", "use two lines")
     body = f'{" " * first.col_offset}raise NotImplementedError("{message}")\n'
     return "".join([*lines[:start], body, *lines[node.end_lineno :]])
 
 
-def shape_of(node):
-    """A function as text, without docstring, comments and layout."""
-    node = ast.parse(ast.unparse(node)).body[0]
-    if ast.get_docstring(node) is not None:
-        node.body = node.body[1:]
+def shape_of(node, names=True):
+    """A statement without docstrings, comments and layout; names=False: also without
+    `pass` and annotations, and with numbers for the names of variables."""
+    node, known = ast.parse(ast.unparse(node)).body[0], {}
+    for each in ast.walk(node):
+        if isinstance(each, ast.FunctionDef | ast.ClassDef):
+            each.body = each.body[ast.get_docstring(each) is not None :]
+        if names:
+            continue
+        if isinstance(getattr(each, "body", None), list):
+            each.body = [x for x in each.body if not isinstance(x, ast.Pass)]
+        if isinstance(each, ast.arg):
+            each.annotation = None
+            each.arg = known.setdefault(each.arg, f"x{len(known)}")
+        elif isinstance(each, ast.Name):
+            each.id = known.setdefault(each.id, f"x{len(known)}")
     return ast.dump(node)
 
 
 def is_stub(node):
     """Does it still hold our NotImplementedError, and nothing else?"""
+    if not isinstance(node, ast.FunctionDef):
+        return False
     body = node.body[ast.get_docstring(node) is not None :]
     call = body[0].exc if len(body) == 1 and isinstance(body[0], ast.Raise) else None
-    name = getattr(getattr(call, "func", call), "id", "")
-    return name == "NotImplementedError"
-
-
-def bound_names(node):
-    """The names that a statement of a module makes."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return {node.name}
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        return {(a.asname or a.name).split(".")[0] for a in node.names}
-    if isinstance(node, ast.Assign | ast.AnnAssign):
-        return {n.id for n in ast.walk(node) if isinstance(n, ast.Name)
-                and isinstance(n.ctx, ast.Store)}  # fmt: skip
-    return set()
+    return getattr(getattr(call, "func", call), "id", "") == "NotImplementedError"
 
 
 # ---- A student's code over the project's -------------------------------------------
+
+MAX_BYTES = 10**6  # of a file
+# a file that has this is a copy of the project's: make.py never writes it
+LANDMARKS = {"model.py": "GPT", "data.py": "Tokenizer", "sft.py": "get_lr",
+             "sdft.py": "get_lr", "extra.py": "write_checkpoint", "train.py": "main"}  # fmt: skip
+OF_GRADERS = re.compile(r"(oracles|kit|variants|grade|make|run|e\d\d|test_e\d\d\w*)$")
+
+
+def read_text(path):
+    """A student's file: UTF-8 with a BOM or without, what its first lines say, UTF-16,
+    or what an old Windows editor writes; any ends of lines."""
+    raw = path.read_bytes()
+    if len(raw) > MAX_BYTES:
+        raise KitError(f"{path} has {len(raw):,} bytes, more than {MAX_BYTES:,}: it is "
+                       "not read", "keep the functions in it, nothing else")  # fmt: skip
+    try:
+        wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
+        line = io.BytesIO(raw).readline
+        text = raw.decode("utf-16" if wide else tokenize.detect_encoding(line)[0])
+    except (SyntaxError, UnicodeDecodeError):
+        text = raw.decode("cp1252", "replace")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def files_of(folder):
+    """{file name: path} of a student's files, in the folder or at most three below it;
+    a copy of the project beside them does not count."""
+    untouched = {}
+    for depth in range(4):
+        places = {}
+        for path in sorted(folder.glob("*/" * depth + "*.py")):
+            hidden = any(p[0] in "._" for p in path.relative_to(folder).parts)
+            if path.name in FILES and not hidden:
+                places.setdefault(path.parent, {})[path.name] = path
+        own = [p for p, files in places.items() if any(
+               read_text(path) != source(name) for name, path in files.items())]  # fmt: skip
+        if len(own) > 1:
+            found = ", ".join(map(str, own))
+            raise KitError(f"several folders with exercises: {found}", "name one")
+        if own:
+            return places[own[0]]
+        untouched = untouched or next(iter(places.values()), {})
+    return untouched
+
+
+class Names(dict):
+    """The global names of a student's code. What is not the student's own is looked up
+    in the project's module at that moment: a grader may have changed it."""
+
+    def __init__(self, module, path):
+        own_import = module.__builtins__["__import__"]
+
+        def guarded(name, *args):
+            if OF_GRADERS.match(name):
+                raise ImportError(f"{name} is not there for a solution")
+            own = name == module.__name__.split("_")[0]  # this file
+            return module if own else own_import(name, *args)
+
+        tools = {**module.__builtins__, "__import__": guarded}
+        super().__init__(__builtins__=tools, __name__=module.__name__, __file__=path)
+        self.module, self.failed = module, {}
+
+    def __missing__(self, name):
+        if name in self.failed:
+            raise NameError(self.failed[name])
+        return vars(self.module)[name]
+
+    def run(self, nodes):
+        """One statement after the other: one that fails harms who uses its names."""
+        flags, path = 0, self["__file__"]
+        for node in nodes:
+            if isinstance(node, ast.ImportFrom) and node.module == "__future__":
+                for name in bound_names(node):
+                    flags |= getattr(__future__, name).compiler_flag
+            # the body of a class asks the dictionary itself
+            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+            used = {n: x for n, x in vars(self.module).items() if n in used - set(self)}
+            self.update(used)
+            try:
+                tree = ast.Module([node], type_ignores=[])
+                exec(compile(tree, path, "exec", flags, True), self)
+            except (Exception, SystemExit) as error:
+                why = f"{path}:{node.lineno} ended with {type(error).__name__}: {error}"
+                self.failed |= {n: f"{n} is not there: {why}" for n in bound_names(node)}
+            for name, x in used.items():
+                if self[name] is x:
+                    del self[name]
 
 
 class Work:
     """What a student has written: {file name: (path, text)} of a folder, or of texts.
 
-    Of a file, the functions of an exercise are taken, and what they may need that the
-    project's file does not have: new functions, classes, imports and constants. All
-    else in it, and every statement that only does something, is left where it is.
+    Of a file, what an exercise asks for is taken, whatever statement makes it, and all
+    statements that make names of the student's own. What only does something (prints,
+    calls) is left where it is.
     """
 
-    def __init__(self, files):
-        self.files, self.trees = {}, {}
+    def __init__(self, files, others=""):
+        self.files, self.others, self.trees, self.errors = files, others, {}, {}
         for file, (path, text) in files.items():
             try:
-                tree = parse(text)
-            except SyntaxError as error:
-                at = f"{path}:{error.lineno}:{error.offset}"
-                line = f"line {error.lineno}, `{(error.text or '').strip()}`"
-                raise KitError(
-                    f"{at}: {error.msg}",
-                    f"Python cannot read {line}, or the line above: mend it and run "
-                    "again",
-                ) from None
-            self.files[file], self.trees[file] = (path, text), tree
+                self.trees[file] = parse(text)
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+                line, shown = getattr(error, "lineno", 1), getattr(error, "text", "")
+                at = f"{path}:{line}:{getattr(error, 'offset', 1)}"
+                self.errors[file] = KitError(
+                    f"{at}: {getattr(error, 'msg', error)}",
+                    f"Python cannot read line {line}, `{(shown or '').strip()}`, or "
+                    "the line above: mend it and run again",
+                )
 
     @classmethod
     def of_folder(cls, folder, ids="e05"):
@@ -205,19 +315,30 @@ class Work:
                 f"{folder}: no such folder",
                 f"python tests/exercises/make.py {ids} --to {folder} makes it",
             )
-        found = [folder / file for file in FILES if (folder / file).is_file()]
-        return cls({p.name: (str(p), p.read_text(encoding="utf-8")) for p in found})
+        paths = files_of(folder)
+        others = sorted(p.name for p in folder.iterdir() if p.name not in paths)
+        files = {name: (str(p), read_text(p)) for name, p in paths.items()}
+        return cls(files, ", ".join(others[:6]))
 
     def state_of(self, file, name):
-        """Of one function: "missing", "stub", "project" (its own text) or "written"."""
+        """Of one function: "missing", "stub", "project" (untouched, in a copy of the
+        project's file) or "written". Raises KitError for a file that is no Python."""
+        if file in self.errors:
+            raise self.errors[file]
         tree = self.trees.get(file)
         node = find(tree, name) if tree else None
-        if node is None:
-            return "missing"
-        if is_stub(node):
-            return "stub"
-        same = shape_of(node) == shape_of(find(parse(source(file)), name))
-        return "project" if same else "written"
+        if node is None or is_stub(node):
+            return "stub" if node else "missing"
+        untouched = find(tree, LANDMARKS[file]) and self.is_copy(file, name)
+        return "project" if untouched else "written"
+
+    def is_copy(self, file, name, names=True):
+        """Is a function the project's own? names=False: but for its names, `pass` and
+        annotations; a short one never is, everybody would write it so."""
+        own = find(parse(source(file)), name)
+        long = sum(isinstance(n, ast.stmt) for n in ast.walk(own)) > 5
+        same = shape_of(find(self.trees[file], name), names) == shape_of(own, names)
+        return same and (names or long)
 
     def is_empty(self, ex):
         """Is each of its functions a stub or missing?"""
@@ -232,48 +353,179 @@ class Work:
         order = ("missing", "stub", "written", "project")
         return next(state for state in order if state in states)
 
+    def instead(self, ex):
+        """Of an exercise that is missing: what is not there, and what is."""
+        for file, name in (function.split() for function in ex.functions):
+            if self.state_of(file, name) != "missing":
+                continue
+            last, made = name.split(".")[-1], {}
+            for where, tree in self.trees.items():
+                for node in ast.walk(tree):
+                    plain = isinstance(node, ast.stmt) and not isinstance(
+                        node, ast.Import | ast.ImportFrom)  # fmt: skip
+                    for n in bound_names(node) if plain else ():
+                        text = f"; line {node.lineno} of {where} makes {n}"
+                        made.setdefault(n, text)
+            lower = {n.lower(): n for n in made}
+            near = difflib.get_close_matches(last.lower(), lower, 1, 0.8)
+            there = made[lower[near[0]]] if near else ""
+            if file in self.files:
+                return f"{file} has no `{last}` at its top level{there}"
+            return f"no {file}{there or f', but {self.others}' * bool(self.others)}"
+
     def taken(self, exs, file):
-        """The statements that are taken from a file, and (class name, functions)."""
-        if file not in self.trees:
-            return [], {}
-        has = set().union(*(bound_names(n) for n in parse(source(file)).body))
-        wanted = [name for ex in exs for name in ex.names_in(file)]
-        methods = {}
-        for name in wanted:
-            if "." in name and (node := find(self.trees[file], name)) is not None:
-                methods.setdefault(name.split(".")[0], []).append(node)
-        # names that any exercise asks for, and this one does not, are not a helper
-        asked = {name for ex in exercises().values() for name in ex.names_in(file)}
-        statements = []
+        """The statements that are taken from a file, and those of classes, by class."""
+        own, wanted = parse(source(file)), {n for ex in exs for n in ex.names_in(file)}
+        has = {n: node for node in own.body for n in bound_names(node)}
+        asked = {n for ex in exercises().values() for n in ex.names_in(file)} - wanted
+        shapes = {shape_of(node) for node in own.body}
+        statements, classes = [], {}
         for node in self.trees[file].body:
             names = bound_names(node)
-            if names & set(wanted) or (names - has and not names & asked):
+            methods = {n.split(".")[1] for n in wanted
+                       if "." in n and n.split(".")[0] in names}  # fmt: skip
+            if methods:
+                theirs = {n for x in has[node.name].body for n in bound_names(x)}
+                classes[node.name] = [n for n in node.body if bound_names(n) & methods
+                                      or bound_names(n) - theirs]  # fmt: skip
+                continue
+            # of another exercise, or a helper with its name?
+            another = isinstance(node, ast.FunctionDef) and node.name in asked and (
+                is_stub(node) or ast.dump(node.args) == ast.dump(has[node.name].args)
+            )
+            untouched = not names & wanted and shape_of(node) in shapes
+            if names and not another and not untouched:
                 statements.append(node)
-        return statements, methods
+        return statements, classes
 
-    def put_over(self, exs, file, module):
-        """Run what is taken from a file in the module, at the student's own lines."""
-        statements, methods = self.taken(exs, file)
-        path = self.files[file][0] if file in self.files else file
-        namespace = vars(module)
-
-        def run(nodes):
-            tree = ast.Module(nodes, type_ignores=[])
-            exec(compile(tree, path, "exec"), namespace)
-
-        run(statements)
-        for name, nodes in methods.items():
-            kept = namespace[name]
-            for node in nodes:
-                run([node])
-                function = namespace.pop(node.name)
-                setattr(kept, node.name, function)
+    def put_over(self, exs, file, module, graded=None):
+        """Run what is taken from a file, at the student's own lines, and put what the
+        exercises ask for into the module. graded: the exercise that is graded, if one
+        is."""
+        for name in graded.not_with if graded else ():
+            where, _, function = name.partition(".")
+            if where == file.removesuffix(".py"):
+                setattr(module, function, absent(graded, name))
+        if file not in self.trees:
+            return
+        statements, classes = self.taken(exs, file)
+        space = Names(module, self.files[file][0])
+        space.run(statements)
+        for name in [n for ex in exs for n in ex.names_in(file) if "." not in n]:
+            if name in space.failed:
+                setattr(module, name, functools.partial(space.__missing__, name))
+            elif name in space:
+                one = space[name]
+                own = vars(module)[name]
+                setattr(module, name, watched(graded, one, own) if graded else one)
+        for name, nodes in classes.items():
+            made = ast.parse(f"class {name}: pass").body[0]
+            made.body = nodes
+            space.run([made])
+            for key in set().union(*map(bound_names, nodes)):
+                setattr(vars(module)[name], key, vars(space[name])[key])
+            del space[name]
 
     def modules(self, exs, changes=()):
-        """The project's modules with this work in them, for one or more exercises."""
-        exs = [exs] if isinstance(exs, Exercise) else list(exs)
-        after = functools.partial(self.put_over, exs)
+        """The project's modules with this work in them: one exercise, to be graded, or
+        a list of them, to be run."""
+        graded = exs if isinstance(exs, Exercise) else None
+        exs = [exs] if graded else list(exs)
+        after = functools.partial(self.put_over, exs, graded=graded)
         return Modules(changes, after=after)
+
+
+# ---- A function while it is graded -------------------------------------------------
+
+
+def absent(ex, name):
+    """Stands in the place of what an exercise is about."""
+
+    def call(*args, **kwargs):
+        raise AssertionError(f"{name} is what you build in {ex.id}: write it yourself")
+
+    return call
+
+
+class NotWith(TorchDispatchMode):
+    """Sees what torch computes inside, by whatever name it was called."""
+
+    def __init__(self, ex):
+        super().__init__()
+        self.ex = ex
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.replace("aten::", "torch.")
+        if name in self.ex.not_with:
+            absent(self.ex, name.replace("._", "."))()
+        return func(*args, **(kwargs or {}))
+
+
+def picture(x, whole=True):
+    """What can be compared later, of an argument. whole=False: of a model, its modes."""
+    if isinstance(x, torch.nn.Module):
+        found = [(p, p.requires_grad, p.grad) for p in x.parameters()] if whole else []
+        return [m.training for m in x.modules()], picture(found)
+    if isinstance(x, list | tuple):
+        return [picture(each) for each in x]
+    if torch.is_tensor(x):
+        return x.detach().clone()
+    plain = isinstance(x, dict) or hasattr(x, "__dataclass_fields__")
+    return copy.deepcopy(x) if plain else None
+
+
+def same(a, b):
+    """Of two pictures; NaN is NaN."""
+    if torch.is_tensor(a) and torch.is_tensor(b):
+        return a.shape == b.shape and bool(((a == b) | (a != a) & (b != b)).all())
+    if isinstance(a, list | tuple) and len(a) == len(b):
+        return all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def watched(ex, function, own):
+    """A student's function, and after each call a look at what it was given: no truth
+    may come from what was changed, and who calls decides on dropout."""
+    names, title = list(inspect.signature(own).parameters), own.__name__
+    sees_torch = any(name.startswith("torch.") for name in ex.not_with)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        before = {n: picture(x, n not in ex.changes) for n, x in given.items()}
+        models = {n: x for n, x in given.items() if isinstance(x, torch.nn.Module)}
+        modes, hooks = {n: x.training for n, x in models.items()}, []
+
+        def look(name, x, *_):
+            assert x.training == modes[name] or not torch.is_grad_enabled(), (
+                f"{title} computes what it trains with the {name} in "
+                f"{MODE[x.training]} mode, it was given in {MODE[modes[name]]} mode: "
+                "who calls decides on dropout"
+            )
+
+        for name, x in models.items():
+            see = functools.partial(look, name, x)
+            hooks.append(x.h[0].register_forward_pre_hook(see))
+        try:
+            with NotWith(ex) if sees_torch else contextlib.nullcontext():
+                result = function(*args, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, x in given.items():
+            now = picture(x, name not in ex.changes)
+            assert name not in models or now[0] == before[name][0], (
+                f"the {name} was in {MODE[modes[name]]} mode, and is in "
+                f"{MODE[x.training]} mode after {title}: leave it as it is"
+            )
+            changed = name not in ex.changes and not same(now, before[name])
+            assert not changed, f"{title} changes {name}: work on a copy"
+        return result
+
+    return call
+
+
+MODE = {True: "train", False: "eval"}
 
 
 def work_of(ex, changes):
@@ -349,28 +601,26 @@ def results(ex, impl, seed=0):
 
 def explain(error, ex):
     """What a student should read of a failure, without the hint line."""
-    if isinstance(error, AssertionError):
+    frames = traceback.extract_tb(error.__traceback__)
+    last = Path(frames[-1].filename).name if frames else ""
+    if isinstance(error, AssertionError) and OF_GRADERS.match(last.removesuffix(".py")):
         text = str(error).split("\nassert ")[0]  # pytest adds what it saw
-        lines = [textwrap.fill(line, 88) for line in text.splitlines()]
-        return "\n".join(lines) or "an assert without a message"
+        return "\n".join(textwrap.fill(line, 88) for line in text.splitlines())
     kind = type(error).__name__
     if isinstance(error, NotImplementedError) and str(error).startswith(f"{ex.id}:"):
         return f"not written yet: {error}"
-    frames = traceback.extract_tb(error.__traceback__)
     ours = {str(path / file) for file, path in FILES.items()} | {torch.__file__}
     theirs = [
-        f for f in frames
-        if Path(f.filename).name in FILES or f.filename.startswith("<")
-    ]  # fmt: skip
-    lines = [
-        f"  {f.filename}:{f.lineno}, in {f.name}: {f.line or ''}".rstrip()
-        for f in theirs if f.filename not in ours
-    ] or [f"  {f.filename}:{f.lineno}, in {f.name}: {f.line}" for f in frames[-2:]]
+        f for f in frames if f.filename not in ours
+        and (Path(f.filename).name in FILES or f.filename.startswith("<"))
+    ] or frames[-2:]  # fmt: skip
+    lines = [f"  {f.filename}:{f.lineno}, in {f.name}: {f.line or ''}".rstrip()
+             for f in theirs]  # fmt: skip
     if isinstance(error, RuntimeError) and re.search(
         r"\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", str(error), re.I | re.S
     ):
         lines.append(f"float32 meets float64. {KEEP}")
-    return "\n".join([f"it ended with {kind}: {error}", *lines])
+    return "\n".join([f"it ended with {kind}: {error}".rstrip(": "), *lines])
 
 
 # ---- What graders use --------------------------------------------------------------
@@ -469,17 +719,26 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
         assert same or not is_close(yours, value, max(tolerance, 1e-7)), message
     if not yours.isfinite().all() and truth.isfinite().all():
         raise AssertionError(f"{what} is not finite: {short(yours)}")
-    far = (yours.detach().double() - truth.double()).abs().max().item()
+    far = (yours.detach().double() - truth.double()).abs()
     rounded = tolerance <= 1e-7 and rounds_to_float32(yours, truth)
-    digits = 10 if rounded else 6
+    digits, where = 10 if rounded else 6, far.max().item()
     text = f"{what} is {short(yours, digits)}, it should be {short(truth, digits)}: "
+    if yours.numel() > SHOWN:
+        bad = (far > tolerance * (1 + truth.abs())).nonzero().tolist()
+        at = tuple(bad[0] if bad else ())
+        text = (
+            f"{what}, {tuple(yours.shape)}, has {len(bad)} numbers that differ, the "
+            f"first at {list(at)}: {short(yours[at], digits)}, it should be "
+            f"{short(truth[at], digits)}: "
+        )
     if rounded:
         wide = not torch.equal(yours.double(), yours.float().double())
         more = ". Or is a small number added, such as 1e-8?" if wide else ""
-        raise AssertionError(f"{text}up to {far:.2g} away. {FLOAT32}{more}")
-    raise AssertionError(f"{text}up to {far:.2g} away")
+        raise AssertionError(f"{text}up to {where:.2g} away. {FLOAT32}{more}")
+    raise AssertionError(f"{text}up to {where:.2g} away")
 
 
+SHOWN = 6
 KEEP = (
     "The grader gives you float64. Keep the dtype you are given (no .float(), no "
     "torch.zeros without dtype=)"
@@ -498,5 +757,5 @@ def short(x, digits=6):
     x = torch.as_tensor(x).detach()
     if x.numel() == 1:
         return f"{x.item():.{digits}g}"
-    values = ", ".join(f"{v:.{max(4, digits - 2)}g}" for v in x.flatten()[:6].tolist())
-    return f"[{values}{', ...' if x.numel() > 6 else ''}]"
+    values = ", ".join(f"{v:.{max(4, digits - 2)}g}" for v in x.flatten()[:SHOWN].tolist())
+    return f"[{values}{', ...' if x.numel() > SHOWN else ''}]"

@@ -1,8 +1,10 @@
-"""Begin an exercise, read its sheet, get a hint.
+"""Begin an exercise, read its sheet, get a hint, see where you stand.
 
-    python tests/exercises/make.py --list
+    python tests/exercises/make.py --list             # all exercises
+    python tests/exercises/make.py --list mine        # done, failing, not begun
+    python tests/exercises/make.py --watch mine       # the same again on every save
     python tests/exercises/make.py e05                # the sheet
-    python tests/exercises/make.py e05 --to mine      # the file, one function emptied
+    python tests/exercises/make.py e05 --to mine      # its file, one function emptied
     python tests/exercises/make.py e05 e08 --to mine  # several in one folder
     python tests/exercises/make.py e05 --hint 1       # direction; 2: plan; 3: almost it
 """
@@ -10,6 +12,8 @@
 import argparse
 import ast
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 from kit import (
@@ -17,25 +21,62 @@ from kit import (
     empty_function,
     exercise,
     exercises,
+    explain,
+    files_of,
     find,
-    first_line,
     function_source,
-    is_stub,
+    read_text,
     replace_function,
+    results,
 )
 from variants import KitError, Parser, guarded, source
 
 
-def show_list():
-    minutes = 0
+def stand(work, ex):
+    """In a line where a student stands with an exercise, and what the first failing
+    test says."""
+    try:
+        state = work.state(ex)
+    except KitError as error:
+        return "failing", f"{error}"
+    if state != "written":
+        return {"stub": "begun", "project": "untouched"}.get(state, "not begun"), ""
+    with closing(work.modules(ex)) as modules:
+        found = [error for _, error in results(ex, modules)]
+    wrong = [error for error in found if error is not None]
+    if not wrong:
+        return "done", ""
+    return f"failing: {len(wrong)} of {len(found)} tests", explain(wrong[0], ex)
+
+
+def show_list(folder=""):
+    work, minutes = Work.of_folder(folder) if folder else None, 0
     for ex in exercises().values():
         stars = "*" * ex.difficulty
         more = " (when you are done)" if ex.extra else ""
+        where = f"  {stand(work, ex)[0]}" if folder else more
         print(f"{ex.id}  {stars:5s} {ex.minutes:3d} min  {ex.points:2d} points  "
-              f"{ex.title}{more}")
+              f"{ex.title}{where}", flush=True)
         minutes += ex.minutes
     print(f"{len(exercises())} exercises, {minutes / 60:.0f} hours in all; the order "
           "is a path, see README.md")
+
+
+def watch(folder):
+    """Grade what has changed, on every save, until Ctrl-C."""
+    before, said = {}, {}
+    print(f"watching {folder}; Ctrl-C ends it", flush=True)
+    while True:
+        times = {n: p.stat().st_mtime_ns for n, p in files_of(Path(folder)).items()}
+        changed = {name for name in times if times[name] != before.get(name)}
+        before, work = times, Work.of_folder(folder) if changed else None
+        for ex in exercises().values() if changed else ():
+            if changed.intersection(ex.files):
+                now = stand(work, ex)
+                if now != said.get(ex.id) and now[0] not in ("not begun", "untouched"):
+                    print(f"{ex.id}: {': '.join(filter(None, now))}", flush=True)
+                said[ex.id] = now
+        time.sleep(0.5)
 
 
 def show_sheet(ex):
@@ -48,34 +89,28 @@ def show_sheet(ex):
     print(ex.sheet.strip())
 
 
-def definitions(text):
-    """{name: source} of the functions and classes of a file."""
-    lines, found = text.splitlines(True), {}
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            found[node.name] = "".join(lines[first_line(node) : node.end_lineno])
-    return found
+def bare_file(file, exs):
+    """A new file: the imports of the project's, but for what is asked for."""
+    title = f'"""Your part of {file}. All other names of {file} can be used in it."""'
+    banned = {name.split(".")[-1] for ex in exs for name in ex.not_with}
+    lines = [title, ""]
+    for node in ast.parse(source(file)).body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            node.names = [a for a in node.names if a.name not in banned]
+            lines += [ast.unparse(node)] if node.names else []
+    return "\n".join(lines) + "\n"
 
 
-def bare_file(file):
-    """The project's text of a file; of extra.py, which holds nothing but solutions,
-    what stands above the first of them."""
-    text = source(file)
-    if file == "extra.py":
-        for part in definitions(text).values():
-            text = text.replace(part, "")
-        text = text.strip("\n") + "\n"
-    return text
-
-
-def with_helpers(text, name):
-    """A function of extra.py, behind those helpers of it that the text lacks."""
-    own, parts = definitions(source("extra.py")), [name]
-    for part in parts:
-        used = {n.id for n in ast.walk(ast.parse(own[part])) if isinstance(n, ast.Name)}
-        parts += [n for n in own if n in used and n not in parts]
-    has = definitions(text)
-    return "\n\n".join(own[n] for n in reversed(parts) if n not in has)
+def with_helpers(text, file, name):
+    """A function or class of the project, behind those helpers of extra.py that the
+    text lacks."""
+    own, parts = ast.parse(source(file)), [name]
+    made = {n.name for n in own.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+    for part in parts if file == "extra.py" else ():
+        used = {n.id for n in ast.walk(find(own, part)) if isinstance(n, ast.Name)}
+        parts += sorted(used & made - set(parts))
+    lacks = [n for n in reversed(parts) if find(ast.parse(text), n) is None]
+    return "\n\n".join(function_source(source(file), n) for n in lacks)
 
 
 def message_of(ex, name):
@@ -85,27 +120,28 @@ def message_of(ex, name):
 def begin(exs, folder, force):
     """The files of these exercises with their functions emptied, {path: text}. Reads,
     writes nothing. Raises KitError if a function that was written would be lost."""
-    texts, emptied = {}, []
+    texts, emptied, fresh = {}, [], set()
+    there = files_of(folder) if folder.is_dir() else {}
     for ex in exs:
         for function in ex.functions:
             file, name = function.split()
-            path = folder / file
+            path = there.get(file, folder / file)
             if path not in texts:
-                texts[path] = bare_file(file)
-                if path.is_file():
-                    Work.of_folder(folder)  # can it be read?
-                    texts[path] = path.read_text(encoding="utf-8")
+                texts[path] = read_text(path) if file in there else bare_file(file, exs)
             text, own = texts[path], function_source(source(file), name)
-            node = find(ast.parse(text), name)
-            if node is None and "." not in name:
-                text = f"{text.rstrip()}\n\n\n{with_helpers(text, name)}"
-            elif node is None:
+            work = Work({file: (str(path), text)})
+            state = work.state_of(file, name)
+            outer = name.split(".")[0]
+            if state == "missing" and find(work.trees[file], outer) is None:
+                text = f"{text.rstrip()}\n\n\n{with_helpers(text, file, outer)}"
+                fresh.add(outer)
+            elif state == "missing":
                 raise KitError(f"{path} has no {name}", "delete the file, begin again")
-            elif is_stub(node) and not force:
+            elif state == "stub" and not force:
                 continue
             elif force:
                 text = replace_function(text, name, own)
-            elif Work({file: (str(path), text)}).state_of(file, name) != "project":
+            elif state == "written" and outer not in fresh:
                 raise KitError(
                     f"{path} holds a {name} of yours; nothing was written",
                     "--force begins it again",
@@ -121,13 +157,20 @@ def main(argv):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("ids", nargs="*", help="exercises: e01, e02, ...")
-    parser.add_argument("--list", action="store_true", help="all exercises")
+    parser.add_argument("--list", nargs="?", const="", metavar="FOLDER", help="all of "
+                        "them; where you stand in a folder")
+    parser.add_argument("--watch", metavar="FOLDER", help="grade it on every save")
     parser.add_argument("--to", metavar="FOLDER", help="write the file to fill in here")
     parser.add_argument("--force", action="store_true", help="begin again")
     parser.add_argument("--hint", type=int, choices=(1, 2, 3))
     args = parser.parse_args(argv)
-    if args.list or not args.ids:
-        show_list()
+    if args.watch:
+        try:
+            watch(args.watch)
+        except KeyboardInterrupt:
+            return 0
+    if args.list is not None or not args.ids:
+        show_list(args.list)
         return 0
     exs = [exercise(name) for name in args.ids]
     if args.hint:

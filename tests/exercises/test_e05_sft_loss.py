@@ -151,6 +151,17 @@ def test_a_response_of_which_nothing_counts_adds_zero(impl, rng):
             "the loss of a batch with an empty response")  # fmt: skip
 
 
+def test_the_mode_of_the_student_is_the_callers(impl, rng):
+    """What it computes in which mode, and what the mode is afterwards, is looked at in
+    every call; here is a student that would drop something out, if it were not for
+    eval()."""
+    args = setting(impl, rng, [2, 3], batch_size=5)
+    student, batch, response, mask, tok, cfg = args
+    truth = -mean(log_likelihoods(impl, student, batch, response, tok), mask, 5)
+    student.eval().dropout = 0.5
+    compare(loss_of(impl, *args), truth, what="the loss in eval mode, with dropout,")
+
+
 def test_the_gradient_is_that_of_the_loss(impl, rng):
     args = setting(impl, rng, [2, 4])
     student, batch, response, mask, tok, cfg = args

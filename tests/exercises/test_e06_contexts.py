@@ -121,7 +121,8 @@ def test_a_prompt_of_one_token(impl, rng):
 
 
 def test_rows_with_prompts_of_several_lengths(impl, rng):
-    check(impl, setting(impl, rng, [2, 6, 1, 4], 3), "the states of a ragged batch")
+    args = setting(impl, rng, [2, 6, 1, 4], 3)
+    check(impl, args, "the states of rows with prompts of several lengths")
 
 
 def test_tokens_that_are_not_wanted_are_left_out_and_still_read(impl, rng):
@@ -152,6 +153,14 @@ def test_student_and_teacher_predict_the_same_tokens(impl, rng):
             )
 
 
+@torch.no_grad()
+def test_the_mode_of_the_model_is_the_callers(impl, rng):
+    """It is looked at in every call; here is a model with dropout in eval mode."""
+    args = setting(impl, rng, [2, 3], 2)
+    args[0].eval().dropout = 0.5
+    check(impl, args, "the states of a model in eval mode, with dropout,")
+
+
 def test_a_gradient_reaches_the_model(impl, rng):
     args = setting(impl, rng, [2, 3], 2)
     yours = impl.model.response_hidden(*args)
@@ -170,6 +179,11 @@ def test_exactly_block_size_tokens_fit_and_one_more_is_refused(impl, rng):
         impl.model.response_hidden(model, prompts, lengths, response, mask)
     except ValueError:
         pass
+    except (RuntimeError, IndexError, AssertionError) as error:
+        raise AssertionError(
+            f"17 tokens are more than a block_size of 16, and yours raises "
+            f"{type(error).__name__}: ValueError is asked ({error})"
+        ) from None
     else:
         raise AssertionError(
             "12 tokens of a prompt and 5 of a response are more than a block_size of "

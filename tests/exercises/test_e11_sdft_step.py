@@ -6,6 +6,7 @@ without a cache. Spies see what the models read, and when the optimizer steps.
 
 import copy
 import functools
+import itertools
 from dataclasses import replace
 
 import oracles
@@ -62,8 +63,8 @@ def setting(impl, rng, size, max_new_tokens, **changes):
     ]
     u = torch.rand(size, max_new_tokens, generator=rng)
     cfg = impl.sdft.Config(**{
-        "batch_size": size, "max_new_tokens": max_new_tokens, "temperature": 0.7,
-        "ema_rate": 0.25, "grad_clip": 1e9, **changes,
+        "batch_size": 4 * size + 3, "max_new_tokens": max_new_tokens,
+        "temperature": 0.7, "ema_rate": 0.25, "grad_clip": 1e9, **changes,
     })  # fmt: skip
     return student, teacher, Spy(student, teacher), batch, u, tok, cfg
 
@@ -185,6 +186,9 @@ def mistakes_of_loss(impl, student, teacher, batch, responses, tok, cfg, after):
                 true_loss(*args, mean=False),
             "the loss of yours is a sum over the batch, not its mean":
                 true_loss(*args, divide=1),
+            "the loss of yours is divided by cfg.batch_size: here it is the mean over "
+            "the responses that you are given, B":
+                true_loss(*args, divide=cfg.batch_size),
             "each token of yours is predicted from the state at the token itself, not "
             "from the one before it": true_loss(*args, shift=1),
             "the loss of yours is the mean over all tokens of the batch: a long "
@@ -209,7 +213,7 @@ def test_one_token_of_one_example(impl, rng):
 
 
 def test_a_batch_of_several_lengths(impl, rng):
-    student, teacher, optimizer, batch, u, tok, cfg = setting(impl, rng, 4, 4)
+    student, teacher, optimizer, batch, u, tok, cfg = setting(impl, rng, 4, 5)
     u[0, 0], u[1] = 1 - 1e-9, 0.0  # one response ends at once, another one never
     before = copy.deepcopy(student), copy.deepcopy(teacher)
     loss, responses = step(impl, student, teacher, optimizer, batch, u, tok, cfg)
@@ -223,7 +227,7 @@ def holds(row, part):
 
 
 def test_what_student_and_teacher_read(impl, rng):
-    student, teacher, optimizer, batch, u, tok, cfg = setting(impl, rng, 3, 3)
+    student, teacher, optimizer, batch, u, tok, cfg = setting(impl, rng, 3, 4)
     read = oracles.record_tokens(student), oracles.record_tokens(teacher)
     step(impl, student, teacher, optimizer, batch, u, tok, cfg)
     by_student, by_teacher = ([row for x in xs for row in x.tolist()] for xs in read)
@@ -273,7 +277,7 @@ def check_student(student, before, grads, more=()):
 
 
 def test_the_student_takes_one_step_down_the_gradient(impl, rng):
-    args = setting(impl, rng, 3, 3)
+    args = setting(impl, rng, 3, 4)
     student, teacher, optimizer, *rest = args
     grads, before = gradients(impl, student, teacher, *rest), weights(student)
     step(impl, *args)
@@ -284,7 +288,7 @@ def test_the_student_takes_one_step_down_the_gradient(impl, rng):
 
 
 def test_gradients_of_the_step_before_do_not_count(impl, rng):
-    args = setting(impl, rng, 2, 2)
+    args = setting(impl, rng, 2, 3)
     student, teacher, optimizer, batch, u, tok, cfg = args
     step(impl, *args)
     old = {
@@ -303,7 +307,7 @@ def test_gradients_of_the_step_before_do_not_count(impl, rng):
 
 
 def test_a_long_gradient_is_clipped(impl, rng):
-    args = setting(impl, rng, 2, 2, grad_clip=1e-3)
+    args = setting(impl, rng, 2, 3, grad_clip=1e-3)
     student, teacher, optimizer, *rest = args
     grads, before = gradients(impl, student, teacher, *rest), weights(student)
     length = norm_of(grads)
@@ -325,7 +329,7 @@ def test_a_long_gradient_is_clipped(impl, rng):
 
 
 def test_the_teacher_follows_after_the_optimizer(impl, rng):
-    args = setting(impl, rng, 2, 2)
+    args = setting(impl, rng, 2, 3)
     student, teacher, optimizer, *_ = args
     s, t = weights(student), weights(teacher)
     step(impl, *args)
@@ -335,8 +339,8 @@ def test_the_teacher_follows_after_the_optimizer(impl, rng):
         compare(p, 0.25 * new[name] + 0.75 * t[name], {
             "the teacher follows the student of before the step: it is updated after "
             "the optimizer": 0.25 * s[name] + 0.75 * t[name],
-            "the teacher does not follow: update it after the optimizer's step":
-                t[name],
+            f"{name} of the teacher does not follow: update each parameter after the "
+            "optimizer's step": t[name],
             "the teacher is a copy of the student: it follows by cfg.ema_rate":
                 new[name],
             "the rates of the teacher's average are exchanged: ema_rate is the share "
@@ -353,8 +357,13 @@ def test_the_teacher_follows_after_the_optimizer(impl, rng):
 
 
 def test_the_teacher_gets_no_gradient_even_if_it_would_take_one(impl, rng):
-    args = setting(impl, rng, 2, 2)
+    args = setting(impl, rng, 2, 3)
     student, teacher, *_ = args
+    step(impl, *args)
+    for name, p in teacher.named_parameters():
+        assert p.grad is None and not p.requires_grad, (
+            f"{name} of the teacher wanted no gradient, and now it does or has one"
+        )
     teacher.requires_grad_(True)
     step(impl, *args)
     for name, p in teacher.named_parameters():
@@ -367,12 +376,18 @@ def test_the_teacher_gets_no_gradient_even_if_it_would_take_one(impl, rng):
 
 
 def test_dropout_and_modes_are_left_to_who_calls(impl, rng):
-    args = setting(impl, rng, 2, 2)
+    args = setting(impl, rng, 2, 3)
     student, teacher, _, batch, u, tok, cfg = args
     examples, numbers, settings = list(batch), u.clone(), replace(cfg)
-    step(impl, *args)
-    assert student.training, "the student was in train mode, and is in eval mode now"
-    assert not teacher.training, "the teacher was in eval mode, and is in train mode"
+    for modes in itertools.product((True, False), repeat=2):
+        for model, mode in zip((student, teacher), modes, strict=True):
+            model.train(mode).dropout = 0.0 if mode else 0.5  # none drops anything
+        before = copy.deepcopy((student, teacher))
+        loss, responses = step(impl, *args)
+        check_responses(impl, responses, *before, batch, u, tok, cfg)
+        check_loss(impl, loss, before, batch, responses, tok, cfg, student,
+                   f"the loss with student.train({modes[0]}), teacher.train("
+                   f"{modes[1]})")  # fmt: skip
     assert batch == examples, "sdft_step changes the batch"
     assert torch.equal(u, numbers), "sdft_step changes u"
     assert cfg == settings, "sdft_step changes the configuration"

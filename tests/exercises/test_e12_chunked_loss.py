@@ -71,12 +71,23 @@ def true_gradients(x, name, weight):
 
 
 def loss_of(impl, x, name):
-    if name == "nll":
-        loss = impl.model.chunked_nll(x.hidden, x.head, x.tokens, x.weight)
-    else:
-        args = x.hidden, x.teacher_hidden, x.head, x.teacher_head, x.weight
-        loss, _ = impl.model.chunked_kl(*args, name, x.temperature)
+    with untouched(x):
+        if name == "nll":
+            loss = impl.model.chunked_nll(x.hidden, x.head, x.tokens, x.weight)
+        else:
+            args = x.hidden, x.teacher_hidden, x.head, x.teacher_head, x.weight
+            loss, _ = impl.model.chunked_kl(*args, name, x.temperature)
     return one_number(loss)
+
+
+def untouched(x):
+    return unchanged("your loss", **{
+        "the student's hidden states": x.hidden,
+        "the student's head": x.head,
+        "the teacher's hidden states": x.teacher_hidden,
+        "the teacher's head": x.teacher_head,
+        "weight": x.weight,
+    })  # fmt: skip
 
 
 def check_value(loss, x, name, what):
@@ -314,14 +325,7 @@ def test_a_teacher_with_another_vocabulary_is_refused(impl, rng):
 
 def test_what_it_is_given_stays_as_it_is(impl, rng):
     x = Rows(rng, temperature=0.37)
-    given = {
-        "the student's hidden states": x.hidden,
-        "the student's head": x.head,
-        "the teacher's hidden states": x.teacher_hidden,
-        "the teacher's head": x.teacher_head,
-        "weight": x.weight,
-    }
-    with unchanged("your loss", **given):
+    with untouched(x):
         try:
             slopes(loss_of(impl, x, "jsd"), x)
         except RuntimeError as error:

@@ -7,6 +7,7 @@ raises on it and raises on no right copy, before and after.
 """
 
 import functools
+import inspect
 
 import torch
 from variants import KL_LOSS, Modules
@@ -112,7 +113,9 @@ def restore(before):
 
 def outcome(impl, changes):
     """What the student's check does with a copy: None, or what it raised."""
-    m, own, names = copy_of(changes), impl.sdft, vars(impl.extra)
+    m, own = copy_of(changes), impl.sdft
+    theirs = inspect.unwrap(impl.extra.check_sdft)
+    names = getattr(theirs, "__globals__", vars(impl.extra))
     # whoever imports sdft to compare with it gets the copy itself
     impl._loaded["sdft"] = m.sdft
     imported = [name for name in names if names[name] is own]

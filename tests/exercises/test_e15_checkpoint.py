@@ -307,6 +307,20 @@ def test_it_writes_what_it_is_given(impl, tmp_path):
     assert left == ["checkpoint.pt"], f"files are left beside the target: {left}"
 
 
+def test_the_first_file_of_a_folder_has_none_to_keep(impl, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    try:
+        impl.extra.write_atomically(path, NEW, keep=True)
+    except OSError as error:
+        raise AssertionError(
+            f"with keep, into an empty folder, it ends with {error!r}: there is no "
+            "file yet that could be kept"
+        ) from None
+    found = sorted(p.name for p in tmp_path.iterdir())
+    assert found == ["checkpoint.pt"], f"there should be one file, yours makes {found}"
+    assert path.read_bytes() == NEW, "the file does not hold what was given"
+
+
 def test_a_kill_or_power_cut_leaves_the_old_file_or_the_new_one(impl, tmp_path):
     for disk, folder, _ in states(impl, tmp_path, {"checkpoint.pt": OLD}, False,
                                   crash=1):  # fmt: skip
@@ -474,6 +488,32 @@ def test_it_reads_what_was_written(impl, rng, tmp_path):
         same = torch.equal(found["models"]["student"], content["models"]["student"])
         assert same and found["note"] == content["note"], "its values are others"
         impl.extra.write_checkpoint(path, content)  # that one can be read, too
+
+
+def test_tensors_of_a_gpu_come_to_the_cpu(impl, rng, tmp_path):
+    content, path = contents(rng), tmp_path / "checkpoint.pt"
+    tag, torch.serialization.location_tag = torch.serialization.location_tag, gpu
+    try:
+        body = saved(content)
+    finally:
+        torch.serialization.location_tag = tag
+    path.write_bytes(head(body) + body)
+    try:
+        found = impl.extra.read_checkpoint(path)["models"]["student"]
+    except ValueError as error:
+        raise AssertionError(
+            f"a file that was saved on a GPU is refused: {error}. Tensors come to the "
+            "CPU (map_location)"
+        ) from None
+    where = found.device.type
+    assert where == "cpu", f"a tensor comes to {where}. Tensors come to the CPU"
+    same = torch.equal(found, content["models"]["student"])
+    assert same, "its values are others when it was saved on a GPU"
+
+
+def gpu(storage):
+    """What torch.save writes down about a tensor of the first GPU."""
+    return "cuda:0"
 
 
 def test_a_file_that_was_cut_is_refused(impl, rng, tmp_path):

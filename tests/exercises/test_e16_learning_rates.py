@@ -66,6 +66,9 @@ def test_one_line_for_each_method_and_rate_in_order(impl, rng):
     assert keys == right, f"the lines are sorted by method, then lr; yours are {keys}"
     seeds = [row["seeds"] for row in rows]
     assert seeds == [3] * 6, f"seeds says how many there are: 3, yours are {seeds}"
+    rows = table_of(impl, [run for run in runs if run["seed"] != 1])
+    seeds = [row["seeds"] for row in rows]
+    assert seeds == [2] * 6, f"seeds says how many there are: 2, yours are {seeds}"
 
 
 def test_mean_and_range_over_the_seeds(impl, rng):

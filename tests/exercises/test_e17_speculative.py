@@ -32,8 +32,8 @@ class Setting:
     def __init__(self, impl, rng, B=3, R=4, temperature=1.0):
         self.impl = impl
         self.tok, self.student, self.teacher = models(impl)
-        self.student.eval().dropout = 0.0
-        self.teacher.eval()
+        for model in (self.student, self.teacher):
+            model.eval().dropout = 0.0
         self.batch = [
             impl.data.Example(
                 words(impl, rng, 2 + i % 2), words(impl, rng, 1 + i), "", id=i
@@ -41,7 +41,7 @@ class Setting:
             for i in range(B)
         ]
         self.cfg = impl.sdft.Config(
-            seed=int(torch.randint(10**6, (), generator=rng)), batch_size=B,
+            seed=int(torch.randint(10**6, (), generator=rng)), batch_size=4 * B + 3,
             max_new_tokens=R, temperature=temperature,
         )
         self.step = 3
@@ -153,14 +153,16 @@ class Setting:
                "alone", self.right(tau, lambda e: (self.contexts(e)[1],) * 2))
         yield ("in yours student and teacher have each other's prompt",
                self.right(tau, turned))
+        yield ("yours has a KL in bits: tau is in nats",
+               self.right(tau * math.log(2)))
+        yield ("yours has the mean over the vocabulary: a KL is a sum over it",
+               self.right(tau * self.student.config.n_tokens))
         yield ("yours has the KL the other way round: KL(teacher || student) is asked",
                self.right(tau, kl="reverse"))
         yield "yours has the JSD, not KL(teacher || student)", self.right(tau, kl="jsd")
         yield ("in yours the KL has no temperature: it compares what is drawn from",
                self.right(tau, temperature=1.0))
         yield ("yours draws without the temperature", self.write(plain))
-        yield ("yours has a KL in bits: tau is in nats",
-               self.right(tau * math.log(2)))
         yield ("in yours the teacher's token is its most likely one: it is drawn",
                self.write(greedy))
         yield ("in yours the teacher writes the rest of the response, too: each token "
@@ -201,8 +203,8 @@ class Setting:
         yours, right = oracles.rows_of(response, mask), self.right(tau)
         if yours == right:
             return
-        for message, rows in self.mistakes(tau):
-            assert rows == right or yours != rows, message
+        fits = [m for m, rows in self.mistakes(tau) if yours == rows != right]
+        assert not fits, "\nor: ".join(fits)
         for row, good in zip(yours, right, strict=True):
             lost = len(row) > len(good) and row[: len(good)] == good
             assert not lost, (
@@ -295,8 +297,12 @@ def test_nothing_drops_out_and_the_modes_stay(impl, rng):
     assert not setting.teacher.training, "the teacher is in train mode afterwards"
     assert after == before, "the student writes with dropout: eval() while it responds"
     setting.student.eval()
-    setting.call(tau)
+    setting.teacher.train().dropout = 0.5
+    again = oracles.rows_of(*setting.call(tau))
     assert not student.training, "the student was in eval mode, and is not any more"
+    assert setting.teacher.training, "the teacher was in train mode, and is not now"
+    setting.teacher.eval()
+    assert again == before, "the teacher writes with dropout: eval() while it responds"
 
 
 def test_it_leaves_no_trace(impl, rng):

@@ -39,7 +39,7 @@ def test_several_exercises_share_a_folder_and_what_is_written_stays(tmp_path):
     assert "e02: " in (tmp_path / "model.py").read_text(encoding="utf-8"), "no e02"
     states = {name: kit.Work.of_folder(tmp_path).state(kit.exercise(name))
               for name in ("e01", "e02", "e03", "e04", "e05")}  # fmt: skip
-    assert states == {"e01": "stub", "e02": "stub", "e03": "project", "e04": "written",
+    assert states == {"e01": "stub", "e02": "stub", "e03": "missing", "e04": "written",
                       "e05": "missing"}, states  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def test_the_wires_of_all_exercises_fit_the_source():
 )
 def test_the_job_trains_with_the_function_of_an_exercise(name, tiny_job):
     ex, called = kit.exercise(name), []
-    m = kit.work_of(ex, ex.rights[0][1]).modules(ex, ex.wire)
+    m = kit.work_of(ex, ex.rights[0][1]).modules([ex], ex.wire)
 
     def watch(module, function):
         own = getattr(module, function)
@@ -189,4 +189,4 @@ def test_a_run_stands_beside_the_projects_own(tiny_job, capsys):
         said = capsys.readouterr().out
         assert code == 0 and "e05: your sft.py compute_loss" in said, said
         table = said.partition("side by side:")[2]
-        assert "project/sft" in table and "mine/sft" in table, said
+        assert "/project/sft" in table and "/mine-" in table, said
