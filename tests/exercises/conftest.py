@@ -8,6 +8,7 @@ import pytest
 from variants import HERE, KitError, Modules
 
 IDS = pytest.StashKey()  # of the exercises whose graders run
+NOTES = pytest.StashKey()  # what grade.py would tell the teacher
 EMPTY = pytest.StashKey()  # of those that are not written, and one test has said it
 
 
@@ -21,6 +22,8 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "graded the project's own functions; --impl mine grades yours"
         )
+    for note in config.stash.get(NOTES, ()):
+        terminalreporter.write_line(note)
 
 
 @pytest.hookimpl(trylast=True)  # after -k
@@ -37,24 +40,32 @@ def pytest_collection_modifyitems(config, items):
         work = kit.Work.of_folder(folder, "e05" if all_of_them else " ".join(found))
     except KitError as error:
         raise pytest.UsageError(f"{error}\nhint: {error.hint}") from None
-    graded, left_out, asked = [], [], {}
+    graded, left_out, asked, notes = [], [], {}, {}
     for item in items:
         ex = kit.exercise_of(item.module.__name__)
-        if ex is not None:
-            asked[ex.id] = work.state(ex)
+        if ex is not None and ex.id not in asked:
+            try:
+                asked[ex.id] = work.state(ex)
+            except KitError as error:
+                asked[ex.id] = "no Python"
+                notes[ex.id] = f"{error}\nhint: {error.hint}"
+            if asked[ex.id] == "missing":
+                notes[ex.id] = f"{ex.id}: {work.instead(ex)}"
+            elif asked[ex.id] == "project":
+                notes[ex.id] = f"{ex.id}: the project's own text, not touched"
+            elif asked[ex.id] == "written" and work.fingerprint(ex) == "project":
+                notes[ex.id] = f"{ex.id}: grade.py will say: the project's own solution"
         begun = ex is not None and asked[ex.id] in ("stub", "written")
         (graded if begun else left_out).append(item)
     if asked and not graded:
-        why = {
-            "missing": "is not in it",
-            "project": "is the project's own text there",
-        }
-        ids = " ".join(asked)
+        said = "\n".join(dict.fromkeys(notes.values()))
+        hint = f"hint: python tests/exercises/make.py {' '.join(asked)} --to {folder}"
         raise pytest.UsageError(
-            f"nothing to grade in {folder}: "
-            + ", ".join(f"{name} {why[state]}" for name, state in asked.items())
-            + f"\nhint: python tests/exercises/make.py {ids} --to {folder}"
+            f"nothing to grade in {folder}:\n{said}"
+            + f"\n{hint}" * ("hint" not in said)
         )
+    told = [note for name, note in notes.items() if asked[name] != "missing"]
+    config.stash[NOTES] = list(dict.fromkeys(told)) if not all_of_them else []
     config.hook.pytest_deselected(items=left_out)
     items[:] = graded
 

@@ -4,8 +4,8 @@ from kit import Exercise
 from variants import own_loss
 
 SHEET = """
-The KL divergence is not a distance: KL(student || teacher) and KL(teacher || student) are
-two numbers with two gradients. The paper writes the first (Eq. 1); its results were
+The KL divergence is not a distance: KL(student || teacher) and KL(teacher || student)
+are two numbers with two gradients. The paper writes the first (Eq. 1); its results were
 made with the second, its author says. So the project has both, and what lies between.
 Write kl_reference(student_logits, teacher_logits, kl) of model.py, from logits (..., V)
 to (...): for each row of logits one number, in nats. The string kl says which:
@@ -22,8 +22,9 @@ student first, teacher second; which of them weighs the sum depends on kl alone.
 3. A logit may be -inf in both (a token that nobody can say): it adds 0 to the value and
    gets 0 as its gradient, not nan. The constant LOG_ZERO is there for it.
 4. bfloat16 logits are turned into float32 before anything else; float64 stays float64.
-5. fused_kl, chunked_kl and their rows are not there while it is graded. Shapes that differ and an unknown kl (the known ones are in KLS) are refused, by an
+5. Shapes that differ and an unknown kl (the known ones are in KLS) are refused, by an
    assert. Nothing that you are given may be changed.
+6. fused_kl and chunked_kl are what you build: they are not there while it is graded.
 
 By hand: student [.5, .5] and teacher [.9, .1] give 0.36806 forward, 0.51083 reverse.
 (The pair [.7, .2, .1] and [.1, .2, .7] gives the same number for both: no test of it.)

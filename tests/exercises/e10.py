@@ -20,9 +20,10 @@ k-th of teacher.parameters() belongs to the k-th of student.parameters().
    stays one tensor.
 2. The teacher never gets a gradient, and no graph of autograd may hang on it.
 3. The teacher has a memory of its own: when the student goes on, it stays.
-4. The student is not changed, nor the mode of a model. The arithmetic is in the dtype of the parameters: float32
-   in training ("critical!" says the docstring: in bfloat16 a step of .001 rounds to
-   nothing), float64 in the grader. So no .float() and no .bfloat16().
+4. The student is not changed, and both models stay in the mode (train, eval) they are
+   in. The arithmetic is in the dtype of the parameters: float32 in training
+   ("critical!" says the docstring: in bfloat16 a step of .001 rounds to nothing),
+   float64 in the grader. So no .float() and no .bfloat16().
 
 What to look at when it runs: how many updates until half of the student of the start is
 forgotten, at .001, .01 and .05? (log .5 / log(1 - ema_rate).) Then

@@ -13,8 +13,9 @@ extra.py between a dict and its file.
    beside the target (its name <name>.tmp.<digits>, which remove_temporary tidies up),
    bring it to the disk, give it the name, bring the name to the disk (sync_folder).
    keep: the file that is replaced stays as <name>.previous (keep_previous); from then
-   on there is a <name>.previous at every moment. There may be no file yet. If something raises OSError (a full
-   disk): what was there stays, the temporary file goes, and an OSError that names the
+   on there is a <name>.previous at every moment. (There may be no file to keep yet.)
+   If something raises OSError, such as a full disk: what was there stays, your
+   temporary file goes (keep_previous removes its own), and an OSError that names the
    path is raised.
 2. read_checkpoint(path): the dict of write_checkpoint. Its file is one line, "sdft ",
    the SHA-256 of all other bytes in hex, a newline, then the bytes of torch.save.
@@ -22,6 +23,7 @@ extra.py between a dict and its file.
    is not as it was written: cut, a flipped bit, another kind of file. Nothing in a file
    is ever executed.
 
+train.write_file and train.read_checkpoint are not there while it is graded.
 sync_folder and keep_previous come with the file; os, io, hashlib and shutil are
 imported. (write_checkpoint and remove_temporary stay in tests/exercises/extra.py.)
 Nothing is killed when it is graded: each thing that you do to a file (open, write,
@@ -153,7 +155,8 @@ def write_atomically(path, content, keep=False):
     ("error swallowed", (
         ("    except OSError as error:\n",
          "    except OSError as error:\n        return print(error)\n"),), "swallowed"),
-    ("rubbish stays", (("        temporary.unlink(missing_ok=True)\n", ""),), "takes the space"),
+    ("rubbish stays", (("        temporary.unlink(missing_ok=True)\n", ""),),
+     "takes the space"),
     ("the error names nothing", (('f"{path} not written: ', 'f"'),),
      "does not name the file"),
     ("no checksum", ((SUM, "False"),), "torch.load checks no sum"),

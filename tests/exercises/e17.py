@@ -20,21 +20,22 @@ Write speculative_responses(student, teacher, batch, tok, cfg, tau, step) of ext
 2. For t = 0 .. R - 1: the logits (B, V) of both models for token t, after the *same*
    response so far, divided by cfg.temperature. Per row: if KL(teacher || student) > tau
    (nats, over the whole vocabulary), the token is drawn from the teacher's
-   distribution, else from the student's, in both cases by sample_token(logits, u[:, t]).
+   distribution, else from the student's, by sample_token(logits, u[:, t]) either way.
 3. A row has ended after tok.end. Return as generate does: response int64 (B, R'), mask
-   bool (B, R'), true up to and including the end; after it the response is filled with
-   tok.end. R' is the length of the longest response.
+   bool (B, R'), true up to and including the end; after it the response is filled
+   with tok.end. R' is the length of the longest response.
 
 No cache is needed: response_hidden(model, prompts, lengths, response[:, :t + 1], here)
 with `here` true in column t alone gives the (B, C) states that predict token t. Both
 respond without dropout, and afterwards their modes (train, eval) are what they were.
 
 What to look at when it runs: python tests/exercises/run.py mine --only e17 --method
-sdft runs with tau 0.3. It reads the whole row again for each token, twice: a run takes
-half an hour more than the project's own ten minutes. (--only e11 trains plain SDFT, if
-both are in one folder; the variant below has a cache, and costs what SDFT does.) python tests/exercises/variants.py speculative --run --tau 1 needs no line of
-yours. Which tau learns fastest, which keeps most? Let your function print the mean KL
-of each t: where along the response do the two disagree, and does tau change that?
+sdft runs with tau 0.3. Without a cache each token reads the whole row again, twice: the
+run takes half an hour more than the project's own ten minutes. (--only e11 trains plain
+SDFT, if both are in the folder.) python tests/exercises/variants.py speculative --run
+--tau 1 needs no line of yours and has a cache. Which tau learns fastest, which keeps
+most? Let your function print the mean KL of each t: where along the response do the two
+disagree, and does tau change that?
 """
 
 HINTS = (

@@ -5,22 +5,20 @@
     python tests/exercises/grade.py submissions --to grades.csv --feedback pages
 
 In `submissions` there is a folder or a zip file for each student, with the files that
-make.py wrote. The table has a line for each student, written as soon as it is graded:
-points in all, points for each exercise that anybody handed in (its maximum is in the
-first line), what to look at, and what the graders said. All tests passed: all points;
-some of them: a share, rounded down. --feedback writes a page for each student and a
-results.json as Gradescope reads it.
+make.py wrote. Each student gets a line of the table as soon as it is known: points in
+all and for each exercise that anybody handed in (the first line has the maxima), what
+to look at, and what the graders said. All tests: all points; some: a share, rounded
+down. --feedback writes a page for each student, and results.json for Gradescope.
 
 This is for a class that you trust. Each exercise of each submission runs in a process
-of its own, on a copy, with limits of time, memory and file size, so that a mistake
-harms nobody else. Nothing here stops who wants to cheat or to do harm: grade strangers'
-code in a container, see TEACHERS.md.
+of its own, on a copy, with limits of time, memory and file size: a mistake harms nobody
+else. It does not stop anyone who wants to cheat or to do harm: grade strangers' code in
+a container, see TEACHERS.md.
 """
 
 import argparse
 import csv
 import functools
-import hashlib
 import json
 import os
 import shutil
@@ -40,13 +38,12 @@ from variants import FILES, HERE, ROOT, KitError, Parser, guarded
 SECONDS = 60  # for one exercise of one submission
 LIMITS = {"DATA": 8 * 2**30, "FSIZE": 10**8, "CORE": 0}  # bytes
 
-
 # ---- In a process of its own -------------------------------------------------------
 
 
 def child(name, seed):
-    """Grade one exercise of the submission in this folder, or with "" list all that are
-    in it. A JSON object in a line for each thing that is known."""
+    """Grade one exercise of the submission in this folder, or for "" see which ones are
+    in it. What is found goes out as lines of JSON, so that it stays if this ends."""
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
@@ -58,57 +55,49 @@ def child(name, seed):
     def tell(**what):
         print(json.dumps(what), file=out, flush=True)
 
-    place, archive = Path("submission"), Path("submission.zip")
-    if archive.exists():
-        shutil.unpack_archive(archive, place)
-    work = kit.Work.of_folder(place)
+    if Path("submission.zip").exists():
+        shutil.unpack_archive("submission.zip", "submission")
+    work = kit.Work.of_folder("submission")
     if name:
         ex = kit.exercise(name)
         for test, error in kit.results(ex, work.modules(ex), seed):
             tell(test=test, said=error and kit.explain(error, ex))
-        os._exit(0)  # whatever a submission still runs ends here
+        os._exit(0)  # and with it whatever a submission still runs
     for error in work.errors.values():
-        tell(error=str(error))
-    missing = []
-    for ex in kit.exercises().values():
-        if set(ex.files) & set(work.errors):
-            continue
-        state, text = work.state(ex), ""
-        if state == "written":
-            parts = [kit.find(work.trees[f], n) for f, n in map(str.split, ex.functions)]
-            text = "".join(kit.shape_of(part, names=False) for part in parts)
-            pairs = [function.split() for function in ex.functions]
-            copied = all(work.is_copy(*pair, names=False) for pair in pairs)
-            long = sum(len(list(kit.ast.walk(part))) for part in parts) > 150
-            text = hashlib.sha256(text.encode()).hexdigest() if long else ""
-            tell(id=ex.id, state=state, key="project" if copied else text)
-        elif state == "missing":
-            missing.append(work.instead(ex))
-        else:
-            tell(id=ex.id, state=state, key="")
+        tell(note=str(error))
     if not work.files:
-        missing = [f"no file of an exercise; there is {work.others or 'nothing'}"]
-    tell(missing=sorted({text for text in missing if ";" in text}))
+        tell(note=f"no file of an exercise; there is {work.others or 'nothing'}")
+    untouched = []
+    for ex in kit.exercises().values():
+        state = "" if set(ex.files) & set(work.errors) else work.state(ex)
+        untouched += [ex.id] if state == "project" else []
+        if state == "missing" and ";" in (instead := work.instead(ex)):
+            tell(note=instead)
+        elif state in ("stub", "written"):
+            tell(id=ex.id, state=state, like=work.fingerprint(ex))
+    if untouched:
+        tell(note=f"the project's own text: {' '.join(untouched)}")
 
 
 def run_child(submission, name="", seed=0, seconds=SECONDS):
-    """(What child told, how it ended if not well) about a submission, on a copy of it,
-    of the project and of the graders."""
+    """What child tells about a copy of a submission, and how it ended if not well."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        at, lines = Path(folder), []
-        for path in [*(FILES[f] / f for f in FILES), ROOT / "tests" / "oracles.py",
-                     *HERE.glob("*.py")]:  # fmt: skip
-            to = at / "project" / path.relative_to(ROOT)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, to)
+        at = Path(folder)
+        needed = [FILES[f] / f for f in FILES] + [ROOT / "tests" / "oracles.py"]
+        pairs = {p: at / "project" / p.relative_to(ROOT)
+                 for p in [*needed, *HERE.glob("*.py")]}  # fmt: skip
         if submission.is_dir():
-            for path in (p for p in submission.rglob("*") if p.is_file()):
-                to = at / "submission" / path.relative_to(submission)
-                to.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, to) if path.suffix == ".py" else to.touch()
-            (at / "submission").mkdir(exist_ok=True)
+            pairs |= {p: at / "submission" / p.relative_to(submission)
+                      for p in submission.rglob("*") if p.is_file()}  # fmt: skip
         else:
-            shutil.copyfile(submission, at / "submission.zip")
+            pairs[submission] = at / "submission.zip"
+        (at / "submission").mkdir()
+        for path, to in pairs.items():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if to.suffix in (".py", ".zip"):
+                shutil.copyfile(path, to)
+            else:  # its name is all that counts
+                to.touch()
         kept = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
         env = {key: os.environ[key] for key in kept if key in os.environ}
         env |= dict.fromkeys(("HOME", "TMPDIR", "TEMP", "TMP"), folder)
@@ -121,102 +110,129 @@ def run_child(submission, name="", seed=0, seconds=SECONDS):
         )  # fmt: skip
         try:
             out, err = process.communicate(timeout=seconds)
-            ended = f"its process ended with {process.returncode}: {err[-200:]}"
+            code = process.returncode
+            ended = f"its process ended with {code}: {err[-200:]}" if code else ""
         except subprocess.TimeoutExpired:
-            ended = f"not done after {seconds} seconds"
+            out, ended = None, f"not done after {seconds} seconds"
         finally:
             with suppress(OSError, AttributeError):  # with all that it has started
                 os.killpg(process.pid, 9)
             process.kill()
-        if "not done" in ended:
-            out = process.communicate()[0]
+        lines, out = [], process.communicate()[0] if out is None else out
         for line in out.splitlines():
             with suppress(ValueError):
                 lines.append(json.loads(line))
-        return lines, ended if "not done" in ended or process.returncode else ""
+        return lines, ended
 
 
 # ---- In the teacher's process ------------------------------------------------------
 
 
 def clean(text):
-    """In one line, without what would move a terminal's cursor or turn its letters."""
+    """In one line, without what moves a terminal's cursor or turns its letters."""
     text = " ".join(str(text).split())
     return "".join(c for c in text if unicodedata.category(c)[0] != "C")
 
 
 class Submission:
-    def __init__(self, path, seconds):
+    def __init__(self, seconds, path):
         self.path, self.name = path, clean(path.stem if path.is_file() else path.name)
-        self.points, self.said, self.look, self.pages = {}, [], [], {}
+        self.points, self.pages, self.look = {}, {}, []
         told, ended = run_child(path, seconds=seconds)
-        self.states = {x["id"]: x["state"] for x in told if "id" in x}
-        self.keys = {x["id"]: x["key"] for x in told if x.get("key")}
-        self.said += [clean(x["error"]) for x in told if "error" in x]
-        missing = [text for x in told for text in x.get("missing", ())]
-        self.said += [clean(text) for text in [*missing, ended] if text]
+        self.found = {x["id"]: x for x in told if "id" in x}
+        notes = [x["note"] for x in told if "note" in x]
+        self.said = [clean(text) for text in [*notes, ended] if text]
 
-    def grade(self, ex, seed, seconds):
-        """Points, a remark, and a page of the feedback, for one exercise."""
-        tests, state = list(kit.graders(ex)), self.states[ex.id]
-        if state != "written":
-            why = {"stub": "not written yet", "project": "the project's own text"}
-            self.points[ex.id], self.pages[ex.id] = 0, why[state]
-            return self.said.append(f"{ex.id}: {why[state]}")
-        told, ended = run_child(self.path, ex.id, seed, seconds)
-        said = {x["test"]: x["said"] for x in told if "test" in x}
-        wrong = {t: said.get(t, f"no result: {ended}") for t in tests}
-        wrong = {t: text for t, text in wrong.items() if text is not None}
-        n = len(tests) - len(wrong)
-        self.points[ex.id] = ex.points * n // len(tests)
-        lines = [f"{t.replace('_', ' ')[5:]}: {clean(wrong.get(t, 'passed'))}"
-                 for t in tests]  # fmt: skip
-        self.pages[ex.id] = "\n".join(lines + [ex.hint_line] * bool(wrong))
-        for text in list(wrong.values())[:1]:
-            quoted = clean(text).replace('"', "'")[:300]
-            self.said.append(f'{ex.id}: {n} of {len(tests)}: "{quoted}"')
+    def grade(self, exs, seed, seconds):
+        for ex in (ex for ex in exs if ex.id in self.found):
+            state, tests = self.found[ex.id]["state"], list(kit.graders(ex))
+            if state == "stub":
+                self.points[ex.id], self.pages[ex.id] = 0, "not written yet"
+                self.said.append(f"{ex.id}: not written yet")
+                continue
+            told, ended = run_child(self.path, ex.id, seed, seconds)
+            said = dict.fromkeys(tests, f"no result, {ended}")
+            said |= {x["test"]: x["said"] for x in told if "test" in x}
+            said = {test: text and clean(text) for test, text in said.items()}
+            wrong = [text for text in said.values() if text]
+            passed = len(tests) - len(wrong)
+            self.points[ex.id] = ex.points * passed // len(tests)
+            page = [f"{test[5:].replace('_', ' ')}: {text or 'passed'}"
+                    for test, text in said.items()]  # fmt: skip
+            self.pages[ex.id] = "\n".join(page + [ex.hint_line] * bool(wrong))
+            if wrong:  # in quotes: a submission may choose the words
+                words = wrong[0].replace('"', "'")[:300]
+                self.said.append(f'{ex.id}: {passed} of {len(tests)}: "{words}"')
+        return self
 
     def line(self, exs):
-        points = {title(ex): self.points.get(ex.id, 0) for ex in exs}
+        points = {f"{ex.id} ({ex.points})": self.points.get(ex.id, 0) for ex in exs}
         return {"submission": self.name, "points": sum(points.values()), **points,
                 "look at": " | ".join(self.look), "remarks": " | ".join(self.said)}
 
-    def write_feedback(self, folder, exs):
-        """A page to read, and one for Gradescope."""
+    def write(self, folder, exs):
+        """The student's page, and the file of Gradescope."""
         total = f"{sum(self.points.values())} of {sum(ex.points for ex in exs)} points"
-        parts, tests = [f"{self.name}: {total}", *self.said], []
+        page, tests, folder = [f"{self.name}: {total}"], [], folder / self.path.stem
         for ex in (ex for ex in exs if ex.id in self.points):
-            got, page = self.points[ex.id], self.pages[ex.id]
-            parts.append(f"\n{ex.id}, {ex.title}: {got} of {ex.points}\n{page}")
+            got, output = self.points[ex.id], self.pages[ex.id]
+            page.append(f"\n{ex.id}, {ex.title}: {got} of {ex.points}\n{output}")
             tests.append({"name": ex.id, "score": got, "max_score": ex.points,
-                          "output": page})  # fmt: skip
-        place = folder / self.path.stem
-        place.mkdir(parents=True, exist_ok=True)
-        (place / "feedback.txt").write_text("\n".join(parts) + "\n", encoding="utf-8")
-        (place / "results.json").write_text(json.dumps({"tests": tests}, indent=1))
-
-
-def title(ex):
-    return f"{ex.id} ({ex.points})"
+                          "output": output})  # fmt: skip
+        folder.mkdir(parents=True, exist_ok=True)
+        text = "\n".join([*page, "", *self.said])
+        (folder / "feedback.txt").write_text(f"{text}\n", encoding="utf-8")
+        (folder / "results.json").write_text(json.dumps({"tests": tests}, indent=1))
 
 
 def name_copies(submissions):
     """Whose function is the project's or somebody else's, but for its names."""
     whose = defaultdict(list)
     for each in submissions:
-        for pair in each.keys.items():
-            whose[pair].append(each)
-    for (name, key), group in whose.items():
+        for x in each.found.values():
+            if x["state"] == "written" and x["like"]:
+                whose[x["id"], x["like"]].append(each)
+    for (name, like), group in whose.items():
         for each in group:
-            others = ["the project"] if key == "project" else [
-                x.name for x in group if x is not each]  # fmt: skip
-            if others:
-                each.look.append(f"{name} is that of {', '.join(others)}")
+            others = [x.name for x in group if x is not each]
+            others = ["the project"] * (like == "project") or others
+            each.look += [f"{name} is that of {', '.join(others)}"] * bool(others)
 
 
 def cell(x):
     """A spreadsheet takes some texts for formulas: a ' in front of them."""
     return f"'{x}" if isinstance(x, str) and x[:1] in tuple("=+-@") else x
+
+
+def grade_all(args, exs, places):
+    """The lines of the table, each written when it is known."""
+    bar = functools.partial(tqdm, total=len(places), disable=None, leave=False)
+    with ThreadPoolExecutor(args.jobs) as pool, open(
+        args.to, "w", newline="", encoding="utf-8"
+    ) as file:
+        read = pool.map(functools.partial(Submission, args.seconds), places)
+        submissions = list(bar(read, desc="reading"))
+        name_copies(submissions)
+        exs = [ex for ex in exs if any(ex.id in x.found for x in submissions)]
+        writer = csv.DictWriter(file, list(submissions[0].line(exs)))
+        writer.writeheader()
+        jobs = [pool.submit(x.grade, exs, args.seed, args.seconds) for x in submissions]
+        try:
+            for job in bar(as_completed(jobs), desc="grading"):
+                line = job.result().line(exs)
+                writer.writerow({key: cell(x) for key, x in line.items()})
+                file.flush()
+                notes = [line[key] for key in ("look at", "remarks") if line[key]]
+                tqdm.write(f"{line['submission']:20s} {line['points']:3d}  "
+                           f"{' | '.join(notes)}")  # fmt: skip
+                if args.feedback:
+                    job.result().write(Path(args.feedback), exs)
+        except KeyboardInterrupt:
+            print(f"stopped, as soon as what runs is done; {args.to} has the others")
+            pool.shutdown(cancel_futures=True)
+            return 130
+    print(f"{len(submissions)} submissions: {args.to}")
+    return 0
 
 
 def main(argv):
@@ -236,48 +252,16 @@ def main(argv):
     parser.add_argument("--jobs", type=int, default=2, help="at a time (default: 2)")
     args = parser.parse_args(argv)
     exs = [kit.exercise(name) for name in args.only or kit.exercises()]
-    if not Path(args.submissions).is_dir():
-        raise KitError(f"{args.submissions}: no such folder", "one for each student")
-    found = sorted(p for p in Path(args.submissions).iterdir() if p.name[0] not in "._")
+    folder = Path(args.submissions)
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [p for p in found if p.name[0] not in "._"]
     places = [p for p in found if p.is_dir() or p.suffix == ".zip"]
     if not places:
-        raise KitError(f"{args.submissions} has neither folders nor zip files in it",
-                       "one for each student")  # fmt: skip
-    for path in found:
-        if path not in places:
-            print(f"left out: {clean(path.name)}")
-    with ThreadPoolExecutor(args.jobs) as pool, open(
-        args.to, "w", newline="", encoding="utf-8"
-    ) as file:
-        try:
-            bar = functools.partial(tqdm, disable=None, leave=False)
-            read = pool.map(lambda p: Submission(p, args.seconds), places)
-            submissions = list(bar(read, total=len(places), desc="reading"))
-            name_copies(submissions)
-            exs = [ex for ex in exs if any(ex.id in x.states for x in submissions)]
-
-            def grade(each):
-                for ex in exs:
-                    if ex.id in each.states:
-                        each.grade(ex, args.seed, args.seconds)
-                return each
-
-            writer = csv.DictWriter(file, list(submissions[0].line(exs)))
-            writer.writeheader()
-            jobs = [pool.submit(grade, each) for each in submissions]
-            for job in bar(as_completed(jobs), total=len(jobs), desc="grading"):
-                line = job.result().line(exs)
-                writer.writerow({k: cell(v) for k, v in line.items()})
-                file.flush()
-                remarks = " | ".join(filter(None, (line["look at"], line["remarks"])))
-                tqdm.write(f"{line['submission']:20s} {line['points']:3d}  {remarks}")
-                if args.feedback:
-                    job.result().write_feedback(Path(args.feedback), exs)
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
-    print(f"{len(submissions)} submissions: {args.to}")
-    return 0
+        what = "has neither folders nor zip files" if found else "holds no submission"
+        raise KitError(f"{folder} {what}", "one folder or zip file for each student")
+    for path in (p for p in found if p not in places):
+        print(f"left out: {clean(path.name)}")
+    return grade_all(args, exs, places)
 
 
 if __name__ == "__main__":

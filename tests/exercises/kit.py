@@ -6,6 +6,7 @@ modules, one exercise at a time: an error in one exercise takes no points of ano
 """
 
 import __future__
+
 import ast
 import contextlib
 import copy
@@ -196,10 +197,12 @@ def is_stub(node):
 
 # ---- A student's code over the project's -------------------------------------------
 
+MAKERS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
 MAX_BYTES = 10**6  # of a file
 # a file that has this is a copy of the project's: make.py never writes it
 LANDMARKS = {"model.py": "GPT", "data.py": "Tokenizer", "sft.py": "get_lr",
-             "sdft.py": "get_lr", "extra.py": "write_checkpoint", "train.py": "main"}  # fmt: skip
+             "sdft.py": "get_lr", "extra.py": "write_checkpoint",
+             "train.py": "main"}  # fmt: skip
 OF_GRADERS = re.compile(r"(oracles|kit|variants|grade|make|run|e\d\d|test_e\d\d\w*)$")
 
 
@@ -208,8 +211,8 @@ def read_text(path):
     or what an old Windows editor writes; any ends of lines."""
     raw = path.read_bytes()
     if len(raw) > MAX_BYTES:
-        raise KitError(f"{path} has {len(raw):,} bytes, more than {MAX_BYTES:,}: it is "
-                       "not read", "keep the functions in it, nothing else")  # fmt: skip
+        why = f"{path} has {len(raw):,} bytes, more than {MAX_BYTES:,}: it is not read"
+        raise KitError(why, "keep the functions in it, nothing else")
     try:
         wide = raw[:2] in (b"\xff\xfe", b"\xfe\xff")
         line = io.BytesIO(raw).readline
@@ -229,8 +232,9 @@ def files_of(folder):
             hidden = any(p[0] in "._" for p in path.relative_to(folder).parts)
             if path.name in FILES and not hidden:
                 places.setdefault(path.parent, {})[path.name] = path
-        own = [p for p, files in places.items() if any(
-               read_text(path) != source(name) for name, path in files.items())]  # fmt: skip
+        own = [place for place, files in places.items() if any(
+               read_text(path) != source(name) for name, path in files.items()
+               )]  # fmt: skip
         if len(own) > 1:
             found = ", ".join(map(str, own))
             raise KitError(f"several folders with exercises: {found}", "name one")
@@ -278,7 +282,8 @@ class Names(dict):
                 exec(compile(tree, path, "exec", flags, True), self)
             except (Exception, SystemExit) as error:
                 why = f"{path}:{node.lineno} ended with {type(error).__name__}: {error}"
-                self.failed |= {n: f"{n} is not there: {why}" for n in bound_names(node)}
+                for name in bound_names(node):
+                    self.failed[name] = f"{name} is not there: {why}"
             for name, x in used.items():
                 if self[name] is x:
                     del self[name]
@@ -329,16 +334,20 @@ class Work:
         node = find(tree, name) if tree else None
         if node is None or is_stub(node):
             return "stub" if node else "missing"
-        untouched = find(tree, LANDMARKS[file]) and self.is_copy(file, name)
-        return "project" if untouched else "written"
+        untouched = shape_of(node) == shape_of(find(parse(source(file)), name))
+        return "project" if untouched and find(tree, LANDMARKS[file]) else "written"
 
-    def is_copy(self, file, name, names=True):
-        """Is a function the project's own? names=False: but for its names, `pass` and
-        annotations; a short one never is, everybody would write it so."""
-        own = find(parse(source(file)), name)
-        long = sum(isinstance(n, ast.stmt) for n in ast.walk(own)) > 5
-        same = shape_of(find(self.trees[file], name), names) == shape_of(own, names)
-        return same and (names or long)
+    def fingerprint(self, ex):
+        """Equal for solutions that differ in names, `pass` and annotations alone:
+        "project" for the project's; "" for one so short that many write the same."""
+        pairs = [function.split() for function in ex.functions]
+        own = [find(parse(source(file)), name) for file, name in pairs]
+        theirs = [find(self.trees[file], name) for file, name in pairs]
+        if sum(isinstance(n, ast.stmt) for x in own for n in ast.walk(x)) <= 5:
+            return ""
+        own, theirs = ([shape_of(x, False) for x in each] for each in (own, theirs))
+        text = "".join(theirs).encode()
+        return "project" if own == theirs else hashlib.sha256(text).hexdigest()
 
     def is_empty(self, ex):
         """Is each of its functions a stub or missing?"""
@@ -360,10 +369,8 @@ class Work:
                 continue
             last, made = name.split(".")[-1], {}
             for where, tree in self.trees.items():
-                for node in ast.walk(tree):
-                    plain = isinstance(node, ast.stmt) and not isinstance(
-                        node, ast.Import | ast.ImportFrom)  # fmt: skip
-                    for n in bound_names(node) if plain else ():
+                for node in () if find(tree, LANDMARKS[where]) else ast.walk(tree):
+                    for n in bound_names(node) if isinstance(node, MAKERS) else ():
                         text = f"; line {node.lineno} of {where} makes {n}"
                         made.setdefault(n, text)
             lower = {n.lower(): n for n in made}
@@ -413,7 +420,7 @@ class Work:
         space.run(statements)
         for name in [n for ex in exs for n in ex.names_in(file) if "." not in n]:
             if name in space.failed:
-                setattr(module, name, functools.partial(space.__missing__, name))
+                setattr(module, name, lambda *_, n=name, **__: space[n])  # says why
             elif name in space:
                 one = space[name]
                 own = vars(module)[name]
@@ -462,7 +469,7 @@ class NotWith(TorchDispatchMode):
 
 
 def picture(x, whole=True):
-    """What can be compared later, of an argument. whole=False: of a model, its modes."""
+    """What can be compared later. whole=False: of a model, its modes alone."""
     if isinstance(x, torch.nn.Module):
         found = [(p, p.requires_grad, p.grad) for p in x.parameters()] if whole else []
         return [m.training for m in x.modules()], picture(found)
@@ -526,28 +533,6 @@ def watched(ex, function, own):
 
 
 MODE = {True: "train", False: "eval"}
-
-
-def work_of(ex, changes):
-    """A mutant or a right solution as a student's work. changes: see Exercise."""
-    if isinstance(changes, str):
-        changes = {ex.files[0]: changes}
-    if isinstance(changes, dict):
-        return Work({f: (f"<{f} of {ex.id}>", text) for f, text in changes.items()})
-    texts = {file: source(file) for file in ex.files}
-    for old, new in changes:
-        places = [
-            (file, name) for file in ex.files for name in ex.names_in(file)
-            if old in function_source(texts[file], name)
-        ]  # fmt: skip
-        if len(places) != 1:
-            where = ", ".join(ex.functions)
-            raise ValueError(f"{ex.id}: in {len(places)} of {where}, not one:\n{old}")
-        ((file, name),) = places
-        part = function_source(texts[file], name)
-        new = change(part, old, new, f"{ex.id}: {name}")
-        texts[file] = replace_function(texts[file], name, new)
-    return Work({f: (f"<{f} of {ex.id}>", text) for f, text in texts.items()})
 
 
 # ---- Grading -----------------------------------------------------------------------
@@ -683,11 +668,11 @@ def one_number(loss):
 @contextlib.contextmanager
 def unchanged(function, **given):
     """Assert that these tensors are in the end what they were."""
-    before = {name: x.detach().clone() for name, x in given.items()}
+    before = {name: picture(x) for name, x in given.items()}
     yield
     for name, x in given.items():
-        same = torch.equal(x.nan_to_num(-1), before[name].nan_to_num(-1))
-        assert same, f"{function} changes {name}: work on a copy"
+        kept = same(picture(x), before[name])
+        assert kept, f"{function} changes {name}: work on a copy"
 
 
 def is_close(a, b, tolerance):
@@ -757,5 +742,6 @@ def short(x, digits=6):
     x = torch.as_tensor(x).detach()
     if x.numel() == 1:
         return f"{x.item():.{digits}g}"
-    values = ", ".join(f"{v:.{max(4, digits - 2)}g}" for v in x.flatten()[:SHOWN].tolist())
+    first = x.flatten()[:SHOWN].tolist()
+    values = ", ".join(f"{v:.{max(4, digits - 2)}g}" for v in first)
     return f"[{values}{', ...' if x.numel() > SHOWN else ''}]"

@@ -1,160 +1,109 @@
-"""Grading many submissions: a hostile one takes no points and gives itself none."""
+"""Grading many submissions: right work gets its points in whatever form it comes, and
+one that goes wrong takes no points of another."""
 
 import csv
-import os
-from concurrent.futures import ThreadPoolExecutor
+import json
+import zipfile
 
 import grade
 import kit
 import pytest
-from variants import source
+from variants import FILES, source
 
-RIGHT = kit.function_source(source("extra.py"), "response_mask")
-# the same to a reader, another text: the project's own text gets no points
-RIGHT = RIGHT.replace("behind &", "behind.logical_and(ends == ends) &")
-WRONG = RIGHT.replace("before == 0", "before == 7")
-EX = kit.exercise("e04")
+E04, E05 = (kit.exercise(name).rights[0][1] for name in ("e04", "e05"))
+OWN = kit.function_source(source("extra.py"), "response_mask")
+HEAD = "import torch\n\n\n"
+ESCAPES = 'raise ValueError("\\x1b[2J\\u202e = e05: ! copied \\"")'
 
-
-def hostile(*lines, body=WRONG):
-    """A submission whose function does something first."""
-    head, docstring_end, rest = body.partition('has none.\n    """\n')
-    return head + docstring_end + "".join(f"    {line}\n" for line in lines) + rest
-
-
-def tries(*lines):
-    """All of these, one after the other, whatever each of them raises."""
-    each = [(f"try: {line}", "except Exception: pass") for line in lines]
-    return hostile(*[line for pair in each for line in pair])
-
-
-# what the process has to withstand: (text of extra.py, what the remark has in it,
-# points)
-HOSTILE = {
-    "is right and prints a lot": (
-        hostile('print("passed " * 10**5)', body=RIGHT), [], 4,
-    ),
-    "hangs": (hostile("while True:", "    pass"), ["! not done after"], 0),
-    "exits": (hostile("raise SystemExit(0)"), ["0 of 10", "SystemExit"], 0),
-    "ends its process": (hostile("import os", "os._exit(0)"), ["no result"], 0),
-    "writes a result": (
-        hostile(
-            "import os",
-            "for fd in range(3, 64):",
-            "    try:",
-            '        os.write(fd, b\'{"token": "", "results": {}, "trouble": []}\')',
-            "    except OSError:",
-            "        pass",
-            "os._exit(0)",
-        ),
-        ["no result"], 0,
-    ),
-    "starts processes, opens sockets and files": (
-        "import gc, os, socket, subprocess, sys\n\n\n" + tries(
-            "os.fork()", "subprocess.run([sys.executable])", "socket.socket()",
-            "os.kill(os.getppid(), 9)", 'os.system("true")', "open(OTHER).read()",
-            'open(OTHER, "w").write("")', "os.remove(OTHER)",
-            "os.listdir(os.path.dirname(OTHER))", 'open("../project/data.py", "w")',
-            "gc.get_objects()", "sys.settrace(None)",
-        ),
-        [
-            *(() if os.name == "nt" else ["os.fork", "os.kill"]), "subprocess.Popen",
-            "socket", "os.system", "; open ", "; write ", "os.remove", "os.listdir",
-            "gc.get_objects", "sys.settrace",
-        ],
-        0,
-    ),
-    "patches": (
-        "import builtins, sys\n\n\n" + tries(
-            "torch.equal = torch.is_tensor = lambda *_: True",
-            "torch.Tensor.any = lambda *_: False",
-            "builtins.ascii = lambda *_: 0",
-            'sys.modules["oracles"].softmax = None',
-            'sys.modules["kit"].run_test = lambda *_: None',
-            'sys.modules["test_e04_response_mask"].right_row.__code__ = '
-            "(lambda row, n: row).__code__",
-        ),
-        [
-            "changed torch.equal", "changed torch.Tensor.any", "changed builtins.ascii",
-            "changed kit.run_test", "changed oracles.softmax", "changed test_e04",
-        ],
-        0,
-    ),
-    "equals everything": (
-        "class Yes(torch.Tensor):\n    __torch_function__ = classmethod(\n"
-        "        lambda *_, **__: True)\n\n\n"
-        + hostile("return ids.bool().as_subclass(Yes)"),
-        ["returned a Yes"], 0,
-    ),
+# name: ({file: text or bytes}, points of e04 and of e05, part of the line in the table)
+CASES = {
+    "plain": ({"extra.py": E04, "sft.py": E05}, 4, 5, ""),
+    "windows": ({"sft.py": b"\xef\xbb\xbf" + E05.replace("\n", "\r\n").encode()}, 0, 5,
+                ""),
+    "wide": ({"extra.py": E04.encode("utf-16")}, 4, 0, ""),
+    "old": ({"extra.py": "# gr\xfc\xdfe\n".encode("cp1252") + E04.encode()}, 4, 0, ""),
+    "deep": ({"work/mine/extra.py": E04, ".git/extra.py": "def x(:"}, 4, 0, ""),
+    "beside": ({**{f"sdft/{f}": source(f) for f in FILES if f != "extra.py"},
+                "sdft/mine/extra.py": E04}, 4, 0, ""),
+    "zipped": ({"mine/extra.py": E04}, 4, 0, ""),
+    "half broken": ({"extra.py": "def x(:", "sft.py": E05}, 0, 5,
+                    "extra.py:1:7: invalid syntax"),
+    "spelt otherwise": ({"extra.py": E04.replace("response_mask", "responseMask")}, 0,
+                        0, "line 2 of extra.py makes responseMask"),
+    "no exercise": ({"notes.txt": "hello"}, 0, 0, "there is notes.txt"),
+    "too large": ({"extra.py": E04 + "#" * kit.MAX_BYTES}, 0, 0, "it is not read"),
+    "not begun": ({"extra.py": kit.empty_function(OWN, "response_mask", "e04: yours")},
+                  0, 0, "e04: not written yet"),
+    "whole file": ({"extra.py": source("extra.py")}, 0, 0, "the project's own text"),
+    "copy": ({"extra.py": HEAD + OWN.replace("behind", "later").replace(
+        "    ends =", "    pass\n    ends =")}, 4, 0, "e04 is that of the project"),
+    "ends": ({"extra.py": E04.replace(
+        "    mask =", "    import os\n\n    os._exit(3)\n    mask =")}, 0, 0,
+        "its process ended with 3"),
+    "hangs": ({"extra.py": E04.replace("    mask =", "    while len(ids) > 1:\n"
+                                       "        pass\n    mask =")}, 3, 0, "not done"),
+    "shouts": ({"extra.py": f"def response_mask(ids, lengths, end):\n    {ESCAPES}\n"},
+               0, 0, "e04: 0 of 10: \"it ended with ValueError"),
+    "=eats()": ({"extra.py": E04.replace("    mask =", "    torch.zeros(4 * 10**9)\n"
+                                         "    mask =")}, 0, 0, "allocate"),
 }  # fmt: skip
+
+
+def write(folder, name, files):
+    if name == "zipped":
+        with zipfile.ZipFile(folder / "zipped.zip", "w") as file:
+            for path, text in files.items():
+                file.writestr(path, text)
+        return
+    for path, content in files.items():
+        at = folder / name / path
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory):
-    """Points and remark of all of them, and the folder where a good one lies."""
-    folder = tmp_path_factory.mktemp("submissions")
-    other = folder / "ann" / "extra.py"
-    other.parent.mkdir()
-    other.write_text(RIGHT, encoding="utf-8")
-    content = grade.read_kit()
-
-    def run(name):
-        text = f"import torch\n\nOTHER = {str(other)!r}\n\n\n{HOSTILE[name][0]}"
-        seconds = 8 if name == "hangs" else 120
-        files = {"extra.py": text}
-        return grade.grade_one(files, EX, content, folder, 0, seconds)
-
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(zip(HOSTILE, pool.map(run, HOSTILE), strict=True))
-    return found, other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_submission_gets_what_it_deserves(graded, name):
-    _, remarks, points = HOSTILE[name]
-    found = graded[0][name]
-    assert found[0] == points, found
-    for remark in remarks:
-        assert remark in found[1], (remark, found)
-    assert remarks or not found[1], found
-
-
-@pytest.mark.slow
-def test_nothing_happened_to_the_others(graded):
-    assert graded[1].read_text(encoding="utf-8") == RIGHT, "it was written to"
-
-
-def test_a_file_is_not_run_only_its_function_is():
-    text = f"{RIGHT}\n\nwhile True:\n    pass\n\n\nif 1:\n    import os\n"
-    work = kit.Work({"extra.py": ("extra.py", text)})
-    assert [node.name for node in work.taken([EX], "extra.py")[0]] == ["response_mask"]
-
-
-def test_copies_stubs_and_empty_folders_get_nothing(tmp_path):
-    own = source("extra.py")
-    stub = kit.empty_function(own, "response_mask", "e04: yours")
-    for files, remark in (
-        ({"extra.py": own}, "! the project's own text"), ({"extra.py": stub}, "not "),
-        ({}, ""), ({"extra.py": "def x(:"}, "invalid syntax"),
-    ):  # fmt: skip
-        points, said = grade.grade_one(files, EX, {}, tmp_path)
-        assert points == 0 and remark in said, said
-
-
-def test_a_table_has_a_line_for_each_student_and_no_formulas(tmp_path):
-    for name in ("ann", "=cmd()"):
-        (tmp_path / "in" / name).mkdir(parents=True)
-    to = tmp_path / "grades.csv"
-    code = grade.main([str(tmp_path / "in"), "--to", str(to), "--only", "e04"])
+    """({name: its line of the table}, the folder of the feedback)."""
+    at = tmp_path_factory.mktemp("class")
+    for name, (files, *_) in CASES.items():
+        write(at / "in", name, files)
+    (at / "in" / "__MACOSX").mkdir()
+    (at / "in" / "readme.txt").write_text("x")
+    to, pages = str(at / "grades.csv"), str(at / "pages")
+    argv = [str(at / "in"), "--to", to, "--feedback", pages, "--seconds", "40"]
+    assert grade.main(argv) == 0
     with open(to, encoding="utf-8", newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert code == 0 and [line["submission"] for line in lines] == ["'=cmd()", "ann"]
-    assert all(line["points"] == line["e04"] == "0" for line in lines), lines
+        return {line["submission"]: line for line in csv.DictReader(file)}, at / "pages"
 
 
-def test_a_folder_that_is_not_there_is_an_error_and_a_hint(tmp_path, capsys):
-    argv = [str(tmp_path / "nothing"), "--to", str(tmp_path / "x.csv")]
-    assert grade.guarded(grade.main, argv) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert [line.split(":")[0] for line in said] == ["error", "hint"], said
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_a_submission_gets_its_points_and_its_remark(graded, name):
+    _, e04, e05, remark = CASES[name]
+    line = graded[0]["'=eats()" if name == "=eats()" else name]
+    said = f"{line['look at']} | {line['remarks']}"
+    assert (line["e04 (4)"], line["e05 (5)"]) == (str(e04), str(e05)), line
+    assert line["points"] == str(e04 + e05) and remark in said, line
+    assert remark or not line["remarks"], line
+
+
+@pytest.mark.slow
+def test_the_table_has_what_was_handed_in_and_no_control_characters(graded):
+    lines, pages = graded
+    assert len(lines) == len(CASES), list(lines)
+    columns = ["submission", "points", "e04 (4)", "e05 (5)", "look at", "remarks"]
+    assert list(lines["plain"]) == columns, lines["plain"]
+    assert lines["shouts"]["remarks"].isprintable(), lines["shouts"]
+    assert lines["plain"]["look at"].startswith("e04 is that of beside"), lines["plain"]
+    page = (pages / "plain" / "feedback.txt").read_text(encoding="utf-8")
+    assert "e05, The loss of SFT: 5 of 5" in page and "plain: 9 of 9" in page, page
+    tests = json.loads((pages / "hangs" / "results.json").read_text())["tests"]
+    assert [tests[0][k] for k in ("name", "score", "max_score")] == ["e04", 3, 4], tests
+
+
+def test_a_folder_without_submissions_is_an_error_and_a_hint(tmp_path, capsys):
+    for folder in (tmp_path / "nothing", tmp_path):
+        argv = [str(folder), "--to", str(tmp_path / "x.csv")]
+        assert grade.guarded(grade.main, argv) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert [line.split(":")[0] for line in said] == ["error", "hint"], said

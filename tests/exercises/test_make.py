@@ -10,6 +10,7 @@ import kit
 import make
 import pytest
 import torch
+from test_meta import work_of
 from variants import HERE, ROOT, changed_texts, guarded, train_with
 
 BODY = '    raise NotImplementedError("e04: response_mask is yours to write")\n'
@@ -164,7 +165,7 @@ def test_the_wires_of_all_exercises_fit_the_source():
 )
 def test_the_job_trains_with_the_function_of_an_exercise(name, tiny_job):
     ex, called = kit.exercise(name), []
-    m = kit.work_of(ex, ex.rights[0][1]).modules([ex], ex.wire)
+    m = work_of(ex, ex.rights[0][1]).modules([ex], ex.wire)
 
     def watch(module, function):
         own = getattr(module, function)
