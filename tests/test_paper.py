@@ -4,6 +4,7 @@ import importlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -16,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "exercises"), str(HERE / "bench")]
 
 import cell  # noqa: E402
-import check_device  # noqa: E402
+import gpu  # noqa: E402
 import oracles  # noqa: E402
 import paper  # noqa: E402
 import plot  # noqa: E402
@@ -303,8 +304,8 @@ def test_a_run_is_drawn_and_a_picture_of_others_is_kept(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_device_with_a_wrong_kernel_is_seen(masked, monkeypatch):
-    gpt, twin = (check_device.make_model() for _ in range(2))
-    assert check_device.compare(gpt, twin) == (0, True)
+    gpt, twin = (gpu.make_model() for _ in range(2))
+    assert gpu.compare(gpt, twin) == (0, True)
     right, hidden = F.scaled_dot_product_attention, twin.hidden
 
     def wrong(q, k, v, mask=None, is_causal=False, **more):
@@ -316,5 +317,24 @@ def test_a_device_with_a_wrong_kernel_is_seen(masked, monkeypatch):
             return hidden(*args, **kwargs)
 
     monkeypatch.setattr(twin, "hidden", on_device)
-    difference, same = check_device.compare(gpt, twin)
+    difference, same = gpu.compare(gpt, twin)
     assert not same and (difference == 0) == masked
+
+
+@pytest.mark.slow
+def test_all_that_a_gpu_is_asked_runs_in_small(tmp_path):
+    """So that it works when a GPU comes; what fails or hangs is a row of the table."""
+    job = [sys.executable, gpu.__file__, "--small"]
+    done = subprocess.run(job, capture_output=True, text=True, cwd=tmp_path)
+    *_, line = done.stdout.splitlines()
+    rows = {row.pop("row"): row for row in json.loads(line)["rows"]}
+    assert not done.returncode and not list(tmp_path.iterdir()), done.stderr
+    starts = ("roofs", "cpu beside", "tests/test_triton", "kernel, logits: ours",
+              "kernel, head: ours", "sampler, 0.9M", "sft step", "sdft step", "default")
+    for start in starts:
+        (found, *_) = [key for key in rows if key.startswith(start)]
+        assert "error" not in rows[found] and f"| {found} | " in done.stdout, rows
+    assert rows["cpu beside a CPU"]["right"] and rows["tests/test_triton.py"]["passed"]
+    for part, limit, why in ("no part", 60, "invalid choice"), ("machine", 0, "after"):
+        (row,) = gpu.run_part(part, limit, tmp_path)
+        assert row["row"] == part and why in row["error"]

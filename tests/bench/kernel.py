@@ -1,6 +1,6 @@
 """The KL kernel beside its peers: time and extra memory, forward and backward.
 
-    python tests/bench/kernel.py                 # CPU: minutes; CUDA: when there is one
+    python tests/bench/kernel.py                 # a CPU: minutes (a GPU: gpu.py)
     python tests/bench/kernel.py --kl reverse --quick
 
 Two tables. "logits": a divergence of given logits (N, V). "head": from hidden states,
@@ -11,6 +11,8 @@ measure.py. Peers that are not installed are named; requirements.txt has their v
 """
 
 import argparse
+import functools
+import math
 from functools import partial
 
 import measure
@@ -20,7 +22,9 @@ from measure import DEVICE
 
 from model import KLS, chunked_kl, fused_kl, kl_reference
 
-# Entries: (inputs) -> values (N,), with the gradient of their mean made
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's name for kl
+
+# Entries: (inputs) -> values (N,) or their mean, with the gradient of the mean made
 
 
 def backward_mean(values):
@@ -29,12 +33,20 @@ def backward_mean(values):
 
 
 def torch_kl_div(s, t, kl):
+    if kl == "jsd":
+        raise ValueError("F.kl_div has no jsd")
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
     p, q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # KL(p || q)
 
 
-compiled = torch.compile(kl_reference, dynamic=False)
+@functools.cache
+def compiler():
+    return torch.compile(kl_reference, dynamic=False)
+
+
+def compiled(s, t, kl):
+    return compiler()(s, t, kl)
 
 
 def in_place(s, t, kl):
@@ -47,9 +59,20 @@ def in_place(s, t, kl):
 def trl_head(h, W, t, U, kl):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    beta = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}[kl]
-    out = ChunkedDivergenceFunction.apply(h, W, None, t, U, None, beta)
+    out = ChunkedDivergenceFunction.apply(h, W, None, t, U, None, BETA[kl])
     return backward_mean(out[0])
+
+
+def liger(s, t, kl):
+    from liger_kernel.transformers.jsd import LigerJSD
+
+    return LigerJSD(BETA[kl])(s.log_softmax(-1), t.log_softmax(-1))  # the mean
+
+
+def liger_head(h, W, t, U, kl):
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    return backward_mean(LigerFusedLinearJSD(BETA[kl])(h, W, t, U, None))
 
 
 def our_head(h, W, t, U, kl):
@@ -71,52 +94,43 @@ ENTRIES = {
         "eager formula": partial(of_logits, kl_reference),
         "F.kl_div": partial(of_logits, torch_kl_div),
         "torch.compile": partial(of_logits, compiled),
+        "Liger JSD": partial(of_logits, liger),
         "ours, fused_kl": in_place,
     },
     "head": {
         "eager formula": partial(of_heads, kl_reference),
         "torch.compile": partial(of_heads, compiled),
         "TRL chunked_divergence": trl_head,
+        "Liger fused_linear_jsd": liger_head,
         "ours, chunked_kl": our_head,
     },
 }
 
 
 def make_inputs(level, N, V, C):
-    g = torch.Generator().manual_seed(0)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    randn = partial(torch.randn, generator=g, device=DEVICE)
     # in place: a temporary of their size would hide the peak that is measured later
     if level == "logits":
-        s = torch.randn(N, V, generator=g).mul_(2)
-        t = torch.randn(N, V, generator=g).mul_(0.5).add_(s)
-        return [s.to(DEVICE).requires_grad_(), t.to(DEVICE)]
-    W = torch.randn(V, C, generator=g).mul_(C**-0.5)
-    U = torch.randn(V, C, generator=g).mul_(0.1 * C**-0.5).add_(W)
-    h = torch.randn(N, C, generator=g).mul_(2)
-    t = torch.randn(N, C, generator=g).mul_(0.1).add_(h)
-    h, W, t, U = (x.to(DEVICE) for x in (h, W, t, U))
+        s = randn(N, V).mul_(2)
+        return [s.requires_grad_(), randn(N, V).mul_(0.5).add_(s.detach())]
+    W, h = randn(V, C).mul_(C**-0.5), randn(N, C).mul_(2)
+    U = randn(V, C).mul_(0.1 * C**-0.5).add_(W)
+    t = randn(N, C).mul_(0.1).add_(h)
     return [h.requires_grad_(), W.requires_grad_(), t, U]
 
 
-def why_not(level, name, kl):
-    """Why an entry cannot run here; None if it can. It is checked: values and gradients
-    against the formula in float64."""
-    if name == "F.kl_div" and kl == "jsd":
-        return "has no jsd"
+def check(level, name, kl):
+    """Values and gradients must be those of the formula in float64."""
     inputs = make_inputs(level, 16, 4096, 64)
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
     right = ENTRIES[level]["eager formula"](*double, kl)
-    try:
-        values = ENTRIES[level][name](*inputs, kl)
-    except ImportError as error:
-        return f"not installed ({error.name})"
-    except Exception as error:  # torch.compile without a compiler: say so and go on
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    values = ENTRIES[level][name](*inputs, kl)
     error = (values - (right if values.dim() else right.mean())).abs().max().item()
     gradients = [((a.grad - b.grad).norm() / b.grad.norm()).item()
                  for a, b in zip(inputs, double, strict=True) if b.requires_grad]
     if not (error <= 1e-4 and all(x <= 1e-3 for x in gradients)):  # nan is wrong, too
-        return f"wrong: values are off by {error}, gradients by {gradients}"
-    return None
+        raise ValueError(f"values are off by {error}, gradients by {gradients}")
 
 
 def runner(level, name, inputs, kl):
@@ -138,22 +152,25 @@ def memory_of(level, name, N, V, C, kl):
     return measure.extra_memory(runner(level, name, make_inputs(level, N, V, C), kl))
 
 
-def measure_cell(level, N, V, C, roof, args):
+def measure_cell(level, N, V, C, copy, flop, args):
     print(f"\n{level}, N={N}, V={V}" + (f", C={C}" if C else ""))
     inputs, runs, rows, kl = make_inputs(level, N, V, C), {}, {}, args.kl
+    roof = 8 * N * V * C / flop if C else 12 * N * V / copy  # seconds
     for name in ENTRIES[level]:
-        if reason := why_not(level, name, kl):
-            print(f"  {name}: {reason}")
-            continue
         # one entry overwrites its logits: it gets a copy, which soon is a gradient
         own = [inputs[0].detach().clone()] if name == "ours, fused_kl" else inputs[:1]
-        runs[name] = runner(level, name, [*own, *inputs[1:]], kl)
-        runs[name]()  # compiles, fills caches
+        run = runner(level, name, [*own, *inputs[1:]], kl)
+        reason = measure.error_of(check, level, name, kl)
+        if reason := reason or measure.error_of(run):  # compiles, fills caches
+            print(f"  {name}: {reason}")
+            rows[name] = {"not timed": reason}
+        else:
+            runs[name] = run
     times = measure.in_turns(runs, args.turns)
-    del inputs, runs, own
+    del inputs, runs, own, run
     for name, seconds in times.items():
         mb = None if args.quick else measure.fresh(level, name, N, V, C, kl)
-        gain = min(times["eager formula"]) / min(seconds)
+        gain = min(times.get("eager formula", [math.nan])) / min(seconds)
         of = {"speed_up_over_eager": gain, "of_roof": roof / min(seconds)}
         rows[name] = measure.row(name, seconds, **of, extra_mb=mb)
     return {"level": level, "N": N, "V": V, "C": C, "kl": kl, "rows": rows}
@@ -164,7 +181,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kl", choices=KLS, default="forward")
     args = measure.begin(parser, turns=7)
-    cells = [  # level, rows on a CPU, vocabulary, channels
+    cells = [  # level, rows, vocabulary, channels (a GPU: gpu.py)
         *(("logits", 2048, V, 0) for V in (512, 4096, 50304)),
         ("logits", 512, 151936, 0), ("head", 2048, 4096, 256),
         ("head", 1024, 50304, 768),
@@ -174,9 +191,7 @@ def main():
     copy, flop, result = measure.roofs()
     result["cells"] = []
     for level, N, V, C in cells:
-        N = 8192 if DEVICE == "cuda" and not args.quick else N
-        roof = 8 * N * V * C / flop if C else 12 * N * V / copy  # seconds
-        result["cells"].append(measure_cell(level, N, V, C, roof, args))
+        result["cells"].append(measure_cell(level, N, V, C, copy, flop, args))
         measure.write("kernel", result, args)
 
 

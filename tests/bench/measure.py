@@ -28,7 +28,9 @@ def machine():
     """The machine and versions, as one line."""
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     name = found[1] if found else platform.machine()
-    name = torch.cuda.get_device_name() if DEVICE == "cuda" else name
+    if DEVICE == "cuda":
+        of = torch.cuda.get_device_properties(0)
+        name = f"{of.name} ({of.total_memory / 1e9:.0f} GB, sm_{of.major}{of.minor})"
     return (
         f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s), "
         f"load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
@@ -41,6 +43,16 @@ def clock():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def error_of(run, *args):
+    """What keeps it from running (no package, compiler or memory); None if it runs."""
+    try:
+        run(*args)
+    except ImportError as error:
+        return f"not installed ({error.name})"
+    except Exception as error:
+        return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
 
 
 def in_turns(entries, turns):
@@ -74,6 +86,7 @@ def mark_memory():
     """MB in use now; from here on peak_memory counts."""
     gc.collect()
     if DEVICE == "cuda":
+        torch.cuda.init()  # else it knows no device to reset
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed would hide new memory
@@ -112,7 +125,7 @@ def roofs():
     """Bytes of a large copy (read and write) and flop of a large float32 matrix product
     per second, said and for the JSON: roofs of what moves memory or multiplies."""
     gpu = DEVICE == "cuda"
-    x, n = torch.ones(2**30 if gpu else 2**27, device=DEVICE), 8192 if gpu else 1024
+    x, n = torch.ones(2**28 if gpu else 2**27, device=DEVICE), 8192 if gpu else 1024
     y, square = torch.empty_like(x), x[: n * n].view(n, n)
     runs = {"copy": lambda: y.copy_(x), "product": lambda: square @ square}
     seconds = in_turns(runs, 11)

@@ -1,25 +1,25 @@
 """What a real model needs of memory: a plan for some sizes, and a measurement.
 
     python tests/bench/memory.py                  # the plan, from 135M to 7B
-    python tests/bench/memory.py --measure        # two updates of each method, on a CPU
+    python tests/bench/memory.py --measure        # three updates of each method
     torchrun --standalone --nproc_per_node=2 tests/bench/memory.py --measure  # --shard
 
 The plan counts weights, gradients, optimizer, teacher and base, and estimates
-activations. The measurement makes two updates with random weights in a process of its
-own, and reads the peak of its memory from the system, less what it had before.
+activations. The measurement is of random weights in a process of its own: the peak of
+the third update (AdamW makes its memory in the first), less what was there before.
+With torchrun it is a CPU's: CUDA_VISIBLE_DEVICES= hides a GPU.
 """
 
 import argparse
 import os
 
 import measure
+import step
 import torch
 import torch.distributed as dist
-from extra import Quiet
 
 import sdft
 import sft
-from data import Example
 from model import GPT, GPTConfig, chunk_rows, shard
 
 
@@ -69,32 +69,21 @@ def memory_of(name, method="sdft", tokens=4096, wide=2, checkpointing=True, shar
     return (fixed / shards + max(sample, train)) / 1e9
 
 
-class Numbers:
-    """A tokenizer for a measurement: texts of fixed numbers of tokens."""
-
-    template, end = "", 1
-
-    def chat(self, earlier, prompt):
-        return [7] * PROMPT
-
-    def encode(self, text):
-        return [7] * (RESPONSE - 1)
-
-
-def two_updates(name, method, checkpointing=0):
-    """Two updates (AdamW makes its own memory in the first): the GB that they take. In
-    a process group, each has ROWS of its own, and a shard."""
-    before, rows = measure.resident("VmHWM"), ROWS
-    student = GPT(SHAPES[name])
-    student.checkpointing = bool(checkpointing)
+def train_shape(name, method, checkpointing=0, rows=ROWS, turns=1, dtype=None):
+    """See step.timed_training; more updates of a shape with random weights, and the GB
+    of its peak. In a process group each process has `rows` of its own, and a shard."""
+    before, device = measure.mark_memory(), torch.device(measure.DEVICE)
+    with device:
+        student = GPT(SHAPES[name])
+    student.checkpointing, student.dtype = bool(checkpointing), dtype or torch.float32
     if dist.is_initialized():
-        shard(student, torch.device("cpu"))
+        shard(student, device)
         rows *= dist.get_world_size()
-    batch = [Example("p", "d", "", id=i) for i in range(rows)]
-    trainer = {"sft": sft, "sdft": sdft}[method]
-    cfg = trainer.Config(steps=2, batch_size=rows, dropout=0.0, max_new_tokens=RESPONSE)
-    trainer.train(student, {"a": batch}, {}, Numbers(), cfg, Quiet())
-    return (measure.resident("VmHWM") - before) * 2**20 / 1e9
+    shown, long = step.make_examples(rows, RESPONSE, PROMPT)
+    module, examples = {"sft": (sft, long), "sdft": (sdft, shown)}[method]
+    sizes, more = (student, examples, step.TOK, turns), {"max_new_tokens": RESPONSE}
+    run = step.timed_training(module, *sizes, **more)
+    return {**run, "peak_gb": (run["peak_mb"] - before) * 2**20 / 1e9}
 
 
 def show(name, method, checkpointing, used, shards=1):
@@ -114,7 +103,7 @@ def plan(title, cells):
 
 
 def main():
-    measure.serve(two_updates)
+    measure.serve(train_shape)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--shape", choices=list(SHAPES), default="SmolLM2-135M")
@@ -130,14 +119,15 @@ def main():
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
-        used = two_updates(args.shape, "sdft")
+        used = train_shape(args.shape, "sdft")["peak_gb"]
         if dist.get_rank() == 0:
             show(args.shape, "sdft", False, used, dist.get_world_size())
         return dist.destroy_process_group()
-    print("| two updates, float32 | planned, GB | measured, GB |\n|---|---|---|")
+    print("| an update, float32 | planned, GB | measured, GB |\n|---|---|---|")
     for method, checkpointing in (("sft", False), ("sdft", False), ("sdft", True)):
         used = measure.fresh(args.shape, method, int(checkpointing))
-        show(args.shape, method, checkpointing, used)
+        if used:  # (else it has said why not)
+            show(args.shape, method, checkpointing, used["peak_gb"])
 
 
 if __name__ == "__main__":

@@ -7,19 +7,23 @@ Same weights (random, so that responses hardly ever end before max_new_tokens), 
 (16 words), demonstrations (16 words) and contexts, token for token; AdamW, an EMA
 teacher, KL(teacher || student) over the whole vocabulary, no dropout. SFT imitates
 demonstrations of the length of the responses. First the losses of one step on the same
-responses are compared: ours and TRL's must agree. Then each trainer runs in processes
-of its own, in turns; the first two steps of a process warm up. Then come the parts of
-our step. The roof is the products of the weights alone: 2 flop for each weight and
-token of a forward pass, 4 of a backward pass. Memory is that of the steps after the
+responses are compared: ours and TRL's must agree. Then each trainer, as it is, runs in
+processes of its own, in turns; the first two steps of a process warm up. Then come the
+parts of our step. The roof is the products of the weights alone: 2 flop for each weight
+and token of a forward pass, 4 of a backward pass. Memory is that of the steps after the
 warm-up, above what lies there between steps: measure.py.
 """
 
 import argparse
+import contextlib
 import random
 import tempfile
+from itertools import pairwise
+from unittest import mock
 
 import measure
 import torch
+from extra import Quiet
 from measure import DEVICE
 from sampler import SIZES, to_hugging_face
 
@@ -38,9 +42,6 @@ def teacher_prompt(example, tok):
     return data.student_prompt(example, tok) + tok.encode(example.demo)
 
 
-data.teacher_prompt = teacher_prompt  # sdft.py, too, now finds this one
-
-
 def make_model():
     """Random weights, larger ones than usual: a divergence that is not all rounding."""
     model = GPT(GPTConfig(128, *SIZES["0.9M"]), data.make_rng(0, "weights")).to(DEVICE)
@@ -49,61 +50,67 @@ def make_model():
     return model.train()
 
 
-def make_examples(batch, n):
-    """Prompts and demonstrations of 16 words; the same with demonstrations that, their
-    end included, have n tokens."""
+def make_examples(batch, n, prompt=16):
+    """Prompts and demonstrations of 16 words, or of others; the same with
+    demonstrations that, their end included, have n tokens."""
     rng, shown, long = random.Random(0), [], []
     for i in range(batch):
-        p, d, r = (" ".join(rng.choices(data.NOUNS, k=k)) for k in (16, 16, n - 1))
+        p, d, r = (" ".join(rng.choices(data.NOUNS, k=k)) for k in (prompt, 16, n - 1))
         shown.append(data.Example(p, d, "", id=i))
         long.append(data.Example(p, r, "", id=i))
     return shown, long
 
 
-def our_config(module, batch, n):
-    sizes = {"batch_size": batch, "max_new_tokens": n, "log_every": 10**6}
-    return module.Config(dropout=0.0, **sizes, **SETTINGS)
+class Clock(Quiet):
+    """A run of a trainer that notes when each part of a step ends. After the warm-up,
+    memory is marked."""
+
+    def __init__(self):
+        self.times = []  # of each step: its begin, and the ends of parts
+
+    def progress(self, start, end):
+        for step in range(start, end):
+            if step == WARM_UP:
+                self.before = measure.mark_memory()
+            self.times.append([measure.clock()])
+            yield step
+
+    def all_reduce(self, student, sums):  # between backward pass and update
+        self.times[-1].append(measure.clock())
+
+    def noting(self, function):
+        def call(*args):
+            result = function(*args)
+            self.times[-1].append(measure.clock())
+            return result
+
+        return call
 
 
-def our_steps(module, batch, n, steps):
-    """A generator of steps, each as the times before and after its parts."""
-    student, (shown, long) = make_model(), make_examples(batch, n)
-    teacher, cfg = sdft.make_teacher(student), our_config(module, batch, n)
-    optimizer = module.make_optimizer(student, cfg)
-    for step in range(1, steps + 1):  # not 0: no statistics beside the loss
-        times = [measure.clock()]
-        if module is sft:
-            response = sft.get_responses(long, TOK, DEVICE)
-            times.append(measure.clock())
-            loss, _ = sft.compute_loss(student, long, *response, TOK, cfg)
-        else:
-            response = sdft.get_responses(student, shown, TOK, cfg, step)
-            times.append(measure.clock())
-            both = student, teacher, shown
-            loss, _ = sdft.compute_loss(*both, *response, TOK, cfg, step)
-        times.append(measure.clock())
-        loss.backward()
-        times.append(measure.clock())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), cfg.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        if module is sdft:
-            sdft.update_teacher(teacher, student, cfg)
-        times.append(measure.clock())
-        yield times
-
-
-def run_ours(module, batch, n, turns):
-    """Seconds of the steps after the warm-up, of their parts, and extra memory."""
-    steps = our_steps(module, batch, n, WARM_UP + turns)
-    for _ in range(WARM_UP):
-        next(steps)
-    before, rows = measure.mark_memory(), list(steps)
-    extra = measure.peak_memory() - before
+def timed_training(module, student, examples, tok, turns, **settings):
+    """Let a trainer (sft or sdft) train on one batch. Seconds of the steps after the
+    warm-up and of their parts; MB at their peak, and above what they began with."""
+    run, n = Clock(), len(examples)
+    few = {"steps": WARM_UP + turns, "batch_size": n, "log_every": 10**6}
+    cfg = module.Config(dropout=0.0, **few, **settings)
+    with contextlib.ExitStack() as changes:
+        for name in ("get_responses", "compute_loss"):
+            noting = run.noting(getattr(module, name))
+            changes.enter_context(mock.patch.object(module, name, noting))
+        module.train(student, {"A": examples}, {}, tok, cfg, run)
+    peak = measure.peak_memory()
+    rows = [[*times, after[0]] for times, after in pairwise(run.times[WARM_UP:])]
     parts = {part: [times[i + 1] - times[i] for times in rows]
              for i, part in enumerate(PARTS)}
     seconds = [times[-1] - times[0] for times in rows]
-    return {"seconds": seconds, "parts": parts, "extra_mb": extra}
+    return {"seconds": seconds, "parts": parts, "peak_mb": peak,
+            "extra_mb": peak - run.before}  # fmt: skip
+
+
+def run_ours(name, batch, n, turns):
+    (shown, long), own = make_examples(batch, n), {"max_new_tokens": n, **SETTINGS}
+    module, examples = {"sft": (sft, long), "sdft": (sdft, shown)}[name]
+    return timed_training(module, make_model(), examples, TOK, turns, **own)
 
 
 def trl_trainer(folder, batch, n, steps):
@@ -182,7 +189,8 @@ def our_loss(batch, n, _):
     response, lengths = data.pad_right(fixed_responses(batch, n), TOK.end, DEVICE)
     mask = torch.arange(response.size(1), device=DEVICE) < lengths[:, None]
     both = student, sdft.make_teacher(student), shown, response, mask
-    return sdft.compute_loss(*both, TOK, our_config(sdft, batch, n), 1)[0].item()
+    cfg = sdft.Config(batch_size=batch)
+    return sdft.compute_loss(*both, TOK, cfg, 1)[0].item()
 
 
 def trl_loss(batch, n, _):
@@ -213,8 +221,9 @@ def check_losses(batch, n):
 
 
 def entry(name, *sizes):
+    data.teacher_prompt = teacher_prompt  # sdft.py, too, now finds this one
     if name in ("sft", "sdft"):
-        return run_ours({"sft": sft, "sdft": sdft}[name], *sizes)
+        return run_ours(name, *sizes)
     others = {"TRL sdft": run_trl, "our loss": our_loss, "TRL loss": trl_loss}
     return others[name](*sizes)
 
@@ -223,7 +232,7 @@ def flops_of(batch, n):
     """Of the products with the weights: name -> flop of a step."""
     weights, (shown, _) = make_model().num_params(), make_examples(batch, n)
     p = len(data.student_prompt(shown[0], TOK))
-    q = len(data.teacher_prompt(shown[0], TOK))
+    q = len(teacher_prompt(shown[0], TOK))
     train, score = 6 * weights * batch * (p + n), 2 * weights * batch * (q + n)
     whole = train + score + 2 * weights * batch * (p + n)  # the last: the rollout
     return {"sft": train, "sdft": whole, "TRL sdft": whole}
