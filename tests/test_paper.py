@@ -288,8 +288,9 @@ def test_the_counted_work_of_an_update_is_that_of_a_formula(trainer):
 
 def test_a_run_is_drawn_and_a_picture_of_others_is_kept(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
-    assert plot.main() == 2 and f"no run in {tmp_path}" in capsys.readouterr().err
+    for flags, error in ([], "no run in "), (["--pull"], ""):
+        monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), *flags])
+        assert plot.main() == 2 and f"{error}{tmp_path}" in capsys.readouterr().err
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "matplotlib", None)
         assert plot.main() == 2 and "pip install matplotlib" in capsys.readouterr().err
@@ -300,6 +301,12 @@ def test_a_run_is_drawn_and_a_picture_of_others_is_kept(tmp_path, monkeypatch, c
     assert plot.plot(tmp_path) == plot.plot(tmp_path) == tmp_path / "plot.png"
     assert (tmp_path / "plot.png.previous1").read_bytes() == b"my holidays"
     assert len(list(tmp_path.glob("*.png*"))) == 2
+    row["pull"] = {"prompt": "a", "demo": "b", "sft": [["b", 7]], "sdft": [["c", 0]]}
+    rows = "".join(json.dumps({**row, "step": i}) + "\n" for i in (0, 30, 60))
+    for method in ("sft", "sdft"):
+        (tmp_path / method).mkdir(exist_ok=True)
+        (tmp_path / method / "metrics.jsonl").write_text(rows)
+    assert plot.pull(tmp_path).read_bytes()[1:4] == b"PNG"
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -1,13 +1,149 @@
-"""The picture of each experiment, from the complete rows of its table."""
+"""The picture of each experiment, from the complete rows of its table.
+
+One style for all: no background, grey text and colors that read on white paper and on
+dark pages alike, and a label at each line in place of a legend.
+"""
 
 import math
 import re
+from functools import partial
+from itertools import product
 from operator import itemgetter
 from statistics import mean
 
-import style
+import matplotlib
 from experiments import READ, summary
 from notes import by_base
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+GREY = "#808080"
+COLORS = {"base": "#8a8a8a", "sft": "#e07b1a", "dft": "#c2529a", "sdft": "#3f8fd6",
+          "reinvoke": "#a08a1e", "teacher": "#2aa198"}  # fmt: skip
+OTHERS = ("#3f8fd6", "#e07b1a", "#2aa198", "#c2529a", "#a08a1e", "#7a6fd0", "#d0504a",
+          "#4c9f50", "#8a8a8a")  # fmt: skip
+MARKERS = {"sft": "o", "dft": "^", "reinvoke": "D", "sdft": "s"}
+
+plt.rcParams.update({
+    "font.size": 9, "axes.titlesize": 9, "savefig.dpi": 150,
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY,
+    "xtick.color": GREY, "ytick.color": GREY, "axes.titlecolor": GREY,
+    "axes.facecolor": "none", "figure.facecolor": "none", "savefig.facecolor": "none",
+    "axes.spines.top": False, "axes.spines.right": False, "svg.fonttype": "none",
+})  # fmt: skip
+
+
+def panels(*titles, width=3.4, height=3.0, share=False):
+    """A row of axes with a title each."""
+    size = (width * len(titles), height)
+    figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=share,
+                                squeeze=False, layout="constrained")  # fmt: skip
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, loc="left")
+    return figure, list(axes[0])
+
+
+def save(figure, path, **more):
+    figure.savefig(path, bbox_inches="tight", transparent=True, **more)
+    plt.close(figure)
+
+
+def line(axis, x, rows, label, color, **style):
+    """The mean of runs (a list of lists) as a line; returns a label for label_lines."""
+    y = [mean(column) for column in zip(*rows, strict=True)]
+    axis.plot(x, y, color=color, **{"lw": 1.8, **style})
+    return y[-1], label, color
+
+
+def band(axis, x, rows, label, color, **style):
+    """A line, and the range of the runs as a band."""
+    low, high = (list(map(of, zip(*rows, strict=True))) for of in (min, max))
+    end = line(axis, x, rows, label, color, **style)
+    axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
+    return end
+
+
+def threads(axis, x, rows, label, color):
+    """A line, and each run as a thin one."""
+    for y in rows:
+        axis.plot(x, y, color=color, lw=0.5, alpha=0.5)
+    return line(axis, x, rows, label, color)
+
+
+def cross(axis, xs, ys, color, marker="o"):
+    """Runs as their mean, with their range in both directions; returns the mean."""
+    x, y = mean(xs), mean(ys)
+    axis.plot([min(xs), max(xs)], [y, y], color=color, lw=0.8, alpha=0.6)
+    axis.plot([x, x], [min(ys), max(ys)], color=color, lw=0.8, alpha=0.6)
+    axis.plot([x], [y], marker, color=color, ms=5)
+    return x, y
+
+
+def write(axis, words):
+    """Words beside points, [(x, y, text, color)]: each at the first place inside the
+    panel where it covers least of other words and points. Call it when all is drawn."""
+    axis.figure.draw_without_rendering()  # places are known only now
+    points = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 1]
+    points = axis.transData.transform([point[0] for point in points])
+    frame, taken = axis.get_window_extent(), []
+    for x, y, text, color in words:
+        own = axis.transData.transform((x, y))
+        others = [point for point in points if abs(point - own).max() > 1]
+
+        def put(dy, dx, at=(x, y), text=text, color=color):
+            side = "left" if dx > 0 else "right"
+            return axis.annotate(text, at, (dx, dy), textcoords="offset points",
+                                 color=color, fontsize=7, ha=side)  # fmt: skip
+
+        def covered(place, others=others, put=put):
+            word = put(*place)
+            box = word.get_window_extent()
+            word.remove()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
+            if not (inside and frame.y0 <= box.y0 and box.y1 <= frame.y1):
+                return math.inf
+            hidden = sum(box.padded(7).contains(*point) for point in others)
+            return hidden + 9 * sum(box.overlaps(each) for each in taken)
+
+        sides = (5, -5) if own[0] < (frame.x0 + frame.x1) / 2 else (-5, 5)
+        places = product((4, -9, 13, -18, 22, -27, 31, -36, 45), sides)
+        taken.append(put(*min(places, key=covered)).get_window_extent())
+
+
+def label_lines(axis, labels):
+    """Words right of the axis, [(y, text, color)], at the height where the lines end,
+    moved apart where they would overlap."""
+    axis.figure.canvas.draw()  # the limits are known only now
+    # 10.5 points, as a share of the axis
+    gap, places = 10.5 / (axis.get_window_extent().height * 72 / axis.figure.dpi), []
+    for y, text, color in sorted(labels, key=lambda each: each[0]):
+        at = axis.transAxes.inverted().transform(axis.transData.transform((1, y)))[1]
+        at = min(max(at, 0.0), 1.0)
+        places.append([max(at, places[-1][0] + gap) if places else at, text, color])
+    if places and places[-1][0] > 1.02:  # down again from the top
+        top = 1.02
+        for place in reversed(places):
+            place[0], top = min(place[0], top), min(place[0], top) - gap
+    for at, text, color in places:
+        axis.annotate(text, (1.01, at), xycoords="axes fraction", color=color,
+                      fontsize=8, va="center", annotation_clip=False)  # fmt: skip
+
+
+def dots(axis, rows, colors):
+    """{label: values}: a line for each label, the runs as dots, the mean as a bar."""
+    for i, (label, values) in enumerate(rows.items()):
+        color = colors.get(label, GREY)
+        axis.plot(values, [-i] * len(values), "o", color=color, ms=4, alpha=0.55, mew=0)
+        axis.plot([mean(values)] * 2, [-i - 0.28, -i + 0.28], color=color, lw=2)
+    axis.set_yticks([-i for i in range(len(rows))], list(rows))
+    axis.set_ylim(-len(rows) + 0.4, 0.6)
+    axis.tick_params(axis="y", length=0)
+    for text in axis.get_yticklabels():  # none, where another panel has them
+        text.set_color(colors.get(text.get_text(), GREY))
+
+
+# ---- One function for each experiment ----------------------------------------------
 
 
 def values(runs, title):
@@ -21,12 +157,21 @@ def curve(runs, of, rows="evaluations"):
     return x, [[of(row) for row in run[rows]] for run in runs]
 
 
+def record(name):
+    """For curve: a number of the records."""
+    return itemgetter(name), "records"
+
+
 def new_of(row):
     return mean(row["new"].values())
 
 
 def prior_of(row):
     return mean(row["prior"].values())
+
+
+def color_of(label):
+    return COLORS.get(label.split()[0].strip(","), GREY)
 
 
 def together(points, near):
@@ -45,12 +190,11 @@ def by_rate(axis, rows, families, titles, near=0.04):
     families: {(first word of the label, its end): what to write}. Returns words."""
     words = []
     for (method, end), text in families.items():
-        color, marker = style.COLORS[method], style.MARKERS[method]
-        points = []
+        color, points = COLORS[method], []
         for label, runs in rows.items():
             if match := re.fullmatch(rf"{method} (\d\S*?){end}", label):
                 both = [values(runs, title) for title in titles]
-                at = style.cross(axis, *both, color, marker)
+                at = cross(axis, *both, color, MARKERS[method])
                 points.append((float(match[1]), match[1], at))
         points.sort()
         if points:
@@ -70,37 +214,36 @@ def frontier(axis, rows, families):
     words = []
     if "base" in rows:
         both = values(rows["base"], "new"), values(rows["base"], "prior")
-        at = style.cross(axis, *both, style.GREY, "X")
-        words.append((*at, "base", style.GREY))
-    style.write(axis, words + by_rate(axis, rows, families, ("new", "prior")))
+        words.append((*cross(axis, *both, GREY, "X"), "base", GREY))
+    write(axis, words + by_rate(axis, rows, families, ("new", "prior")))
 
 
 def skills(rows):
     titles = "SFT and DFT 300 updates, SDFT 120", "120 updates each"
-    figure, axes = style.panels(*titles, width=4.2, height=3.6)
-    frontier(axes[0], rows, ALL)
-    frontier(axes[1], rows, {("sdft", ""): "SDFT", ("sft", ", 120"): "SFT"})
-    axes[0].set_ylabel("prior skills, mean of five")
-    for axis in axes:
+    figure, axes = panels(*titles, width=4.2, height=3.6)
+    equal = {("sdft", ""): "SDFT", ("sft", ", 120"): "SFT"}
+    for axis, families in zip(axes, (ALL, equal), strict=True):
+        frontier(axis, rows, families)
         axis.set_xlabel("new skill")
+    axes[0].set_ylabel("prior skills, mean of five")
     return figure
 
 
 def onpolicy(rows):
     titles = "new skill", "prior skills", "updates to .9, by who writes"
-    figure, axes = style.panels(*titles, width=3.5)
+    figure, axes = panels(*titles, width=3.5)
     names = {"sdft": "on-policy", "offpolicy": "teacher writes, KL",
              "imitate": "teacher writes, imitate"}  # fmt: skip
-    colors = dict(zip(names, style.OTHERS, strict=False))
+    colors = dict(zip(names, OTHERS, strict=False))
     for axis, of in zip(axes, (new_of, prior_of), strict=False):
         labels, lowest = [], 0.9
         for name, text in names.items():
             if runs := rows.get(f"{name} 9e-5"):
                 x, ys = curve(runs, of)
-                labels.append(style.band(axis, x, ys, text, colors[name]))
+                labels.append(band(axis, x, ys, text, colors[name]))
                 lowest = min(lowest, *map(min, ys))
         axis.set(xlabel="updates at 9e-5", ylim=(lowest - 0.01, 1.01))
-        style.label_lines(axis, labels)
+        label_lines(axis, labels)
     # who writes: from the teacher alone, over a mix, to the student alone
     taus = {label: label for label in rows if label.startswith("tau")}
     order = {"offpolicy 9e-5": "teacher", **taus, "sdft 9e-5": "student"}
@@ -109,50 +252,56 @@ def onpolicy(rows):
         for label, text in order.items() if label in rows
     }  # fmt: skip
     ends = {"teacher": colors["offpolicy"], "student": colors["sdft"]}
-    style.dots(axes[2], {k: v for k, v in reached.items() if v}, ends)
+    dots(axes[2], {k: v for k, v in reached.items() if v}, ends)
     axes[2].set_xlim(left=0)
     return figure
 
 
+def each_row(rows, titles, series, draw, xlabel, **size):
+    """A panel for each of series (what curve takes), a line for each row. Those of
+    records span decades."""
+    figure, axes = panels(*titles, **size)
+    for axis, of in zip(axes, series, strict=True):
+        labels = [draw(axis, *curve(runs, *of), label, color)
+                  for (label, runs), color in zip(rows.items(), OTHERS, strict=False)]
+        if of[1:]:
+            axis.set_yscale("log")
+        elif of != (new_of,):
+            axis.set_ylim(-0.03, 1.05)
+        label_lines(axis, labels)
+        axis.set_xlabel(xlabel)
+    return figure
+
+
 def teacher(rows):
-    """What happens over updates: each run a thin line."""
-    kinds = [label for label in rows if label != "base"]
     titles = ("KL(student || teacher), nats a token", "entropy of the student, nats a "
               "token", "prior skills", "the teacher's gate")  # fmt: skip
-    figure, axes = style.panels(*titles, width=3.3)
-    colors = dict(zip(kinds, style.OTHERS, strict=False))
-    ends = [[], [], [], []]
-    for label in kinds:
-        runs, color = rows[label], colors[label]
-        series = (
-            curve(runs, itemgetter("kl_student_teacher"), "records"),
-            curve(runs, itemgetter("student_entropy"), "records"),
-            curve(runs, prior_of), curve(runs, itemgetter("teacher_gate")),
-        )  # fmt: skip
-        for i, (x, ys) in enumerate(series):
-            for y in ys:
-                axes[i].plot(x, y, color=color, lw=0.5, alpha=0.5)
-            ends[i].append(style.line(axes[i], x, ys, label, color))
-    for axis in axes[:2]:
-        axis.set_yscale("log")
-    for axis in axes[2:]:
-        axis.set_ylim(-0.03, 1.05)
-    for axis, labels in zip(axes, ends, strict=True):
-        style.label_lines(axis, labels)
-        axis.set_xlabel("updates, three skills")
-    return figure
+    series = (record("kl_student_teacher"), record("student_entropy"), (prior_of,),
+              (itemgetter("teacher_gate"),))  # fmt: skip
+    rows = {label: runs for label, runs in rows.items() if label != "base"}
+    of = rows, titles, series, threads, "updates, three skills"
+    return each_row(*of, width=3.3)
+
+
+def estimators(rows):
+    titles = "new skill", "KL(student || teacher), nats a token"
+    series = (new_of,), record("kl_student_teacher")
+    # (the others have another schedule than this one)
+    rows = {label: runs for label, runs in rows.items() if label != "360 updates"}
+    draw = partial(line, lw=1.5)
+    return each_row(rows, titles, series, draw, "updates", width=3.7)
 
 
 def stages(axis, runs):
     """Each skill and the prior mean over the updates of three skills."""
     x, priors = curve(runs, prior_of)
     x, labels = [step / runs[0]["config"]["steps"] for step in x], []
-    for skill, color in zip("ABC", style.OTHERS, strict=False):
+    for skill, color in zip("ABC", OTHERS, strict=False):
         _, ys = curve(runs, lambda row, skill=skill: row["new"][skill])
-        labels.append(style.band(axis, x, ys, f"skill {skill}", color))
-    labels.append(style.band(axis, x, priors, "prior", style.GREY, ls="--"))
+        labels.append(band(axis, x, ys, f"skill {skill}", color))
+    labels.append(band(axis, x, priors, "prior", GREY, ls="--"))
     axis.set(ylim=(-0.03, 1.03), xticks=(0, 1, 2, 3), xlabel="skills trained")
-    style.label_lines(axis, labels)
+    label_lines(axis, labels)
 
 
 CURVES = {
@@ -166,23 +315,23 @@ def curves(rows):
     if not shown:
         return {}
     titles = [CURVES[label] for label in shown]
-    figure, axes = style.panels(*titles, width=2.9, share=True)
+    figure, axes = panels(*titles, width=2.9, share=True)
     for axis, label in zip(axes, shown, strict=True):
         stages(axis, rows[label])
     axes[0].set_ylabel("accuracy, held-out queries")
     return {"_curves": figure}
 
 
-def forgetting(rows):
-    figure, (axis,) = style.panels("after three skills", width=5.4, height=3.8)
+def tradeoff(rows):
+    figure, (axis,) = panels("after three skills", width=5.4, height=3.8)
     frontier(axis, rows, ALL)
     axis.set(xlabel="new skills, mean of three", ylabel="prior skills, mean of five")
-    return {**curves(rows), "_tradeoff": figure}
+    return {"_tradeoff": figure}
 
 
 def distance(rows):
     """What each method keeps, by the distance of the demonstrations."""
-    figure, axes = style.panels("new", "prior", width=3.3, share=True)
+    figure, axes = panels("new", "prior", width=3.3, share=True)
     axes[0].set_ylim(-0.03, 1.05)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         labels = []
@@ -191,45 +340,27 @@ def distance(rows):
             runs = [rows.get(f"{method} {name}") for name in names]
             if all(runs):
                 ys = [values(each, title) for each in runs]
-                color, lows = style.COLORS[method], [min(y) for y in ys]
-                means = [mean(y) for y in ys]
-                axis.plot(means, marker=style.MARKERS[method], color=color)
-                axis.vlines(range(3), lows, [max(y) for y in ys], color=color, lw=0.8)
+                color, means = COLORS[method], [mean(y) for y in ys]
+                axis.plot(means, marker=MARKERS[method], color=color)
+                ends = [min(y) for y in ys], [max(y) for y in ys]
+                axis.vlines(range(3), *ends, color=color, lw=0.8)
                 labels.append((means[-1], method.upper(), color))
         axis.set_xticks(range(3), ["own", "known", "terms"])
-        style.label_lines(axis, labels)
+        label_lines(axis, labels)
     return figure
-
-
-def earlier(rows):
-    return {**forgetting(rows), "_distance": distance(rows)}
-
-
-def color_of(label):
-    return style.COLORS.get(label.split()[0].strip(","), style.GREY)
 
 
 def columns(rows, *titles, width=2.9):
     """A panel of dots for each number, a line for each row."""
-    colors = {label: color_of(label) for label in rows}
-    height = 0.8 + 0.24 * len(rows)
-    figure, axes = style.panels(*titles, width=width, height=height, share=True)
+    colors, height = {label: color_of(label) for label in rows}, 0.8 + 0.24 * len(rows)
+    figure, axes = panels(*titles, width=width, height=height, share=True)
     for axis, title in zip(axes, titles, strict=True):
-        parts = {label: values(runs, title) for label, runs in rows.items()}
-        style.dots(axis, parts, colors)
+        dots(axis, {k: values(runs, title) for k, runs in rows.items()}, colors)
         if title == "length":
             axis.set_xlabel("tokens")
         else:  # a share: all of what there is, so that small differences look small
             axis.set_xlim(-0.06, 1.06)
     return figure, axes
-
-
-def answers_only(rows):
-    return columns(rows, "new", "prior", "thinks", "length")[0]
-
-
-def audit(rows):
-    return columns(rows, "strict", "OOD", "prior")[0]
 
 
 PAPER = {  # Table 1 and Fig. 7: strict, lenient, OOD
@@ -245,91 +376,72 @@ def knowledge(rows):
     for i, label in enumerate(rows):
         paper = PAPER.get(re.sub(r" \d\S*$", "", label), ())
         for axis, value in zip(axes, paper, strict=False):
-            axis.plot(value, -i, "o", ms=9, mfc="none", mec=style.GREY, mew=0.8)
+            axis.plot(value, -i, "o", ms=9, mfc="none", mec=GREY, mew=0.8)
             if axis is axes[0] and label.startswith("sft 3e-4"):  # (free on its left)
                 axis.annotate("ring: the paper", (value, -i), (-9, -3), ha="right",
-                              color=style.GREY, textcoords="offset points", fontsize=7)
+                              color=GREY, textcoords="offset points", fontsize=7)
     return figure
 
 
 def size(rows):
-    figure, axes = style.panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
+    figure, axes = panels("new: SDFT less SFT", "prior: SDFT less SFT", width=3.6)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
         names = {}  # where a base stands: its name; equal ones share a word
         for name, *both in by_base(rows):
-            gates = values(both[0], "gate at the start")
             pairs = zip(*(values(runs, title) for runs in both), strict=True)
             gains = [sdft - sft for sdft, sft in pairs]
-            x, y = style.cross(axis, gates, gains, style.COLORS["sdft"])
+            gates = values(both[0], "gate at the start")
+            x, y = cross(axis, gates, gains, COLORS["sdft"])
             names.setdefault((round(x, 2), round(y, 2)), []).append(name)
-        axis.axhline(0, color=style.GREY, lw=0.8, ls=":")
+        axis.axhline(0, color=GREY, lw=0.8, ls=":")
         axis.margins(0.12, 0.15)
-        words = [(*at, " and ".join(of), style.GREY) for at, of in names.items()]
-        style.write(axis, words)
+        write(axis, [(*at, " and ".join(of), GREY) for at, of in names.items()])
         axis.set(xlabel="gate: the base, shown the demonstration")
     return figure
 
 
 def passk(rows):
-    figure, (axis,) = style.panels("pass@k at temperature 1", width=4.6)
+    figure, (axis,) = panels("pass@k at temperature 1", width=4.6)
     labels = []
     for label, runs in rows.items():
         ks = [int(k) for k in runs[0]["pass_at_k"]]
         ys = [list(run["pass_at_k"].values()) for run in runs]
         dashed = {"ls": "--"} if label.endswith("1e-4") else {}
-        labels.append(style.band(axis, ks, ys, label, color_of(label), **dashed))
+        labels.append(band(axis, ks, ys, label, color_of(label), **dashed))
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, ks)
     axis.set(xlabel="k", ylim=(-0.03, 1.05))
-    style.label_lines(axis, labels)
+    label_lines(axis, labels)
     return figure
 
 
 def distance_kl(rows):
     titles = ("KL(student || base), nats a token", "two numbers of forgetting, prior "
               "prompts")  # fmt: skip
-    figure, axes = style.panels(*titles, width=4.4, height=3.6)
+    figure, axes = panels(*titles, width=4.4, height=3.6)
     titles = "KL(student || base)", "KL(student || base), prior"
     families = {**ALL, ("sdft", ""): "SDFT (star: the base, shown the demo)"}
     words = by_rate(axes[0], rows, families, titles, near=0.08)
     if "base" in rows:  # where SDFT goes: to its teacher
         titles = "KL(teacher || base)", "KL(teacher || base), prior"
         both = [values(rows["base"], title) for title in titles]
-        style.cross(axes[0], *both, style.COLORS["teacher"], "*")
+        cross(axes[0], *both, COLORS["teacher"], "*")
     axes[0].margins(0.12, 0.25)
     axes[1].margins(0.05, 0.2)
-    style.write(axes[0], words)
+    write(axes[0], words)
     titles = "KL(base || student), prior", "mass on old answers"
-    style.write(axes[1], by_rate(axes[1], rows, ALL, titles, near=0.06))
+    write(axes[1], by_rate(axes[1], rows, ALL, titles, near=0.06))
     axes[0].set(xlabel="new prompts", ylabel="prior prompts")
     axes[1].set(xlabel="drift: KL(base || student)", ylabel="mass on old answers")
     return figure
 
 
-def estimators(rows):
-    titles = "new skill", "KL(student || teacher), nats a token"
-    figure, axes = style.panels(*titles, width=3.7)
-    colors = dict(zip(rows, style.OTHERS, strict=False))
-    ends = [[], []]
-    for label, runs in rows.items():
-        if label != "360 updates":  # another schedule
-            both = (new_of,), (itemgetter("kl_student_teacher"), "records")
-            for axis, labels, of in zip(axes, ends, both, strict=True):
-                xy = curve(runs, *of)
-                labels.append(style.line(axis, *xy, label, colors[label], lw=1.5))
-    axes[1].set_yscale("log")
-    for axis, labels in zip(axes, ends, strict=True):
-        style.label_lines(axis, labels)
-        axis.set_xlabel("updates")
-    return figure
-
-
 def cost(rows):
     """New skill against what was spent, up to the first 120 updates."""
-    titles = "matrix products, TFLOP", "core-seconds", "tokens written"
-    keys = ("flops", 1e-12), ("core_seconds", 1), ("written", 1)
-    figure, axes = style.panels(*titles, width=3.3, share=True)
-    for axis, (key, unit) in zip(axes, keys, strict=True):
+    keys = {"matrix products, TFLOP": ("flops", 1e-12),
+            "core-seconds": ("core_seconds", 1), "tokens written": ("written", 1)}
+    figure, axes = panels(*keys, width=3.3, share=True)
+    for axis, (key, unit) in zip(axes, keys.values(), strict=True):
         labels = []
         for label in ("sdft 9e-5", "sft 6e-4, 120", "sft 1e-4, 120"):
             if runs := rows.get(label):
@@ -338,18 +450,25 @@ def cost(rows):
                 x = [step * one * unit for step in steps]
                 dashed = {"ls": "--"} if "1e-4" in label else {}
                 text = label.removesuffix(", 120").upper().replace("E-", "e-")
-                end = style.band(axis, x, ys, text, color_of(label), **dashed)
+                end = band(axis, x, ys, text, color_of(label), **dashed)
                 labels.append(end)
-        style.label_lines(axis, labels)
+        label_lines(axis, labels)
         axis.set(ylim=(-0.03, 1.05))
     axes[0].set_ylabel("new skill")
     return figure
 
 
+OTHER_NAMES = {  # what draws an experiment, where it is not the function of its name
+    "default": curves, "distance-kl": distance_kl,
+    "answers-only": lambda rows: columns(rows, "new", "prior", "thinks", "length")[0],
+    "audit": lambda rows: columns(rows, "strict", "OOD", "prior")[0],
+    "forgetting": lambda rows: {**curves(rows), **tradeoff(rows)},
+    "earlier": lambda rows: {**tradeoff(rows), "_distance": distance(rows)},
+}  # fmt: skip
+
+
 def draw(name, rows, where):
-    """<where>/<name>.png, and of some experiments several: <name>_curves.png, ... The
-    function of an experiment has its name."""
-    of = {"default": curves}.get(name) or globals()[name.replace("-", "_")]
-    drawn = of(rows) if rows else {}
+    """<where>/<name>.png, and of some experiments several: <name>_curves.png, ..."""
+    drawn = (OTHER_NAMES.get(name) or globals()[name])(rows) if rows else {}
     for end, figure in (drawn if isinstance(drawn, dict) else {"": drawn}).items():
-        style.save(figure, where / f"{name}{end}.png")
+        save(figure, where / f"{name}{end}.png")
