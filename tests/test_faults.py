@@ -1,6 +1,6 @@
 """Faults that other projects had, and that this one must not have: each test is one of
 their stories, or a neighbour of it. The title of a section is their kind, by which
-tests/bench/faults.py counts them."""
+tests/bench/reliability.py counts them."""
 
 import inspect
 import json

@@ -2,11 +2,12 @@
 
     python tests/bench/reliability.py            # about ten minutes on one core
     python tests/bench/reliability.py --quick    # about two minutes
+    python tests/bench/reliability.py --faults   # one minute: only the second table
 
-Prints a table and writes it to tests/bench/results/reliability.json, and after it the
-table of faults.py, which counts the faults that other projects had by kind.
-tests/test_reliability.py does each of this once, with what is here. Real processes, of
-which some are killed in the middle of a write: Linux and macOS.
+Prints two tables and writes them to tests/bench/results. tests/test_reliability.py does
+each of the first once, with what is here: real processes, of which some are killed in
+the middle of a write (Linux and macOS). The second counts the cases of test_faults.py,
+faults that other projects had, by kind. What cannot be tried here is not counted.
 """
 
 import argparse
@@ -27,6 +28,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 import torch
 from tqdm import tqdm
 
@@ -358,25 +360,56 @@ def measure(quick, work):
     return [*rows, (what, f"{again:.0f} MiB, {again / fresh:.2f} times")]
 
 
-def main():
-    import faults
+class Count:
+    """A plugin of pytest: kind -> [cases tried, cases right]."""
 
+    def __init__(self):
+        self.kinds, self.wrong = {}, []
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_runtest_makereport(self, item, call):
+        report = (yield).get_result()
+        right = report.when == "call" and report.passed
+        if right or report.failed:  # an error of a fixture is a case that failed
+            tried = self.kinds.setdefault(item.function.kind, [0, 0])
+            tried[0] += 1
+            tried[1] += right
+            if not right:
+                self.wrong.append(item.name)
+
+
+def count_faults():
+    """The rows of the second table, and the names of the cases that are wrong."""
+    count, path = Count(), str(ROOT / "tests" / "test_faults.py")
+    pytest.main(["-q", "-p", "no:cacheprovider", path], [count])
+    rows = [(kind, *numbers) for kind, numbers in count.kinds.items()]
+    rows.append(("together", *(sum(row[i] for row in rows) for i in (1, 2))))
+    return rows, count.wrong
+
+
+def show(name, heads, rows, **more):
+    """Print a table, and keep it as results/<name>.json."""
+    for row in (heads, ["---"] * len(heads), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
+    content = {"machine": platform.machine(), "python": platform.python_version(),
+               "torch": str(torch.__version__), **more, "rows": rows}  # fmt: skip
+    path = ROOT / "tests" / "bench" / "results" / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a tenth of the kills")
+    parser.add_argument("--faults", action="store_true", help="only the second table")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as work:
-        rows = measure(args.quick, Path(work))
-    print("| what | figure |\n|---|---|")
-    for row in rows:
-        print(f"| {row[0]} | {row[1]} |")
-    machine = {"machine": platform.machine(), "python": platform.python_version(),
-               "torch": str(torch.__version__), "quick": args.quick}  # fmt: skip
-    faults.RESULTS.mkdir(exist_ok=True)
-    path = faults.RESULTS / "reliability.json"
-    path.write_text(json.dumps({**machine, "rows": rows}, indent=1) + "\n")
-    print("\nfaults that other projects had, by kind:")
-    return faults.main()
+    if not args.faults:
+        with tempfile.TemporaryDirectory() as work:
+            rows = measure(args.quick, Path(work))
+        show("reliability", ("what", "figure"), rows, quick=args.quick)
+    rows, wrong = count_faults()
+    show("faults", ("kind", "cases tried", "cases right"), rows, wrong=wrong)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
