@@ -311,7 +311,7 @@ def test_a_run_is_drawn_and_a_picture_of_others_is_kept(tmp_path, monkeypatch, c
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_a_device_with_a_wrong_kernel_is_seen(masked, monkeypatch):
-    gpt, twin = (gpu.make_model() for _ in range(2))
+    gpt, twin = (gpu.sampler.make_model(GPTConfig()) for _ in range(2))
     assert gpu.compare(gpt, twin) == (0, True)
     right, hidden = F.scaled_dot_product_attention, twin.hidden
 

@@ -1,4 +1,4 @@
-"""The data of tests/bench/real.py: held out is held out, and names are names."""
+"""tests/bench/real.py runs; in its data held out is held out, and names are names."""
 
 import json
 import math
@@ -10,6 +10,7 @@ import pytest
 import data
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
+import real  # noqa: E402
 import real_data  # noqa: E402
 
 MAKERS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
@@ -76,3 +77,23 @@ def test_prior_questions_are_many_and_do_not_give_their_answers_away(tmp_path):
             assert (e.prompt, e.answer) == (row["prompt"], answer)
             assert e.demo == row.get("demonstration", "")
         assert remarks == [f"{len(rows)} rows, grade: contains"]
+
+
+@pytest.mark.slow
+def test_a_cell_and_what_is_measured_of_a_base_run_in_small(
+    tmp_path, monkeypatch, capsys
+):
+    """On a small random model of transformers, with --quick."""
+    make_folder = pytest.importorskip("test_pretrained").make_folder
+    folder, work = str(make_folder(tmp_path / "base")), str(tmp_path / "work")
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "real.json")
+    right = {row["prompt"]: i > 0 for i, row in enumerate(PRIOR[:23])}
+    real.write_results({"cells": {}, "prior": right})
+    for what in ["gate"], ["prior"], ["sampled"], ["wordings"], ["rule", "--only",
+                 "sdft 3e-05"], ["facts", "--only", "speculative 3e-05"]:  # fmt: skip
+        argv = ["real.py", folder, *what, "--quick", "--work", work]
+        monkeypatch.setattr(sys, "argv", argv)
+        real.main()
+    said, known = capsys.readouterr().out, json.loads(real.RESULTS.read_text())
+    assert said.count('"held_out": 0') == 2 and "the base gets 22 of 24" in said
+    assert len(known["gates"]) == 2 * 2 * 3 + 2 and len(known["prior"]) == 24

@@ -33,7 +33,7 @@ from measure import DEVICE, ROOT
 
 import train
 from data import make_rng
-from model import GPT, GPTConfig, generate
+from model import GPTConfig, generate
 
 SECONDS = 480  # in which all of it ends
 SMALL, QUICK = "--small" in sys.argv, SimpleNamespace(kl="forward", turns=5, quick=True)
@@ -55,16 +55,7 @@ def attempt(row, run):
         torch.cuda.empty_cache()
 
 
-# ---- Does a device compute what a CPU computes? --------------------------------------
-
-
-@torch.no_grad()
-def make_model():
-    gpt = GPT(GPTConfig(), make_rng(0, "weights")).eval()
-    for p in gpt.h.parameters():
-        if p.dim() == 2:  # with small weights it would only repeat its last token
-            p.mul_(4)
-    return gpt
+# ---- The parts -----------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -82,14 +73,12 @@ def compare(one, other):
 
 
 def check(device):
-    difference, same = compare(make_model(), make_model().to(device))
+    one, other = (sampler.make_model(GPTConfig()) for _ in range(2))
+    difference, same = compare(one, other.to(device))
     right = difference < 1e-2 and same  # nan is wrong, too
     tell(f"{device} beside a CPU", right=right, log_p_difference=difference,
          greedy_tokens_equal=same)  # fmt: skip
     return 0 if right else 1
-
-
-# ---- The parts -----------------------------------------------------------------------
 
 
 def machine():

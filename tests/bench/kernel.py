@@ -188,11 +188,7 @@ def main():
     ]  # fmt: skip
     if args.quick:
         cells = [("logits", 256, 512, 0), ("head", 128, 512, 64)]
-    copy, flop, result = measure.roofs()
-    result["cells"] = []
-    for level, N, V, C in cells:
-        result["cells"].append(measure_cell(level, N, V, C, copy, flop, args))
-        measure.write("kernel", result, args)
+    measure.each_cell("kernel", cells, measure_cell, args)
 
 
 if __name__ == "__main__":

@@ -135,6 +135,15 @@ def roofs():
     return copy, flop, {"copy_gb_per_s": copy / 1e9, "gflop_per_s": flop / 1e9}
 
 
+def each_cell(name, cells, measure_cell, args):
+    """Measure the cells of a table, and after each write what is there."""
+    copy, flop, result = roofs()
+    result["cells"] = []
+    for cell in cells:
+        result["cells"].append(measure_cell(*cell, copy, flop, args))
+        write(name, result, args)
+
+
 def write(name, result, args):
     """results/<name>_<device>.json, or --out; nothing of a --quick run without it."""
     if args.quick and not args.out:

@@ -57,7 +57,7 @@ TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
 # batches of 8 from 72 rows: 9 updates are a pass. Both methods see each row as often
 STEPS = {"rule": 27, "facts": 54}
 DEMOS = {"rule": "json", "facts": "record"}  # the gates say why
-SHARED = f"--batch-size 8 --max-new-tokens {N_TOKENS} --warmup-steps 4"
+SHARED = f"--batch-size 8 --max-new-tokens {N_TOKENS}"
 SDFT, RATES = "--method sdft --ema-rate 0 --lr", (1e-5, 3e-5, 1e-4)
 CELLS = {  # task -> label: (form of the demonstrations, flags of train.py)
     task: {

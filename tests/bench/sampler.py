@@ -85,20 +85,23 @@ ENTRIES = {
 }
 
 
+@torch.no_grad()
+def make_model(config):
+    """Of random weights; small ones would repeat the last token, whatever else a
+    sampler did wrong."""
+    model = GPT(config, make_rng(0, "weights")).eval()
+    for p in model.h.parameters():
+        p.mul_(4 if p.dim() == 2 else 1)
+    return model
+
+
 def make(size, batch, n):
-    """A model of random weights, prompts with their lengths, and uniform numbers."""
-    config = GPTConfig(128, *SIZES[size])
-    model = GPT(config, make_rng(0, "weights")).to(DEVICE).eval()
-    with torch.no_grad():  # small weights would repeat the last token, whatever else
-        for p in model.h.parameters():  # a sampler did wrong
-            p.mul_(4 if p.dim() == 2 else 1)
-    rng = make_rng(0, "prompts")
-    rows = [
-        torch.randint(config.vocab_size, (17 + i % 16,), generator=rng).tolist()
-        for i in range(batch)
-    ]
+    """A model, prompts with their lengths, and uniform numbers."""
+    config, rng = GPTConfig(128, *SIZES[size]), make_rng(0, "prompts")
+    rows = [torch.randint(config.vocab_size, (17 + i % 16,), generator=rng).tolist()
+            for i in range(batch)]  # fmt: skip
     u = torch.rand(batch, n, generator=rng).to(DEVICE)
-    return model, pad_right(rows, 0, DEVICE), u
+    return make_model(config).to(DEVICE), pad_right(rows, 0, DEVICE), u
 
 
 def memory_of(name, size, batch, n):
@@ -121,6 +124,7 @@ def seconds_of_roof(model, lengths, n, copy, flop):
 
 
 def measure_cell(size, batch, n, copy, flop, args):
+    print(f"{size} parameters, batch {batch}: ms for one token of each row")
     model, prompts, u = make(size, batch, n)
     runs, greedy = {}, {}
     for name, (prepare, run) in ENTRIES.items():
@@ -160,12 +164,7 @@ def main():
     cells = [(size, b, tokens[size]) for size in SIZES for b in (1, 16, 64)]
     if args.quick:
         cells = [("0.9M", 4, 8)]
-    copy, flop, result = measure.roofs()
-    result["cells"] = []
-    for cell in cells:
-        print("{} parameters, batch {}: ms for one token of each row".format(*cell))
-        result["cells"].append(measure_cell(*cell, copy, flop, args))
-        measure.write("sampler", result, args)
+    measure.each_cell("sampler", cells, measure_cell, args)
 
 
 if __name__ == "__main__":
