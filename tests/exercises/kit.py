@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from variants import FILES, HERE, ROOT, KitError, Modules, change, source
+from variants import FILES, HERE, ROOT, KitError, Modules, source
 
 for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
     if str(path) not in sys.path:
