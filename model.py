@@ -534,13 +534,17 @@ def chunked_kl(
     def row_loss(s, w, rows):
         t = make_logits(teacher_hidden[rows], teacher_head, temperature)  # (chunk, V)
         if watch:
-            entropies = (torch.special.entr(x.softmax(-1)).sum(-1) for x in (s, t))
-            numbers = kl_reference(s, t, "reverse"), *entropies  # (chunk,) each
+            numbers = kl_reference(s, t, "reverse"), entropy(s), entropy(t)
             sums.add_(torch.stack(numbers) @ weight[rows])  # (3, chunk) @ (chunk,)
         return fused_kl(s, t, w, kl), s
 
     loss = ChunkedLoss.apply(hidden, head, weight, temperature, row_loss)
     return loss, dict(zip(names, sums, strict=True)) if watch else {}
+
+
+def entropy(logits):
+    """The entropy of softmax(logits) in nats, (...) of logits (..., V)."""
+    return torch.special.entr(logits.softmax(-1)).sum(-1)
 
 
 # ---- The fused log-softmax KL kernel -------------------------------------------------
