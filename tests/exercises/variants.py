@@ -281,13 +281,14 @@ REINVOKE = [
     ),
     (
         "train.py",
-        "    evaluations = trainer.train(student, stages, tasks, tok, cfg, run)\n",
+        "    evaluations = METHODS[method].train("
+        "student, stages, tasks, tok, cfg, run)\n",
         """\
     args = student, stages, tasks, tok, cfg, run
-    if trainer is sdft:
+    if method == "sdft":
         saved = read_run(run.folder.parent / "sft" / "checkpoint.pt")
         args += (saved["models"]["student"],)
-    evaluations = trainer.train(*args)
+    evaluations = METHODS[method].train(*args)
 """,
     ),
 ]
