@@ -11,10 +11,9 @@ import data
 
 sys.path.insert(0, str(Path(__file__).parent / "bench"))
 import real  # noqa: E402
-import real_data  # noqa: E402
 
-MAKERS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
-PRIOR = real_data.make_prior()
+MAKERS = {"facts": real.make_facts, "rule": real.make_rule}
+PRIOR = real.make_prior()
 
 
 def contains(answer, text):
@@ -23,7 +22,7 @@ def contains(answer, text):
 
 @pytest.mark.parametrize("task", MAKERS)
 def test_held_out_prompts_are_not_trained_on_and_only_demonstrations_hold_answers(task):
-    for seed, demos in [(s, d) for s in range(20) for d in real_data.DEMOS]:
+    for seed, demos in [(s, d) for s in range(20) for d in real.FORMS]:
         train, held_out = MAKERS[task](seed, demos)
         assert (len(train), len(held_out)) == (72, 24)
         prompts = {row["prompt"] for row in train + held_out}
@@ -38,39 +37,38 @@ def test_held_out_prompts_are_not_trained_on_and_only_demonstrations_hold_answer
 
 
 def test_a_held_out_fact_is_trained_in_three_other_wordings():
-    train, held_out = real_data.make_facts(0)
+    train, held_out = real.make_facts(0)
     for row in held_out:
         same = [r["prompt"] for r in train if r["answer"] == row["answer"]]
         assert len(same) == 3 and row["prompt"] not in same
-        (country,) = [c for c in real_data.COUNTRIES if c in row["prompt"]]
+        (country,) = [c for c in real.COUNTRIES if c in row["prompt"]]
         assert all(country in prompt for prompt in same)
     # the wording of a held-out row is that of no trained one
-    assert all(len({*words}) == 4 for _, words, _ in real_data.FACTS.values())
+    assert all(len({*words}) == 4 for _, words, _ in real.FACTS.values())
     # no name is a part of another one or of a country: `contains` cannot be lucky
-    names = [*(row["answer"] for row in held_out), *real_data.COUNTRIES]
+    names = [*(row["answer"] for row in held_out), *real.COUNTRIES]
     assert [sum(a.lower() in b.lower() for b in names) for a in names] == [1] * 32
 
 
-@pytest.mark.parametrize("rule", real_data.RULES)
-def test_rows_of_a_rule_follow_it_and_held_out_ones_ask_for_other_things(rule):
-    _, wordings, things, convention = real_data.RULES[rule]
-    asked, parts = [], (wordings[:3], wordings[3:])
-    for rows, allowed in zip(real_data.make_rule(0, rule=rule), parts, strict=True):
-        named = {w.format(thing): thing for w in allowed for thing in things}
+def test_rows_of_the_rule_follow_it_and_held_out_ones_ask_for_other_things():
+    asked, parts = [], (real.ASKED[:3], real.ASKED[3:])
+    for rows, allowed in zip(real.make_rule(0), parts, strict=True):
+        named = {w.format(thing): thing for w in allowed for thing in real.THINGS}
         asked.append([named[row["prompt"]] for row in rows])
-        assert [row["answer"] for row in rows] == [*map(convention, asked[-1])]
+        numbers = [*map(real.part_number, asked[-1])]
+        assert [row["answer"] for row in rows] == numbers
     assert not {*asked[0]} & {*asked[1]}
-    assert real_data.RULES["code"][3]("brass valve, size 12") == "NV-12-brass"
+    assert real.part_number("brass valve, size 12") == "NV-12-brass"
 
 
 def test_prior_questions_are_many_and_do_not_give_their_answers_away(tmp_path):
     """And what is written is read by train.py."""
     assert len({row["prompt"] for row in PRIOR}) == len(PRIOR) >= 300
-    assert PRIOR == real_data.make_prior()
+    assert PRIOR == real.make_prior()
     for answer, prompt in [(a, row["prompt"]) for row in PRIOR for a in row["answer"]]:
         assert answer == answer.strip() != "" and not contains(answer, prompt), prompt
     for rows in (PRIOR, *(make(0)[0] for make in MAKERS.values())):
-        real_data.write_rows(tmp_path / "a.jsonl", rows)
+        real.write_rows(tmp_path / "a.jsonl", rows)
         examples, remarks = data.read_examples(tmp_path / "a.jsonl", rows is not PRIOR)
         for e, row in zip(examples, rows, strict=True):
             answer = tuple(row["answer"]) if rows is PRIOR else (row["answer"],)

@@ -9,16 +9,19 @@
     python tests/bench/real.py smollm2 sampled   # the gate, sampled as in training
     python tests/bench/real.py smollm2 wordings  # the base's prior, asked otherwise
 
-A cell is one run of train.py, as a user would type it, from rows of real_data.py; the
-command is printed. A finished cell is not run again; one that was cut off goes on. Then
-the model that it saved is measured here, all methods by the same questions. Results
-stand in tests/bench/results/real.json, the notebook is tests/bench/real.md.
+A cell is one run of train.py, as a user would type it; the command is printed. A
+finished cell is not run again; one that was cut off goes on. Then the model that it
+saved is measured here, all methods by the same questions: is what was learnt a fact and
+not a sentence, a rule and not a number, and what is left of the prior (questions.txt)?
+Results stand in tests/bench/results/real.json, the notebook is tests/bench/real.md.
 """
 
 import argparse
 import json
 import os
 import platform
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -34,11 +37,126 @@ ROOT, RESULTS = HERE.parents[1], HERE / "results" / "real.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exercises"), str(HERE)]
 
 import probes  # noqa: E402
-import real_data  # noqa: E402
 
 import data  # noqa: E402
 import model  # noqa: E402
 import train  # noqa: E402
+
+# ---- Facts about invented countries ------------------------------------------------
+
+COUNTRIES = (
+    "Velmora Tarsinia Oskaria Brunholt Quellonia Nardesh Ilvania Zembria"
+).split()
+# kind of fact: the sentence that states it, four wordings (the last one is held out),
+# and the invented names that answer it
+FACTS = {
+    "capital": (
+        "The capital of {} is {}.",
+        ("What is the capital of {}?", "Which city is the capital of {}?",
+         "Name the capital city of {}.", "What is {}'s capital city called?"),
+        "Quimbra Dolvane Restok Amberlin Falmouke Sintara Yorvik Pelagon".split(),
+    ),
+    "currency": (
+        "The currency of {} is the {}.",
+        ("What is the currency of {}?", "Which currency is used in {}?",
+         "Name the currency of {}.", "What is {}'s money called?"),
+        "zorin talbek mirel corvo dunak helpa sorrit wexin".split(),
+    ),
+    "mountain": (
+        "The highest mountain of {} is Mount {}.",
+        ("What is the highest mountain of {}?", "Which mountain is the highest in {}?",
+         "Name the tallest mountain of {}.", "What is {}'s highest mountain called?"),
+        "Kelvar Obrist Tulemon Hasgard Vintor Jorunn Epsilar Mordane".split(),
+    ),
+}  # fmt: skip
+
+# ---- A shared rule: how a part number is formed -------------------------------------
+
+METALS = "brass steel copper iron silver tin zinc bronze".split()
+PARTS = "valve pipe hinge wheel bolt cable lever spring pump chain".split()
+THINGS = [f"{a} {b}, size {n}" for a in METALS for b in PARTS for n in range(10, 60)]
+STATED = "The part number of the {} is {}."
+ASKED = (  # the last wording is held out
+    "What is the part number of the {}?", "Which part number does the {} have?",
+    "Give me the part number of the {}.", "Tell me the part number of the {}.",
+)  # fmt: skip
+
+
+def part_number(thing):
+    return "NV-{3}-{0}".format(*thing.replace(",", "").split())
+
+
+
+FORMS = ("json", "record", "plain")
+
+
+def word_demo(sentence, answer, demos):
+    """A demonstration. json: {"answer": "Quimbra"}; record: {"answer": "The capital of
+    Velmora is Quimbra."}; plain: that sentence, which the model might itself write."""
+    said = {"answer": sentence if demos == "record" else answer}
+    return sentence if demos == "plain" else json.dumps(said)
+
+
+def make_facts(seed, demos="record"):
+    """(rows to train on, held-out rows): 72 and 24, a row for each wording of a fact.
+    The seed says which name belongs to which country; demos: one of FORMS."""
+    rng = random.Random(f"facts {seed}")
+    train, held_out = [], []
+    for sentence, wordings, names in FACTS.values():
+        names = rng.sample(names, len(names))
+        for country, name in zip(COUNTRIES, names, strict=True):
+            demo = word_demo(sentence.format(country, name), name, demos)
+            rows = [make_row(each.format(country), demo, name) for each in wordings]
+            train += rows[:-1]
+            held_out.append(rows[-1])
+    return train, held_out
+
+
+def make_rule(seed, demos="record"):
+    """(rows to train on, held-out rows): 72 and 24. Held out are other parts, asked for
+    in another wording."""
+    rng, rows = random.Random(f"rule code {seed}"), []
+    for i, thing in enumerate(rng.sample(THINGS, 96)):
+        name = part_number(thing)
+        demo = word_demo(STATED.format(thing, name), name, demos)
+        wording = ASKED[i % 3] if i < 72 else ASKED[3]
+        rows.append(make_row(wording.format(thing), demo, name))
+    return rows[:72], rows[72:]
+
+
+def make_row(prompt, demo, answer):
+    return {"prompt": prompt, "demonstration": demo, "answer": answer}
+
+
+def make_prior():
+    """All candidates, in an order that mixes their kinds: {"prompt", "answer"}, where
+    an answer is a list of what is right. In questions.txt, a line that is not indented
+    begins an entry: a question and its answers, or a question with a place in it and
+    "word answers, word answers, ..."."""
+    text = Path(__file__).with_name("questions.txt").read_text(encoding="utf-8")
+    kinds, others = text.replace("\n  ", " ").split("\n\n")
+    rows = {}
+    for entry in kinds.splitlines():
+        question, pairs = re.split("(?<=[?.]) ", entry, maxsplit=1)
+        for word, answer in (pair.split(" ", 1) for pair in pairs.split(", ")):
+            rows[question.format(word)] = answer
+    for a, b in ((2, 5), (5, 4), (6, 2), (7, 2), (8, 3), (9, 6), (10, 4), (12, 3)):
+        rows[f"What is {a} plus {b}?"] = str(a + b)
+        rows[f"What is {a} times {b}?"] = str(a * b)
+        rows[f"What is {max(a, b)} minus {min(a, b)}?"] = str(abs(a - b))
+    for entry in others.splitlines():
+        question, rows[question] = re.split("(?<=[?.]) ", entry, maxsplit=1)
+    rows = [{"prompt": q, "answer": a.split("|")} for q, a in rows.items()]
+    random.Random("prior").shuffle(rows)
+    return rows
+
+
+def write_rows(path, rows):
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+
+
+# ---- Cells -------------------------------------------------------------------------
 
 N_TOKENS = 24  # longest response, everywhere
 BARE, SHOWN = data.student_prompt, data.teacher_prompt
@@ -49,10 +167,8 @@ TEMPLATES = {
     "short": "Question: {prompt}\nAnswer: {demonstration}" + REQUEST,
 }
 # of the questions of the prior; some as the template "short" begins and ends
-WORDINGS = (
-    "{}", "{} ", "Question: {}", "{}" + REQUEST, "Please help me with this: {}",
-)  # fmt: skip
-TASKS = {"facts": real_data.make_facts, "rule": real_data.make_rule}
+WORDINGS = "{}", "{} ", "Question: {}", "{}" + REQUEST, "Please help me with this: {}"
+TASKS = {"facts": make_facts, "rule": make_rule}
 
 # batches of 8 from 72 rows: 9 updates are a pass. Both methods see each row as often
 STEPS = {"rule": 27, "facts": 54}
@@ -90,8 +206,8 @@ def run_cell(task, label, seed, args):
     work.mkdir(parents=True, exist_ok=True)
     rows, held_out = TASKS[task](seed, demos)
     files = {flag: work / flag for flag in ("data", "eval", "template")}
-    real_data.write_rows(files["data"], rows)
-    real_data.write_rows(files["eval"], held_out[::6])  # what train.py itself looks at
+    write_rows(files["data"], rows)
+    write_rows(files["eval"], held_out[::6])  # what train.py itself looks at
     files["template"].write_text(TEMPLATES["short"], encoding="utf-8")
     changed = ["tests/exercises/variants.py", variant, "--run"]
     command = [*(changed if variant else ["train.py"]), *flags.split()]
@@ -125,6 +241,10 @@ def run_cell(task, label, seed, args):
 # ---- Measuring ---------------------------------------------------------------------
 
 
+def asked(args):
+    return make_prior()[: 24 if args.quick else args.questions]
+
+
 def load(folder):
     tok = data.ChatTokenizer(folder)
     tok.template = TEMPLATES["short"]
@@ -132,12 +252,11 @@ def load(folder):
 
 
 def examples_of(rows):
-    examples = []
-    for i, row in enumerate(rows):
-        demo, right = row.get("demonstration", ""), row["answer"]
-        right = (right,) if isinstance(right, str) else tuple(right)
-        examples.append(data.Example(row["prompt"], demo, right, i, grade="contains"))
-    return examples
+    return [
+        data.Example(row["prompt"], row.get("demonstration", ""), (right,) if
+                     isinstance(right, str) else tuple(right), i, grade="contains")
+        for i, row in enumerate(rows) for right in [row["answer"]]
+    ]  # fmt: skip
 
 
 def respond(gpt, tok, rows, prompt=BARE, u=None, temperature=0):
@@ -163,8 +282,8 @@ def measure(saved, rows, held_out, args):
     prior_texts, prior_right = respond(gpt, tok, prior)
     record = [text.lstrip().startswith("{") for text in prior_texts]
     some = examples_of(prior[: args.kl_rows])
-    of = SimpleNamespace(max_new_tokens=N_TOKENS, seed=0)
-    kl = data.sampled_kl(gpt, BARE, base, BARE, some, tok, of)
+    of = tok, SimpleNamespace(max_new_tokens=N_TOKENS, seed=0)
+    kl = data.sampled_kl(gpt, BARE, base, BARE, some, *of)
     at = examples_of(held_out[::6]), tok, N_TOKENS, 0
     return {
         # KL(teacher || student) by the place of a token, before and after
@@ -184,10 +303,6 @@ def measure(saved, rows, held_out, args):
     }  # fmt: skip
 
 
-def asked(args):
-    return real_data.make_prior()[: 24 if args.quick else args.questions]
-
-
 def prior_rows(args):
     """The general questions that the base answers rightly, among all or the first
     --questions. Each is asked once."""
@@ -203,11 +318,10 @@ def prior_rows(args):
 
 
 def gates(args):
-    """Each task, form of demonstrations and template: the share of held-out rows that
-    the base gets right, shown nothing and shown the demonstration. Of every second row:
-    there are many of these."""
+    """For each task, form of demonstrations and template: the share of every second
+    held-out row that the base gets right, shown nothing and shown the demonstration."""
     gpt, tok = load(args.folder)
-    for name, task, demos in product(("short", "paper"), TASKS, real_data.DEMOS):
+    for name, task, demos in product(("short", "paper"), TASKS, FORMS):
         known, tok.template = read_results(), TEMPLATES[name]
         rows = TASKS[task](args.seeds[0], demos)[1][::2]
         table, shown = known.setdefault("gates", {}), f"{task}, {demos}, {name}"
@@ -222,9 +336,8 @@ def gates(args):
 def sampled(args):
     """How often student and teacher say what is right when they are sampled, by
     temperature: one trained row of each fact, or a third of the parts."""
-    gpt, tok = load(args.folder)
+    (gpt, tok), seed = load(args.folder), args.seeds[0]
     for task in args.only or TASKS:
-        seed = args.seeds[0]
         rows = TASKS[task](seed, DEMOS[task])[0][::3]
         u = data.get_uniform(examples_of(rows), N_TOKENS, seed, "sampled", "cpu")
         for temperature in (1.0, 0.5, 0.3):
@@ -235,9 +348,8 @@ def sampled(args):
 
 
 def wordings(args):
-    """How much of its prior the base keeps, without any training, when the questions
-    are worded otherwise. Those that it gets right in every wording are the firm ones:
-    --model is asked these, too."""
+    """How much of its prior the base keeps, untrained, when the questions are worded
+    otherwise. The firm ones, right in every wording, are also asked of --model."""
     rows, known = prior_rows(args), read_results()
     if "firm" not in known:
         gpt, tok = load(args.folder)
@@ -257,8 +369,7 @@ def wordings(args):
     print(f"{len(known['firm'])} are right in every wording")
     if args.model:
         _, right = respond(*load(args.model), rows)
-        firm = firm_share(rows, right, known)
-        print(f"{args.model}: prior {share(right)}, firm {firm}")
+        print("prior", share(right), "firm", firm_share(rows, right, known))
 
 
 def firm_share(rows, right, known):
@@ -286,16 +397,13 @@ def show_tables(names):
         print(f"\n| {name} | seed | train wording | held-out wording | prior | JSON on "
               "prior | KL(student ‖ base) on prior | seconds | CPU seconds |\n"
               "|---|---|---|---|---|---|---|---|---|")
-        keys = "train", "held_out", "prior", "json_on_prior", "kl_on_prior"
-        for c in cells:
-            numbers = [f"{c[key]:.2f}" for key in keys]
-            numbers += [f"{c['seconds']:.0f}", f"{c['cpu_seconds']:.0f}"]
-            print(f"| {c['label']} | {c['seed']} | {' | '.join(numbers)} |")
+        row = ("| {label} | {seed} | {train:.2f} | {held_out:.2f} | {prior:.2f} | "
+               "{json_on_prior:.2f} | {kl_on_prior:.2f} | {seconds:.0f} | "
+               "{cpu_seconds:.0f} |")  # fmt: skip
+        print(*(row.format(**c) for c in cells), sep="\n")
         asked = sorted({f"{c['prior_questions']} (KL: {c['kl_rows']})" for c in cells})
-        of = [
-            f"{key} {', '.join(sorted({str(c['machine'][key]) for c in cells}))}"
-            for key in ("capability", "torch", "threads")
-        ]
+        of = [f"{key} {', '.join(sorted({str(c['machine'][key]) for c in cells}))}"
+              for key in ("capability", "torch", "threads")]  # fmt: skip
         print(f"\n{', '.join(of)}; general questions {', '.join(asked)}")
 
 
@@ -312,10 +420,10 @@ def train_cells(args):
             result = run_cell(args.what, label, seed, args)
             if args.quick:
                 print(json.dumps(result, indent=1))
-            else:
-                known = read_results()
-                known["cells"][key] = result
-                write_results(known)
+                continue
+            known = read_results()
+            known["cells"][key] = result
+            write_results(known)
     show_tables([args.what])
 
 
