@@ -1,6 +1,5 @@
 """Faults that other projects had, and that this one must not have: each test is one of
-their stories, or a neighbour of it. The title of a section is their kind, by which
-tests/bench/reliability.py counts them."""
+their stories, or a neighbour of it. The title of a section is their kind."""
 
 import inspect
 import json
@@ -380,8 +379,3 @@ def test_a_run_in_the_folder_of_another_is_refused_unless_resumed(name, made, tm
     with pytest.raises(ValueError, match="holds a run"):
         train.Run(tmp_path).load({"student": GPT(TINY)}, None, sft.Config(), {})
     assert files_in(tmp_path) == before
-
-
-for section in Path(__file__).read_text(encoding="utf-8").split("\n# ---- ")[1:]:
-    for name in re.findall(r"(?m)^def (test_\w+)", section):
-        globals()[name].kind = section.split(" --")[0]

@@ -1,8 +1,8 @@
 """What must hold when things go wrong: real processes, real SIGKILL, full disks.
 
-Each is done once; tests/bench/reliability.py, whose tools these are, does it often. A
-kill comes at a step that a test names. That a save may die at any moment is shown call
-by call, in test_a_save_may_die_or_fail_at_any_moment; damaged files are in test_files.
+A kill comes at a step that a test names, or, with --all, at any moment: three in each
+part of a run, or KILLS=n. That a save may die at any moment is shown call by call, in
+test_a_save_may_die_or_fail_at_any_moment; damaged files are in test_files.
 """
 
 import ast
@@ -86,9 +86,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(killed, made, tmp_path, go):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["base", *METHODS])
 def test_a_run_may_be_killed_at_any_moment(part, made, tmp_path):
-    for i in range(3):
-        rng = random.Random(f"{part} {i}")
-        killed_and_resumed(part, tmp_path / f"{i}", made, rng, in_save=i == 2)
+    for i in range(int(os.environ.get("KILLS", 3))):
+        rng, in_save = random.Random(f"{part} {i}"), i % 3 == 2
+        killed_and_resumed(part, tmp_path / f"{i}", made, rng, in_save)
 
 
 @pytest.mark.parametrize("what", ["dies", *(

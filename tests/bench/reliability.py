@@ -1,33 +1,20 @@
-"""Kills, saves that fail, and memory, counted: the figures of the notebook.
+"""What tests/test_reliability.py needs to kill runs, and to compare what they left.
 
-    python tests/bench/reliability.py            # minutes, on one core
-    python tests/bench/reliability.py --quick    # a tenth of the kills
-    python tests/bench/reliability.py --faults   # one minute: only the second table
-
-Prints two tables and writes them to tests/bench/results. tests/test_reliability.py does
-each of the first once, with what is here: real processes, of which some are killed in
-the middle of a write (Linux and macOS). The second counts the cases of test_faults.py,
-faults that other projects had, by kind. What cannot be tried here is not counted.
+Real processes, of which some are killed in the middle of a write: Linux and macOS.
 """
 
-import argparse
 import io
 import json
 import os
-import platform
-import random
 import re
 import shlex
 import shutil
 import signal
 import socket
 import sys
-import tempfile
 from pathlib import Path
 
-import pytest
 import torch
-from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -68,8 +55,6 @@ def watched(run, start, end):
 
 train.Run.progress = watched
 code = train.main(sys.argv[2:])
-if "PEAK" in os.environ:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 sys.exit(code)
 """
 
@@ -141,9 +126,9 @@ def run_two(*args, **environment):
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = str(one.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
-             "LOCAL_WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "none",
-             **environment}  # fmt: skip
+    group = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "2") | environment
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+              "TORCHELASTIC_RUN_ID": "none"}  # fmt: skip
     both = [begin(*args, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
     first = finish(both[0])
     if first[0] == 2:
@@ -235,104 +220,3 @@ def moments_of_a_save(folder, what):
     assert steps == {1, 2}, "this shows nothing"
     assert left == {path.name, *["checkpoint.pt.tmp"] * (what == "dies")}
     return n
-
-
-# ---- The figures ---------------------------------------------------------------------
-
-
-def begin_usual(out, *args, **environment):
-    """A short run with a model of the usual size, that tells its peak at its end."""
-    few = "--device cpu --method sdft --base-steps 8 --steps 4 --gate-margin -1"
-    few += " --log-every 1 --save-every 1"
-    return begin(out, *args, flags=few.split(), PEAK="1", **environment)
-
-
-def peak_memory(process):
-    """In MiB."""
-    return int(re.search(r"peak (\d+)", succeed(process))[1]) / 1024
-
-
-def measure(quick, work):
-    """The rows of the table: what was done, and the figure. Any that is not right ends
-    it with an error."""
-    rng, rows, whole = random.Random(0), [], work / "whole"
-    succeed(begin(whole))
-    for part, kills in ("base", 10), ("sft", 20), ("sdft", 20):
-        n = -(-kills // 10) if quick else kills
-        halves = 0
-        for i in tqdm(range(n), desc=f"kills, {part}"):
-            out = work / f"{part}{i}"
-            halves += killed_and_resumed(part, out, whole, rng, i % 2 == 1)
-            shutil.rmtree(out)
-        what = f"`kill -9` of {part}, {halves} of {n} left half a file; resumed"
-        rows.append((what, f"{n}/{n} equal to the bit"))
-    for end in ("dies", "fails"):
-        n = moments_of_a_save(work / end, end)
-        what = f"a save that {end} before, in or after a call that touches the disk"
-        rows.append((what, f"{n}/{n} lose nothing"))
-    out = work / "memory"
-    succeed(begin_usual(out))  # makes the base
-    shutil.rmtree(out / "sdft")
-    fresh = peak_memory(begin_usual(out))
-    shutil.rmtree(out / "sdft")
-    code, _, err = finish(begin_usual(out, **at("sdft", 6, "SIGKILL")))
-    assert code == -signal.SIGKILL, err
-    again = peak_memory(begin_usual(out, "--resume"))
-    what = f"peak memory of a resume, against {fresh:.0f} MiB of a fresh start"
-    return [*rows, (what, f"{again:.0f} MiB, {again / fresh:.2f} times")]
-
-
-class Count:
-    """A plugin of pytest: kind -> [cases tried, cases right]."""
-
-    def __init__(self):
-        self.kinds, self.wrong = {}, []
-
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_makereport(self, item, call):
-        report = (yield).get_result()
-        right = report.when == "call" and report.passed
-        if right or report.failed:  # an error of a fixture is a case that failed
-            tried = self.kinds.setdefault(item.function.kind, [0, 0])
-            tried[0] += 1
-            tried[1] += right
-            if not right:
-                self.wrong.append(item.name)
-
-
-def count_faults():
-    """The rows of the second table, and the names of the cases that are wrong."""
-    count, path = Count(), str(ROOT / "tests" / "test_faults.py")
-    pytest.main(["-q", "-p", "no:cacheprovider", path], [count])
-    rows = [(kind, *numbers) for kind, numbers in count.kinds.items()]
-    rows.append(("together", *(sum(row[i] for row in rows) for i in (1, 2))))
-    return rows, count.wrong
-
-
-def show(name, heads, rows, **more):
-    """Print a table, and keep it as results/<name>.json."""
-    for row in (heads, ["---"] * len(heads), *rows):
-        print(f"| {' | '.join(map(str, row))} |")
-    content = {"machine": platform.machine(), "python": platform.python_version(),
-               "torch": str(torch.__version__), **more, "rows": rows}  # fmt: skip
-    path = ROOT / "tests" / "bench" / "results" / f"{name}.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a tenth of the kills")
-    parser.add_argument("--faults", action="store_true", help="only the second table")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if not args.faults:
-        with tempfile.TemporaryDirectory() as work:
-            rows = measure(args.quick, Path(work))
-        show("reliability", ("what", "figure"), rows, quick=args.quick)
-    rows, wrong = count_faults()
-    show("faults", ("kind", "cases tried", "cases right"), rows, wrong=wrong)
-    return 1 if wrong else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
