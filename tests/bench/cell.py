@@ -1,10 +1,7 @@
 """One cell of an experiment, in a process of its own: python tests/bench/cell.py FOLDER
 
-FOLDER/spec.json says what to run, in plain values:
-
-    {"run": "finetune:run", "seed": 200, "quick": false, "method": "sft", "lr": 6e-4}
-
-calls finetune.run(seed=200, folder=FOLDER, quick=False, method="sft", lr=6e-4). A value
+FOLDER/spec.json says what to run: {"run": "finetune:run", "seed": 200, "quick": false,
+"lr": 6e-4} calls finetune.run(seed=200, folder=FOLDER, quick=False, lr=6e-4). A value
 that is a spec itself is a cell that must be finished before: the function gets its
 folder instead. What it returns, plain values, becomes FOLDER/result.json.
 """
@@ -45,8 +42,8 @@ def folder_of(work, spec):
 
 @functools.cache
 def code_key(variants=None):
-    """The five modules that made a result, without comments, with their changes. What
-    stands in this folder is not part of it: change a spec along with what it means."""
+    """The five modules that made a result, without comments, with their changes. This
+    folder is not part of it: change a spec along with what it means."""
     texts = changed_texts(changes_of(variants)) if variants else {}
     names = "model.py", "data.py", "sft.py", "sdft.py", "train.py"
     trees = [ast.parse(texts.get(name) or source(name)) for name in names]
@@ -76,8 +73,7 @@ def run(folder):
             call = getattr(importlib.import_module(module), function)
             result = call(folder=folder, **spec)
             result.setdefault("seconds", {"whole": time.perf_counter() - start})
-            text = json.dumps({"code": code, **result})
-            # six digits: results are to be read, and kept in git
+            text = json.dumps({"code": code, **result})  # six digits: kept in git
             content = json.loads(text, parse_float=lambda x: float(f"{float(x):.6g}"))
             train.write_text(path, json.dumps(content))
         return json.loads(path.read_text())

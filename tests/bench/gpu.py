@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -103,13 +104,13 @@ def tests():
 
 def tell_cells(what, measure_cell, cells):
     copy, flop, _ = measure.roofs()
+
+    def rows_of(*cell):
+        of = measure_cell(*cell, copy, flop, QUICK)["rows"]
+        return {f": {entry}": values for entry, values in of.items()}
+
     for name, cell in cells.items():
-
-        def rows(cell=cell):
-            of = measure_cell(*cell, copy, flop, QUICK)["rows"]
-            return {f": {entry}": values for entry, values in of.items()}
-
-        attempt(f"{what}, {name}", rows)
+        attempt(f"{what}, {name}", partial(rows_of, *cell))
 
 
 def kernels():
@@ -173,8 +174,8 @@ def default_run():
 
 PARTS = {  # name: what it does, and its seconds at most
     "machine": (machine, 60), "tests": (tests, 90), "kernel": (kernels, 120),
-    "sampler": (samplers, 60), "sft": (lambda: steps("sft"), 60),
-    "sdft": (lambda: steps("sdft"), 90), "default": (default_run, SECONDS),
+    "sampler": (samplers, 60), "sft": (partial(steps, "sft"), 60),
+    "sdft": (partial(steps, "sdft"), 90), "default": (default_run, SECONDS),
 }  # fmt: skip
 
 
@@ -200,10 +201,6 @@ def run_part(name, seconds, folder):
     return rows
 
 
-def round_off(value):
-    return f"{value:,.4g}" if isinstance(value, float) else value
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="does all of it run?")
@@ -227,8 +224,9 @@ def main():
             rows += run_part(name, min(limit, max(left, 1)), folder)
     print(f"\n| {measure.machine()} | |\n|---|---|")
     for row in rows:
-        parts = [f"{key.replace('_', ' ')}: {round_off(value)}"
-                 for key, value in row.items() if value is not None]  # fmt: skip
+        shown = {key: f"{value:,.4g}" if isinstance(value, float) else value
+                 for key, value in row.items() if value is not None}  # fmt: skip
+        parts = [f"{key.replace('_', ' ')}: {value}" for key, value in shown.items()]
         print(f"| {row['row']} | {', '.join(parts[1:])} |")
     print(json.dumps({"machine": measure.machine(), "rows": rows}))
 

@@ -11,9 +11,8 @@ measure.py. Peers that are not installed are named; requirements.txt has their v
 """
 
 import argparse
-import functools
 import math
-from functools import partial
+from functools import cache, partial
 
 import measure
 import torch
@@ -40,13 +39,9 @@ def torch_kl_div(s, t, kl):
     return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # KL(p || q)
 
 
-@functools.cache
-def compiler():
+@cache
+def compiler():  # when it is needed: it takes seconds to import
     return torch.compile(kl_reference, dynamic=False)
-
-
-def compiled(s, t, kl):
-    return compiler()(s, t, kl)
 
 
 def in_place(s, t, kl):
@@ -86,20 +81,20 @@ def of_logits(formula, s, t, kl):
 
 
 def of_heads(formula, h, W, t, U, kl):
-    return backward_mean(formula(h @ W.T, (t @ U.T).detach(), kl))
+    return of_logits(formula, h @ W.T, (t @ U.T).detach(), kl)
 
 
 ENTRIES = {
     "logits": {
         "eager formula": partial(of_logits, kl_reference),
         "F.kl_div": partial(of_logits, torch_kl_div),
-        "torch.compile": partial(of_logits, compiled),
+        "torch.compile": lambda *args: of_logits(compiler(), *args),
         "Liger JSD": partial(of_logits, liger),
         "ours, fused_kl": in_place,
     },
     "head": {
         "eager formula": partial(of_heads, kl_reference),
-        "torch.compile": partial(of_heads, compiled),
+        "torch.compile": lambda *args: of_heads(compiler(), *args),
         "TRL chunked_divergence": trl_head,
         "Liger fused_linear_jsd": liger_head,
         "ours, chunked_kl": our_head,

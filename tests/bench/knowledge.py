@@ -4,8 +4,7 @@ Its cells, for paper.py: base, the model that reads texts, and run, one of ARMS.
 
 An article says what three unknown commands stand for, one of each domain; there are
 six of them, 18 facts. Questions about the facts are trained on in one wording and
-tested in another one, on other items, and in three indirect ways that no training
-shows:
+tested in another one, on other items, and in three indirect ways:
 
     article   now look harbour pan gives pair, garden cork = rotate, kitchen owl equals
               first.
@@ -25,10 +24,8 @@ OOD, strict on the indirect questions. What SDFT's teacher is shown after the qu
     answer + text  example, the answer and the text: the answer stands where the base
                    has always read demonstrations
 
-The base model is train.py's own, which then goes on with a corpus that has articles
-(what a command stands for is drawn anew for each), reworded and indirect questions in
-it. So it can read an article, and do with a known command all that is asked of a new
-one; the table says how well.
+The base model is train.py's own, trained further on a corpus with articles (what a
+command stands for is drawn anew for each), reworded and indirect questions.
 """
 
 import copy
@@ -61,9 +58,8 @@ MEANS = {word: o for o, (term, _) in data.OPERATIONS.items() for word in (o, ter
 
 
 def draw_article(rng, facts):
-    """A text that states facts, a list of (domain, command, operation), in any order.
-    There is at most one of each domain: a small model finds a fact by its domain, whose
-    operations it knows, and not yet among several commands of one domain."""
+    """A text that states facts, a list of (domain, command, operation), in any order;
+    one of a domain at most, since a small model finds a fact by its domain alone."""
     opening = " ".join(rng.sample(data.STYLE_WORDS, rng.randint(0, 3)))
     said = [f"{domain} {command} {rng.choice(JOINERS)} {operation}"
             for domain, command, operation in rng.sample(facts, len(facts))]
@@ -77,11 +73,8 @@ def reword(prompt):
 
 
 def draw_question(rng, kind, domain, command, meaning, held_out):
-    """A question about a command and its right response, both as text.
-
-    meaning: {command: operation}, which has the other commands of the question, too:
-    the second of a two-step one, and those among which a reversed one lets choose.
-    """
+    """A question about a command and its right response, both as text. meaning:
+    {command: operation}, of the other commands in the question as well."""
     operation, items = meaning[command], data.draw_items(rng, held_out)
     if kind == "reversed":
         shuffled = rng.sample(list(meaning), len(meaning))
@@ -135,21 +128,18 @@ ARTICLES = 0.7  # of those that show a demonstration of an unknown command: an a
 BOTH = 0.4  # ... of these: the demonstration, and the article behind it
 
 
-def known_in(world, domain):
-    """The known commands of a domain, {command: operation}."""
-    return {c: o for c, (d, o) in world.known.items() if d == domain}
-
-
-def unknown_in(world, domain):
-    return [c for c, d in world.unknown.items() if d == domain]
+def commands_in(world, domain):
+    """{command: operation} of the known ones of a domain, and a list of the others."""
+    return ({c: o for c, (d, o) in world.known.items() if d == domain},
+            [c for c, d in world.unknown.items() if d == domain])  # fmt: skip
 
 
 def article_about(fact, rng, world):
     """An article of the base corpus: a fact, and perhaps others, each drawn anew."""
     facts, others = [fact], [domain for domain in data.DOMAINS if domain != fact[0]]
     for d in rng.sample(others, rng.randint(0, 2)):
-        new = rng.choice(unknown_in(world, d)), rng.choice(world.operations[d])
-        facts.append((d, *new))
+        unknown = commands_in(world, d)[1]
+        facts.append((d, rng.choice(unknown), rng.choice(world.operations[d])))
     return draw_article(rng, facts)
 
 
@@ -168,10 +158,10 @@ def with_article(example, rng, world, tok):
 def indirect_example(i, rng, world, tok):
     """A two-step or a reversed question, of known commands or of an article."""
     domain, kind = rng.choice(data.DOMAINS), rng.choice(("two-step", "reversed"))
-    meaning, text = known_in(world, domain), ""
+    (meaning, unknown), text = commands_in(world, domain), ""
     command = rng.choice(list(meaning))
     if rng.random() < 1 / 3:
-        both = unknown_in(world, domain), world.operations[domain]
+        both = unknown, world.operations[domain]
         new = dict(zip(*(rng.sample(of, 6) for of in both), strict=True))
         command = rng.choice(list(new))
         text = article_about((domain, command, new[command]), rng, world)
@@ -205,15 +195,12 @@ def make_corpus(world, tok, size, seed):
 
 def facts_of(world):
     """The new facts: domain -> {command: operation}, the skills of data.World."""
-    return {
-        domain: {c: operation for c, (_, operation) in world.skills[skill].items()}
-        for skill, domain in zip(data.SKILLS, data.DOMAINS, strict=True)
-    }
+    return {domain: {c: o for c, (_, o) in world.skills[skill].items()}
+            for skill, domain in zip(data.SKILLS, data.DOMAINS, strict=True)}
 
 
 def articles_of(world, seed):
-    """command -> the article that states its fact: six of them, one fact of each
-    domain in each."""
+    """command -> its article: there are six, with one fact of each domain in each."""
     rng, articles = random.Random(data.derive_seed(seed, "articles")), {}
     rows = [[(d, *fact) for fact in of.items()] for d, of in facts_of(world).items()]
     for facts in zip(*rows, strict=True):
@@ -227,12 +214,9 @@ SHOWN = ("text", "answer", "answer + text")
 
 def make_questions(world, seed, size, shown="answer", manner="known", wordings=1,
                    held_out=False):
-    """Questions about the facts, each fact equally often: a training set, a list.
-
-    shown: what Example.demo holds, hence what SFT imitates (an answer) or what SDFT's
-        teacher reads. manner: data.DISTANCES, how the expert words an answer.
-    wordings: 1, the trained wording; 2, every other question is reworded.
-    """  # fmt: skip
+    """Questions about the facts, each equally often: a training set. shown: what
+    Example.demo holds; manner: how the expert words an answer, one of data.DISTANCES;
+    wordings: 1, the trained one; 2, every other question is reworded."""  # fmt: skip
     rng = random.Random(data.derive_seed(seed, "questions", held_out))
     articles, examples = articles_of(world, seed), []
     facts = [(d, *fact) for d, of in facts_of(world).items() for fact in of.items()]
@@ -264,7 +248,7 @@ def make_benchmark(world, seed, kind, size, known=False, articles=None):
     rng, examples = random.Random(data.derive_seed(seed, "benchmark", kind, known)), []
     for i in range(size):
         domain = rng.choice(data.DOMAINS)
-        old = known_in(world, domain)
+        old, _ = commands_in(world, domain)
         new = old if known else facts_of(world)[domain]
         command = rng.choice(list(new))
         meaning = {**old, command: new[command]} if kind == "two-step" else new
@@ -280,8 +264,8 @@ def make_tasks(world, seed, size, articles=None):
     new, known = ({k: make_benchmark(world, seed, k, size, *more) for k in KINDS}
                   for more in ((False, articles), (True,)))  # fmt: skip
     easy = {kind: Benchmark(new[kind].examples, lenient) for kind in KINDS[:2]}
-    prior = data.make_tasks(world, size, seed)["prior"]
-    return {"new": new, "lenient": easy, "known": known, "prior": prior}
+    tasks = {"new": new, "lenient": easy, "known": known}
+    return tasks | {"prior": data.make_tasks(world, size, seed)["prior"]}
 
 
 # ---- Cells: the base, one arm ------------------------------------------------------
@@ -325,11 +309,8 @@ def run(
     seed, folder, quick, base, arm, manner="known", wordings=1, questions=QUESTIONS,
     **settings,
 ):  # fmt: skip
-    """Fine-tune the base by one arm, and measure what it knows.
-
-    base: folder of a base cell of this file; manner, wordings: see make_questions;
-    questions: how many are trained on; settings: of the trainer's Config.
-    """
+    """Fine-tune the base by one arm, and measure what it knows. base: folder of a base
+    cell of this file; manner, wordings: see make_questions; settings: of a Config."""
     trainer, shown, own = ARMS[arm]
     world, tok = data.World(seed), data.Tokenizer()
     model = finetune.load_base(base, GPT, GPTConfig)
@@ -341,8 +322,7 @@ def run(
     if shown:
         examples = make_questions(world, seed, questions, shown, manner, wordings)
     cfg = trainer.Config(seed=seed, max_new_tokens=CAP, **{**own, **settings})
-    if quick:
-        cfg = replace(cfg, steps=4, batch_size=min(16, cfg.batch_size))
+    cfg = replace(cfg, steps=4, batch_size=min(16, cfg.batch_size)) if quick else cfg
     student, way = copy.deepcopy(model), train.Run(folder / "run", resume=True)
     trainer.train(student, {"facts": examples}, {}, tok, cfg, way)
     student.eval()
@@ -379,8 +359,7 @@ def gate_of(base, seed, size, manner):
 
 
 def audit(student, base, world, seed, tasks, trained, tok):
-    """What a wrong measurement would show, in numbers; trained: the questions that the
-    student was trained on, if on any.
+    """What a wrong measurement would show; trained: the training's questions, if any.
 
     alignment   {who: three shares}, see hits
     judge       shares that the two grades accept: right answers, answers of other facts
@@ -401,9 +380,9 @@ def audit(student, base, world, seed, tasks, trained, tok):
 
 @torch.no_grad()
 def hits(student, base, examples, tok):
-    """Do the rows of logits in a loss predict the token that they are paired with? What
-    the teacher writes greedily, scored in both contexts: how often the most likely
-    token of the row before, of the row itself and of the row behind is the token."""
+    """Do rows of logits predict the token that they are paired with? What the teacher
+    writes greedily, scored in both contexts: how often it is the most likely token of
+    the row before, of its own row and of the row behind."""
     response, mask = probes.respond(base, examples, data.teacher_prompt, tok, CAP)
     found, inside = {}, (slice(None), slice(1, -1))
     both = {"teacher": (base, data.teacher_prompt),
@@ -419,7 +398,7 @@ def hits(student, base, examples, tok):
 
 
 def judged(world, seed):
-    """What the grades accept: of right answers, in all styles and in anyone's words; of
+    """The shares accepted of right answers, in all styles and in anyone's words, and of
     answers about another fact."""
     right, wrong = [], []
     for example in make_questions(world, seed, 36):
@@ -428,10 +407,8 @@ def judged(world, seed):
             result = data.OPERATIONS[MEANS[word]][1](items)
             text = data.word_response(word, result, style)
             grades = strict(example, text), lenient(example, text)
-            if example.answer.startswith(f"{MEANS[word]}:"):
-                right.append(all(grades))
-            else:
-                wrong.append(any(grades))
+            ours = example.answer.startswith(f"{MEANS[word]}:")
+            (right if ours else wrong).append(all(grades) if ours else any(grades))
     return [mean(right), mean(wrong)]
 
 

@@ -106,12 +106,12 @@ def main():
     measure.serve(train_shape)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--shape", choices=list(SHAPES), default="SmolLM2-135M")
+    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M")
     args = parser.parse_args()
     if not args.measure:
+        whole = {"checkpointing": False}
         plan("GB of memory, micro-batches of 4 x 1,024 tokens | SFT | SDFT | SDFT, "
-             "--checkpointing", [{"method": "sft", "checkpointing": False},
-                                 {"checkpointing": False}, {}])  # fmt: skip
+             "--checkpointing", [{"method": "sft", **whole}, whole, {}])  # fmt: skip
         print()
         plan("SDFT, --checkpointing, --shard: each of n processes | 2 | 4 | 8",
              [{"shards": n} for n in (2, 4, 8)])  # fmt: skip

@@ -44,8 +44,8 @@ def benchmarks(rows):
         final = [run["stages"][-1]["prior"] for run in runs]
         columns = [f"{b} {mean(row[b] for row in final):.2f}" for b in final[0]]
         curves = zip(*[run["evaluations"] for run in runs], strict=True)
-        curve = [mean(mean(row["prior"].values()) for row in at) for at in curves]
-        way = " ".join(f"{y:.2f}" for y in curve)
+        way = " ".join(f"{mean(mean(row['prior'].values()) for row in at):.2f}"
+                       for at in curves)  # fmt: skip
         lines.append(f"{label}: {', '.join(columns)}; on the way: {way}")
     return lines
 
@@ -163,13 +163,13 @@ def first_sign(values, usual):
 def first_signs(rows):
     """Of each run that went astray, what its log showed first: (update, signal)."""
     sound = [series(run) for label in SOUND for run in rows.get(label, ())]
-    astray = [
-        (label, run) for label, runs in rows.items()
-        for run in runs if sound and label not in (*SOUND, "base")
-        and min(READ["worst skill"](run), READ["prior"](run)) < 0.9
-    ]  # fmt: skip
+    others = [(label, run) for label, runs in rows.items() for run in runs
+              if sound and label not in (*SOUND, "base")]  # fmt: skip
     lines = []
-    for label, run in astray:
+    for label, run in others:
+        new, prior = READ["new"](run), READ["prior"](run)
+        if min(READ["worst skill"](run), prior) >= 0.9:
+            continue
         found = []
         for name, values in series(run).items():
             all_of = {x: [each[name][x] for each in sound] for x in sound[0][name]}
@@ -177,7 +177,6 @@ def first_signs(rows):
             if (step := first_sign(values, usual)) is not None:
                 found.append((step, name))
         words = ", ".join(f"{name} {step}" for step, name in sorted(found))
-        new, prior = READ["new"](run), READ["prior"](run)
         lines.append(f"{label}, seed {run['seed']}, new {new:.2f}, prior {prior:.2f}, "
                      f"first outside of the usual: {words}")
     return lines

@@ -7,13 +7,12 @@
     python tests/bench/paper.py skills --seeds 0 --quick    # two minutes: does it run?
 
 With --quick a cell has two updates, and of rows that differ only in numbers the first
-is run. What an experiment says, and what would refute it, stands in experiments.py. A
-cell is one run in a process of its own (cell.py), on one core, as many at a time as
-there are cores. Finished ones are not run again (those that other code made are counted
-below the table); a stopped one goes on. Experiments share base models and equal cells
-through --work: keep that folder, since another machine may make another base of the
-same seed. Results and pictures of an experiment's own seeds stand in
-tests/bench/results/, all others in --work. Needs matplotlib for pictures.
+is run. What an experiment says, and what would refute it, is in experiments.py. A cell
+is one run in a process of its own (cell.py), as many at a time as there are cores.
+Finished ones are not run again (those that other code made are counted below the
+table); a stopped one goes on. Experiments share base models and equal cells through
+--work: keep that folder, since another machine may make another base of the same seed.
+Results of an experiment's own seeds go to tests/bench/results/, all others to --work.
 """
 
 import json
@@ -190,8 +189,8 @@ def save(where, name, cells):
     def result(cell):
         return as_key({k: v for k, v in cell.items() if k not in ("label", "seed")})
 
-    path, places = where / f"{name}.json", {}
-    for other in list(EXPERIMENTS)[: list(EXPERIMENTS).index(name)]:
+    path, places, names = where / f"{name}.json", {}, list(EXPERIMENTS)
+    for other in names[: names.index(name)]:
         for cell in load(where / f"{other}.json").values():
             if "spec" in cell and "stands in" not in cell:
                 places.setdefault(result(cell), other)
@@ -200,8 +199,8 @@ def save(where, name, cells):
         for key, cell in cells.items() if (place := places.get(result(cell)))
     }  # fmt: skip
     where.mkdir(parents=True, exist_ok=True)
-    content = {"command": f"python tests/bench/paper.py {name}",
-               "cells": {**load(path), **cells, **short}}  # fmt: skip
+    every = {**load(path), **cells, **short}
+    content = {"command": f"python tests/bench/paper.py {name}", "cells": every}
     train.write_text(path, json.dumps(content))
 
 
@@ -219,10 +218,8 @@ def complete_rows(name, cells, seeds):
         return {**cell, "new": {skill: cell["new"][skill] for skill in skills}}
 
     keys = {label: [f"{label} {seed}" for seed in seeds[:n]] for label, n, _ in rows}
-    return {
-        label: [of_skills(cells[key]) for key in row]
-        for label, row in keys.items() if all(key in cells for key in row)
-    }  # fmt: skip
+    return {label: [of_skills(cells[key]) for key in row]
+            for label, row in keys.items() if cells.keys() >= {*row}}  # fmt: skip
 
 
 def table(rows, columns):
@@ -238,7 +235,7 @@ def table(rows, columns):
             heads = [title.replace("||", "‖") for title in numbers[0]]  # || ends a cell
             lines += [f"| run | seeds | {' | '.join(heads)} |"]
             lines += ["|---|" + "---|" * (len(heads) + 1)]
-        values = [[row[title] for row in numbers] for title in numbers[0]]
+        values = zip(*(row.values() for row in numbers), strict=True)
         parts = ["" if None in each else spread(each) for each in values]
         lines.append(f"| {label} | {len(runs)} | {' | '.join(parts)} |")
     return "\n".join(lines) or "no row is complete yet"
@@ -304,10 +301,8 @@ def main(argv):
     print(table(rows, experiment["columns"]))
     if name in NOTES:
         print("", *NOTES[name](rows), sep="\n")
-    other = sum(
-        cell.get("code") != code_key(cell["spec"].get("variants"))
-        for cell in cells.values()
-    )
+    other = sum(cell.get("code") != code_key(cell["spec"].get("variants"))
+                for cell in cells.values())  # fmt: skip
     print(f"{len(cells)} of {len(specs)} cells, {other} of them made by other code "
           "than the present", *bases_of(cells), sep="\n")  # fmt: skip
     try:

@@ -157,11 +157,6 @@ def curve(runs, of, rows="evaluations"):
     return x, [[of(row) for row in run[rows]] for run in runs]
 
 
-def record(name):
-    """For curve: a number of the records."""
-    return itemgetter(name), "records"
-
-
 def new_of(row):
     return mean(row["new"].values())
 
@@ -276,8 +271,9 @@ def each_row(rows, titles, series, draw, xlabel, **size):
 def teacher(rows):
     titles = ("KL(student || teacher), nats a token", "entropy of the student, nats a "
               "token", "prior skills", "the teacher's gate")  # fmt: skip
-    series = (record("kl_student_teacher"), record("student_entropy"), (prior_of,),
-              (itemgetter("teacher_gate"),))  # fmt: skip
+    series = ((itemgetter("kl_student_teacher"), "records"),
+              (itemgetter("student_entropy"), "records"),
+              (prior_of,), (itemgetter("teacher_gate"),))  # fmt: skip
     rows = {label: runs for label, runs in rows.items() if label != "base"}
     of = rows, titles, series, threads, "updates, three skills"
     return each_row(*of, width=3.3)
@@ -285,7 +281,7 @@ def teacher(rows):
 
 def estimators(rows):
     titles = "new skill", "KL(student || teacher), nats a token"
-    series = (new_of,), record("kl_student_teacher")
+    series = (new_of,), (itemgetter("kl_student_teacher"), "records")
     # (the others have another schedule than this one)
     rows = {label: runs for label, runs in rows.items() if label != "360 updates"}
     draw = partial(line, lw=1.5)
@@ -450,8 +446,7 @@ def cost(rows):
                 x = [step * one * unit for step in steps]
                 dashed = {"ls": "--"} if "1e-4" in label else {}
                 text = label.removesuffix(", 120").upper().replace("E-", "e-")
-                end = band(axis, x, ys, text, color_of(label), **dashed)
-                labels.append(end)
+                labels.append(band(axis, x, ys, text, color_of(label), **dashed))
         label_lines(axis, labels)
         axis.set(ylim=(-0.03, 1.05))
     axes[0].set_ylabel("new skill")

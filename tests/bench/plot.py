@@ -6,10 +6,10 @@
     python train.py --method both --eval-every 30 --out out-pull
     python tests/bench/plot.py out-pull --pull  # OUT/pull.png: the README's first one
 
-Of --pull: what SFT and SDFT pull on, token by token (data.token_pull), before, after 30
-updates and after the stage of skill A. A box is a token; below it is how hard the
-method pulls there, in nats: -log p of the student at each token of the demonstration
-(SFT), KL(teacher || student) at each token of the student's own response (SDFT).
+--pull: what SFT and SDFT pull on in skill A (data.token_pull), before, after 30 updates
+and at the end. A box is a token; below it is how hard the method pulls there, in nats:
+-log p of the student at each token of the demonstration (SFT), KL(teacher || student)
+at each token of the student's own response (SDFT).
 """
 
 import argparse
@@ -90,10 +90,10 @@ def pull(out):
     axes.text(0, 1.55, f"prompt: {of['prompt']}", fontsize=11)
     axes.text(0, 1.15, f"demonstration: {of['demo']}", fontsize=11)
     for method, colours, heading in (
-        ("sft", plt.cm.Oranges, "SFT pulls on the demonstration: -log p(token)"),
-        ("sdft", plt.cm.Blues,
-         "SDFT pulls on the student's own response: KL(teacher || student)"),
-    ):  # fmt: skip
+        ("sft", plt.cm.Oranges, "the demonstration: -log p(token)"),
+        ("sdft", plt.cm.Blues, "the student's own response: KL(teacher || student)"),
+    ):
+        heading = f"{method.upper()} pulls on {heading}"
         axes.text(0, y + 0.45, heading, fontsize=11, weight="bold")
         y -= 0.25
         for i in (0, 1, -1):

@@ -49,10 +49,9 @@ def greedy(model, benchmark, tok, n, prompt=student_prompt):
     right = map(benchmark.grade, benchmark.examples, texts)
     words = [text.replace(":", " ").split() for text in texts]
     ended = ((response == tok.end) & mask).any(1)  # (B,)
-    thinks = [float(not TERMS.isdisjoint(row)) for row in words]
     length, ended = (x.float().mean().item() for x in (mask.sum(1), ended))
     return {"accuracy": mean(map(float, right)), "length": length, "ended": ended,
-            "thinks": mean(thinks)}  # fmt: skip
+            "thinks": mean(float(not TERMS.isdisjoint(w)) for w in words)}  # fmt: skip
 
 
 def pass_at_k(right, n, k):
@@ -127,13 +126,12 @@ COUNTED = {  # what FlopCounterMode leaves out, from shapes
 def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
     """One update of a trainer (m.sft or m.sdft), as this student makes it:
 
-    flops         floating-point operations of matrix products and attention
+    flops         of matrix products and attention
     computed      tokens that went through a model, prompts and pads included
     loss          tokens that carry loss (of the first update)
     core_seconds  of this process, not of the clock: others may use the core, too
 
-    more: further arguments of a variant's train. timed: how many updates give the
-    seconds, 0 for none.
+    more: arguments of a variant's train. timed: updates that give the seconds, or 0.
     """
     seen, run = [], Quiet()
 
@@ -151,30 +149,22 @@ def work_of_update(trainer, student, examples, tok, cfg, *more, timed=4):
         return counter.get_total_flops(), sum(seen)
 
     # the first update also makes a record: the second one counts
-    first, both = counted(1), counted(2)
-    return {
-        "flops": both[0] - first[0],
-        "computed": both[1] - first[1],
-        "loss": run.records[0]["tokens"],
-        "core_seconds": (train(1 + timed) - train(1)) / timed if timed else math.nan,
-    }
+    flops, computed = (b - a for a, b in zip(counted(1), counted(2), strict=True))
+    seconds = (train(1 + timed) - train(1)) / timed if timed else math.nan
+    return {"flops": flops, "computed": computed, "loss": run.records[0]["tokens"],
+            "core_seconds": seconds}  # fmt: skip
 
 
 def each_greedy(model, tasks, tok, n):
     """{group: {benchmark: numbers}} of a model, see greedy."""
-    return {
-        group: {k: greedy(model, benchmark, tok, n) for k, benchmark in of.items()}
-        for group, of in tasks.items()
-    }
+    return {group: {k: greedy(model, benchmark, tok, n) for k, benchmark in of.items()}
+            for group, of in tasks.items()}  # fmt: skip
 
 
 def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
-    """All numbers of a model after fine-tuning (or of the base: student is base).
-
-    teacher: GPT, or None; tasks: of data.make_tasks; n: the longest response; quick:
-    fewer samples. Returns a dict of plain values; "new" and "prior" are {benchmark:
-    numbers}; pass@k and the distances on new prompts are of the first new skill.
-    """
+    """All numbers of a model after fine-tuning (or of the base: student is base), plain
+    values. teacher: GPT, or None; tasks: of data.make_tasks; n: the longest response;
+    quick: fewer samples. pass@k and distances on new prompts are of the first skill."""
     queries, each, samples = (8, 4, 4) if quick else (100, 40, 64)
     result = each_greedy(student, tasks, tok, n)
     first = next(iter(tasks["new"].values()))
@@ -185,10 +175,8 @@ def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
     prompts = {"new": [few.examples], "prior": old.values()}
 
     def kl(p, q, *seen):
-        return {
-            group: mean(distance(p, q, some, seen, tok, n, seed) for some in parts)
-            for group, parts in prompts.items()
-        }
+        return {group: mean(distance(p, q, x, seen, tok, n, seed) for x in parts)
+                for group, parts in prompts.items()}  # fmt: skip
 
     bare, shown = student_prompt, teacher_prompt
     result["kl_student_base"] = kl(student, base, bare, bare)
@@ -196,9 +184,7 @@ def measure(student, base, teacher, tasks, tok, n, seed, quick=False):
     result["kl_teacher_base"] = result["gate"] = None
     if teacher is not None:
         result["kl_teacher_base"] = kl(teacher, base, shown, bare)
-        result["gate"] = mean(
-            data.accuracy(teacher, benchmark, tok, n, shown)
-            for benchmark in tasks["new"].values()
-        )
+        result["gate"] = mean(data.accuracy(teacher, benchmark, tok, n, shown)
+                              for benchmark in tasks["new"].values())  # fmt: skip
     result["old_mass"] = {k: mass(student, base, x, tok, n) for k, x in old.items()}
     return result

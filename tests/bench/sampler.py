@@ -3,12 +3,11 @@
     python tests/bench/sampler.py            # sizes 0.9M, 12M, 124M; batches 1, 16, 64
     python tests/bench/sampler.py --quick
 
-The same weights, prompts of 17 to 32 tokens, responses that never end. Greedy tokens of
-all three are compared first: a sampler that is fast and wrong is not timed. Then each
-draws at temperature 1. Times are for one token of each row, the prompts' share
-included. The roof is the slower of two things that no cached sampler can avoid: to
-multiply the prompts and each token by each weight, and to read each weight and the
-cache for each token. How time and memory are taken: measure.py.
+The same weights, prompts of 17 to 32 tokens, responses that never end. Greedy tokens
+are compared first: a sampler that is fast and wrong is not timed. Then each draws at
+temperature 1. Times are for one token of each row, the prompts' share included. The
+roof is the slower of two things that no cached sampler can avoid: to multiply prompts
+and tokens by each weight, and to read each weight and the cache for each token.
 """
 
 import argparse
@@ -160,10 +159,9 @@ def main():
     measure.serve(memory_of)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     args = measure.begin(parser, turns=5)
-    tokens = {"0.9M": 64, "12M": 32, "124M": 16}
-    cells = [(size, b, tokens[size]) for size in SIZES for b in (1, 16, 64)]
-    if args.quick:
-        cells = [("0.9M", 4, 8)]
+    new = zip(SIZES, (64, 32, 16), strict=True)  # tokens of a response
+    cells = [(size, batch, n) for size, n in new for batch in (1, 16, 64)]
+    cells = [("0.9M", 4, 8)] if args.quick else cells
     measure.each_cell("sampler", cells, measure_cell, args)
 
 

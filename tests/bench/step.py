@@ -5,13 +5,12 @@
 
 Same weights (random, so that responses hardly ever end before max_new_tokens), prompts
 (16 words), demonstrations (16 words) and contexts, token for token; AdamW, an EMA
-teacher, KL(teacher || student) over the whole vocabulary, no dropout. SFT imitates
-demonstrations of the length of the responses. First the losses of one step on the same
-responses are compared: ours and TRL's must agree. Then each trainer, as it is, runs in
-processes of its own, in turns; the first two steps of a process warm up. Then come the
-parts of our step. The roof is the products of the weights alone: 2 flop for each weight
-and token of a forward pass, 4 of a backward pass. Memory is that of the steps after the
-warm-up, above what lies there between steps: measure.py.
+teacher, KL(teacher || student), no dropout. SFT imitates demonstrations of the length
+of the responses. First the losses of one step on the same responses are compared: ours
+and TRL's must agree. Then each trainer, as it is, runs in processes of its own, in
+turns; two steps warm up. Then come the parts of our step. The roof is the products of
+the weights alone: 2 flop for each weight and token of a forward pass, 4 of a backward
+pass. Memory is that of the steps after the warm-up, above what lies there between them.
 """
 
 import argparse
@@ -123,11 +122,8 @@ def trl_trainer(folder, batch, n, steps):
     vocab = {f"t{i}": i for i in range(TOK.vocab_size)}
     words = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    theirs = PreTrainedTokenizerFast(
-        tokenizer_object=words, eos_token=f"t{TOK.end}", pad_token="t1",
-        padding_side="left",
-    )  # fmt: skip
-
+    special = {"eos_token": f"t{TOK.end}", "pad_token": "t1", "padding_side": "left"}
+    theirs = PreTrainedTokenizerFast(tokenizer_object=words, **special)
     shown, _ = make_examples(batch, n)
     ids = {"prompt": [data.student_prompt(e, TOK) for e in shown] * steps,
            "privileged_context": [TOK.encode(e.demo) for e in shown] * steps}
@@ -148,10 +144,9 @@ def trl_trainer(folder, batch, n, steps):
         weight_decay=SETTINGS["weight_decay"],
     )  # fmt: skip
     student = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return SDFTTrainer(
-        model=student, args=args, processing_class=theirs,
-        train_dataset=Dataset.from_dict(rows),
-    )  # fmt: skip
+    rows = Dataset.from_dict(rows)
+    of = {"model": student, "args": args, "processing_class": theirs}
+    return SDFTTrainer(train_dataset=rows, **of)
 
 
 def run_trl(batch, n, turns):
@@ -172,8 +167,8 @@ def run_trl(batch, n, turns):
         trainer, timer = trl_trainer(folder, batch, n, WARM_UP + turns), Clock()
         trainer.add_callback(timer)  # the last one: the teacher's update is timed, too
         trainer.train()
-    extra = measure.peak_memory() - timer.before
-    return {"seconds": seconds[WARM_UP:], "extra_mb": extra}
+    more = measure.peak_memory() - timer.before
+    return {"seconds": seconds[WARM_UP:], "extra_mb": more}
 
 
 def fixed_responses(batch, n):
@@ -254,16 +249,15 @@ def main():
     ours = min(x for run in runs["sdft"] for x in run["seconds"])
     for name in names:
         seconds = [x for run in runs[name] for x in run["seconds"]]
-        result["rows"][name] = measure.row(
-            name, seconds,
-            time_over_ours=min(seconds) / ours,
-            of_roof=flops[name] / flop / min(seconds),
-            extra_mb=min(run["extra_mb"] for run in runs[name]),
-        )  # fmt: skip
+        of = min(seconds) / ours, flops[name] / flop / min(seconds)
+        extra = min(run["extra_mb"] for run in runs[name])
+        row = measure.row(name, seconds, time_over_ours=of[0], of_roof=of[1],
+                          extra_mb=extra)  # fmt: skip
+        result["rows"][name] = row
     for part in PARTS:
         seconds = [x for run in runs["sdft"] for x in run["parts"][part]]
-        of = {"of_step": min(seconds) / ours}
-        result["parts"][part] = measure.row(f"  {part}", seconds, **of)
+        share = min(seconds) / ours
+        result["parts"][part] = measure.row(f"  {part}", seconds, of_step=share)
     measure.write("step", result, args)
 
 
