@@ -46,7 +46,7 @@ def tell(row, **values):
 
 
 def attempt(row, run):
-    """Tell what run returns, {end of the row: values}, or what kept it from that."""
+    """Tell what run returns, {end of the row: values}, or the error, and return it."""
     found = {}
     if error := measure.error_of(lambda: found.update(run())):
         tell(row, error=error)
@@ -54,6 +54,7 @@ def attempt(row, run):
         tell(row + end, **values)
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
+    return error
 
 
 # ---- The parts -----------------------------------------------------------------------
@@ -133,20 +134,16 @@ def samplers():
 
 
 def steps(method):
-    """Of the largest shape that should fit, by the plan, into what is free."""
+    """Of the largest shape that fits, by the plan, into what is free; where the plan is
+    too low, which is a row, of the next one."""
     rows, shapes = 16, ["Qwen2.5-0.5B", "SmolLM2-360M", "SmolLM2-135M"]
     if SMALL:
         memory.SHAPES["tiny"] = memory.shape(512, 0, 2, 2, 2, 32, 64)
         rows, shapes, memory.PROMPT, memory.RESPONSE = 2, ["tiny"], 8, 8
     new = DEVICE == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
     dtype, n = torch.bfloat16 if new else torch.float32, memory.PROMPT + memory.RESPONSE
-    for name, checkpointing in product(shapes, (0, 1)):
-        of = name, method, rows * n, dtype.itemsize, checkpointing
-        planned = memory.memory_of(*of)
-        if planned < train.free_memory(torch.device(DEVICE)):
-            break
 
-    def row():
+    def row_of(name, checkpointing, planned):
         run = memory.train_shape(name, method, checkpointing, rows, 3, dtype)
         seconds = min(run["seconds"])
         rate = {"response_tokens_per_second": rows * memory.RESPONSE / seconds}
@@ -154,9 +151,16 @@ def steps(method):
         gb = {"peak_gb": run["peak_gb"], "planned_gb": planned}
         return {"": {**rate, "ms": 1e3 * seconds, **parts, **gb}}
 
-    what = f"{name}, {rows} x ({memory.PROMPT} + {memory.RESPONSE}) tokens, "
-    what += f"{dtype}".removeprefix("torch.") + ", --checkpointing" * checkpointing
-    attempt(f"{method} step, {what}", row)
+    for name, checkpointing in product(shapes, (0, 1)):
+        of = name, method, rows * n, dtype.itemsize, checkpointing
+        planned = memory.memory_of(*of)
+        if planned < train.free_memory(torch.device(DEVICE)):
+            what = f"{name}, {rows} x ({memory.PROMPT} + {memory.RESPONSE}) tokens, "
+            what += str(dtype)[6:] + ", --checkpointing" * checkpointing
+            run = partial(row_of, name, checkpointing, planned)
+            if not attempt(f"{method} step, {what}", run):
+                return
+    tell(f"{method} step", error="no shape fits into what is free")
 
 
 def default_run():
