@@ -84,6 +84,9 @@ FOLLOW = """\
 AVERAGE = "t.copy_(cfg.ema_rate * s + (1 - cfg.ema_rate) * t)"
 
 MUTANTS = (
+    ("zero_grad at the end only", (("    optimizer.zero_grad()\n", ""),
+     ("    return loss", "    optimizer.zero_grad()\n    return loss")),
+     "where is zero_grad"),
     ("the demonstration leaks into the rollout", ((ROLLOUT,
      ROLLOUT.replace("*bare", "*shown")),), "the student reads a demonstration"),
     ("the teacher writes", ((ROLLOUT, ROLLOUT.replace("student, *bare",

@@ -712,9 +712,9 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
         bad = (far > tolerance * (1 + truth.abs())).nonzero().tolist()
         at = tuple(bad[0] if bad else ())
         text = (
-            f"{what}, {tuple(yours.shape)}, has {len(bad)} numbers that differ, the "
-            f"first at {list(at)}: {short(yours[at], digits)}, it should be "
-            f"{short(truth[at], digits)}: "
+            f"{what.rstrip(',')} {tuple(yours.shape)} has {len(bad)} numbers that "
+            f"differ, the first at {list(at)}: {short(yours[at], digits)}, it should "
+            f"be {short(truth[at], digits)}: "
         )
     if rounded:
         wide = not torch.equal(yours.double(), yours.float().double())

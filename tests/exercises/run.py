@@ -108,18 +108,18 @@ def main(argv):
         folder = folder_of(flags)
     except ValueError as error:
         raise KitError(error, getattr(error, "hint", "train.py --help")) from None
-    own, code = folder / "project", digest(args.only, args.variant, work.files)
+    # other code is another run: it does not go on where this one was stopped
+    mark = digest(args.only, args.variant, work.files)
+    own, mine = folder / "project", f"{Path(args.folder).resolve().name}-{mark}"
     if not is_done(own, flags):
         print("\nthe project's own run:", flush=True)
         if code := train(Modules(), ["--resume"] * ("--resume" not in flags), own):
             return code
     print("\nyours:", flush=True)
-    # other code is another run: it does not go on where this one was stopped
-    mine = folder / f"{Path(args.folder).resolve().name}-{code}"
-    if code := train(modules, [], mine):
+    if code := train(modules, [], folder / mine):
         return code
     print("\nside by side:")
-    return Modules().train.main(["--show", str(own), str(mine)])
+    return Modules().train.main(["--show", str(own), str(folder / mine)])
 
 
 if __name__ == "__main__":

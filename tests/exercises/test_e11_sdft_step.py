@@ -186,6 +186,8 @@ def mistakes_of_loss(impl, student, teacher, batch, responses, tok, cfg, after):
                 true_loss(*args, mean=False),
             "the loss of yours is a sum over the batch, not its mean":
                 true_loss(*args, divide=1),
+            "the loss of yours is divided by R', the longest response, and not by B":
+                true_loss(*args, divide=max(map(len, responses))),
             "the loss of yours is divided by cfg.batch_size: here it is the mean over "
             "the responses that you are given, B":
                 true_loss(*args, divide=cfg.batch_size),
@@ -291,10 +293,9 @@ def test_gradients_of_the_step_before_do_not_count(impl, rng):
     args = setting(impl, rng, 2, 3)
     student, teacher, optimizer, batch, u, tok, cfg = args
     step(impl, *args)
-    old = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        for name, p in student.named_parameters()
-    }
+    for p in student.parameters():  # of whoever trained it before
+        p.grad = torch.randn(p.shape, generator=rng)
+    old = {name: p.grad.clone() for name, p in student.named_parameters()}
     u = torch.rand(u.shape, generator=rng)
     grads = gradients(impl, student, teacher, batch, u, tok, cfg)
     before = weights(student)
