@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config, items):
             + f"\n{hint}" * ("hint" not in said)
         )
     told = [note for name, note in notes.items() if asked[name] != "missing"]
-    config.stash[NOTES] = list(dict.fromkeys(told)) if not all_of_them else []
+    config.stash[NOTES] = list(dict.fromkeys(told))
     config.hook.pytest_deselected(items=left_out)
     items[:] = graded
 

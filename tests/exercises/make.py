@@ -70,12 +70,15 @@ def watch(folder):
         times = {n: p.stat().st_mtime_ns for n, p in files_of(Path(folder)).items()}
         changed = {name for name in times if times[name] != before.get(name)}
         before, work = times, Work.of_folder(folder) if changed else None
+        round_ = set()  # an error of a file is said once
         for ex in exercises().values() if changed else ():
             if changed.intersection(ex.files):
                 now = stand(work, ex)
-                if now != said.get(ex.id) and now[0] not in ("not begun", "untouched"):
+                new = now != said.get(ex.id) and now not in round_
+                if new and now[0] not in ("not begun", "untouched"):
                     print(f"{ex.id}: {': '.join(filter(None, now))}", flush=True)
                 said[ex.id] = now
+                round_ |= {now} if now[0] == "failing" else set()
         time.sleep(0.5)
 
 
