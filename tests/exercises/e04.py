@@ -5,13 +5,13 @@ from kit import Exercise
 SHEET = """
 Which tokens carry loss is decided by one tensor of booleans, and most silent bugs of
 fine-tuning live in it. Write response_mask(ids, lengths, end): ids (B, T) int64 hold in
-each row a prompt of lengths[b] tokens, its response right behind it, then pads. The
+each row a prompt of lengths[b] tokens, its response right after it, then pads. The
 result is bool (B, T), true at the tokens of the response:
 
 1. from column lengths[b] on, never in the prompt;
-2. up to and including the first `end` behind the prompt: the student must learn when
+2. up to and including the first `end` after the prompt: the student must learn when
    to stop;
-3. nothing behind that end, whatever stands there; a response without an end goes on to
+3. nothing after that end, whatever is there; a response without an end goes on to
    the last column.
 
 Do not compare with a pad token: there is none. Rows are padded with any token, `end` is
@@ -24,8 +24,8 @@ the end out, it falls to 0 and the responses run to --max-new-tokens.
 
 HINTS = (
     """
-Direction. Say it for one token: it counts if it is behind the prompt, and if no end of
-the response stands to the left of it. Both halves can be written for all tokens in one
+Direction. Say it for one token: it counts if it comes after the prompt and if no end
+of the response is to the left of it. Both halves can be written for all tokens in one
 line.
 """,
     """

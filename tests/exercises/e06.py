@@ -29,8 +29,8 @@ that are wanted. The result is (N, C), row after row.
    which the first 16 are wanted, fits into 16. (So the docstring is meant.)
 
 Student and teacher call it with prompts of different lengths and one response: row n of
-the one and row n of the other then predict the same token. What stands in the rows
-beside it changes no row. The mode of the model (train, eval) is the caller's.
+the one and row n of the other then predict the same token. The other
+rows of a batch change no row. The mode of the model (train, eval) is the caller's.
 
 What to look at when it runs: decode the two contexts of one example. Then the two lines
 that train.py calls the gate: the accuracy of the base without and with a demonstration

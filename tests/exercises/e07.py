@@ -48,7 +48,7 @@ of your formula may have a gradient.
 """,
     """
 Plan. Take the rows under the mask before anything else: logits[mask] is (N, V), row
-after row, and what was behind the mask is gone. log_softmax of both, the teacher's
+after row, and what the mask leaves out is gone. log_softmax of both, the teacher's
 detached; exp gives p; multiply, sum over V: (N,). The weight of a token is 1 / (tokens
 of its row) / B; indexing a weight (B, R) with the mask gives (N,), too. Clamp the
 number of tokens, or an empty row divides by 0.

@@ -30,7 +30,7 @@ By hand: student [.5, .5] and teacher [.9, .1] give 0.36806 forward, 0.51083 rev
 (The pair [.7, .2, .1] and [.1, .2, .7] gives the same number for both: no test of it.)
 
 What to look at when it runs: a teacher with two peaks, a student that can have only
-one. Let the last test of the grader print where the nearest student stands: one
+one. Let the last test of the grader print where the nearest student is: one
 direction picks a peak, the other covers both with a wide hill, most of it where the
 teacher never is. Then python tests/exercises/run.py mine --method sdft --kl reverse,
 and forward: at p = q both have the same curvature, so with a teacher that is near there

@@ -38,7 +38,7 @@ trains with your "token" (the loss that it prints is only the surrogate's value)
 HINTS = (
     """
 Direction. Write each estimate as sum of (factor) * grad log p(...). What is a factor is
-detached, what stands behind grad is not. Check with one token and one response: there
+detached, what follows grad is not. Check with one token and one response: there
 rao_blackwell is full.
 """,
     """

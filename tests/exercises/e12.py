@@ -42,7 +42,7 @@ HINTS = (
     """
 Direction. The loss is a sum over rows, so its gradient over the hidden states is known
 row by row, and that over the head is a sum over rows. Once the chunk's dloss/dlogits
-stands there, both follow by a matrix product, and the logits are not needed any more.
+is known, both follow by a matrix product, and the logits are not needed any more.
 So the forward pass can do it all, and the backward pass only multiplies.
 """,
     """

@@ -41,7 +41,7 @@ where does read_checkpoint find a sum to check?
 HINTS = (
     """
 Direction. When is the old file gone for good, and what must have happened to the new
-one by then? A name and the bytes behind it reach the disk each in their own time. Of
+one by then? A name and its bytes reach the disk each in their own time. Of
 reading: who checks that the bytes are those that were written, before anything is made
 of them?
 """,

@@ -4,7 +4,7 @@ test_e18_dft.py"""
 from kit import Exercise
 
 SHEET = """
-(For those who are done.) Is it the loss or the data that makes SFT forget? DFT keeps
+(When you are done.) Is it the loss or the data that makes SFT forget? DFT keeps
 SFT's data and changes one factor of its loss: a token weighs as much as the student
 believes in it, so that a demonstration which the student would never write pulls at it
 no more than a bit. See the whole of it as a diff of sft.py:

@@ -31,11 +31,11 @@ def response_mask(ids, lengths, end):
     """Which tokens of whole rows, prompt and response and pads, are the response.
 
     Args:
-        ids: int64 (B, T): a prompt, its response right behind it, then pads. A pad may
+        ids: int64 (B, T): a prompt, its response right after it, then pads. A pad may
             be any token, `end` too; so may the tokens of a prompt.
         lengths: int64 (B,), tokens of each prompt, 1 to T.
         end: the token that ends a response.
-    Returns: bool (B, T), true from the first token behind the prompt up to and
+    Returns: bool (B, T), true from the first token after the prompt up to and
         including the first end; to the last column if the response has none.
     """
     behind = torch.arange(ids.size(1), device=ids.device) >= lengths[:, None]  # (B, T)
