@@ -179,6 +179,8 @@ def test_exactly_block_size_tokens_fit_and_one_more_is_refused(impl, rng):
         impl.model.response_hidden(model, prompts, lengths, response, mask)
     except ValueError:
         pass
+    except NotImplementedError:
+        raise
     except (RuntimeError, IndexError, AssertionError) as error:
         raise AssertionError(
             f"17 tokens are more than a block_size of 16, and yours raises "
