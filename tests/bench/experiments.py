@@ -227,8 +227,8 @@ EXPERIMENTS = {
         "methods as train.py runs them",
         "fails if": "SDFT ends below SFT in the new or in the prior skills at a seed",
         "rows": [
-            ("sdft", 10, train_py("--method sdft")),
-            ("sft", 10, train_py("--method sft")),
+            ("sdft", 20, train_py("--method sdft")),
+            ("sft", 20, train_py("--method sft")),
             ("sft curve", 3, train_py("--method sft --eval-every 100")),
             ("sdft curve", 3, train_py("--method sdft --eval-every 40")),
         ],
