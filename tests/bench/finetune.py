@@ -10,11 +10,13 @@ import json
 import os
 import time
 from dataclasses import asdict, replace
+from statistics import mean
 
 import probes
 import torch
 from variants import Modules, changes_of
 
+import data
 import train
 
 # of every cell with --quick: it shows that all runs, and no effect
@@ -46,7 +48,51 @@ def made_from(base):
     return {"machine": of, "base digest": train.digest_of(base)[:8]}
 
 
-def base(seed, folder, quick, flags="", variants=""):
+def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
+    """Less than probes.measure: greedy accuracies, and "words", means over the new
+    skills of the share of responses that are right to the word:
+
+    own       in the model's own style
+    asked     in the expert's style, asked for by name, with the model's own term
+    begun     as own, of the base, shown the demonstration and given its own opening
+    repeats   of the base, shown the demonstration: it is repeated
+
+    Of a base also "pull": where SDFT pulls at first, on one query."""
+    def words(model, right, prompt):
+        graded = [replace(b, grade=right) for b in tasks["new"].values()]
+        return mean(data.accuracy(model, b, tok, n, prompt) for b in graded)
+
+    def is_own(example, text):
+        return text == example.answer
+
+    def is_asked(example, text):
+        _, own, *_ = example.answer.replace(":", "").split()
+        opening, _, *rest = example.demo.split()
+        return text.split() == [opening, own, *rest]
+
+    def ask(example, tok):
+        return tok.encode(example.prompt.replace(":", " expert:", 1)) + [tok.start]
+
+    def begin(example, tok):
+        return data.teacher_prompt(example, tok) + tok.encode(example.answer)[:1]
+
+    result = probes.each_greedy(student, tasks, tok, n)
+    own = words(student, is_own, data.student_prompt)
+    result["words"] = {"own": own, "asked": words(student, is_asked, ask)}
+    if student is base:
+        begun = words(base, lambda e, x: x == e.answer.split(" ", 1)[1], begin)
+        repeats = words(base, lambda e, x: x == e.demo, data.teacher_prompt)
+        result["words"] |= {"begun": begun, "repeats": repeats}
+        first = next(iter(tasks["new"].values())).examples[0]
+        pull = data.token_pull(base, base, first, tok, n, seed)
+        result["pull"] = {"prompt": first.prompt, "demo": first.demo, **pull}
+    return result
+
+
+PROBES = {"all": probes.measure, "words": measure_words}
+
+
+def base(seed, folder, quick, flags="", variants="", probe="all"):
     """The base model of a seed, found or made in <work>/seed<N>/base, and measured.
     flags: of train.py, for another size or another length; variants: of its corpus."""
     m, work = modules(variants), folder.parents[1]
@@ -58,7 +104,7 @@ def base(seed, folder, quick, flags="", variants=""):
     model.eval()
     tasks = make_tasks(m, world, seed, "ABC", "terms", quick)
     n = QUICK["max_new_tokens"] if quick else 16
-    result = probes.measure(model, model, model, tasks, tok, n, seed, quick)
+    result = PROBES[probe](model, model, model, tasks, tok, n, seed, quick)
     result |= {"seconds": {"train": seconds}, "parameters": model.num_params()}
     return result | {"base": os.path.relpath(path, folder), **made_from(model)}
 
@@ -74,7 +120,7 @@ def load_base(folder, gpt, gpt_config):
 
 def run(
     seed, folder, quick, base, method, variants="", skills="A", distance="terms",
-    start=None, **settings,
+    start=None, probe="all", **settings,
 ):  # fmt: skip
     """Fine-tune the base on the skills, one after the other, and measure the end.
 
@@ -82,7 +128,8 @@ def run(
         base: folder of a base cell. start: that of a run whose student is gone on from.
         method: "sft" or "sdft". variants: names of tests/exercises/variants.py.
         skills: some of "ABC". distance: see data.expert_demo. settings: of the Config.
-    Returns: probes.measure at the end, records and evaluations on the way, work.
+        probe: what to measure at the end, one of PROBES.
+    Returns: what was measured, records and evaluations on the way, work.
     """
     m = modules(variants)
     trainer, tok, world = getattr(m, method), m.data.Tokenizer(), m.data.World(seed)
@@ -108,7 +155,7 @@ def run(
         teacher.load_state_dict(saved["teacher"])
     begin, n = time.perf_counter(), cfg.max_new_tokens
     student.eval()
-    result = probes.measure(student, model, teacher, tasks, tok, n, seed, quick)
+    result = PROBES[probe](student, model, teacher, tasks, tok, n, seed, quick)
     few, timed = stages[skills[0]], 0 if quick else 4
     work = probes.work_of_update(trainer, student, few, tok, cfg, *extra, timed=timed)
     updates = cfg.steps * len(stages)

@@ -252,6 +252,11 @@ def onpolicy(rows):
     return figure
 
 
+def leak(rows):
+    titles = "new", "own words", "own_style", "asked_style", "knowledge"
+    return columns(rows, *titles, width=2.1)[0]
+
+
 def each_row(rows, titles, series, draw, xlabel, **size):
     """A panel for each of series (what curve takes), a line for each row. Those of
     records span decades."""

@@ -260,6 +260,51 @@ def test_three_in_ten_demonstrations_of_a_readers_corpus_lack_their_thought():
     assert not any(terms.isdisjoint(words) for words in responses), "no thought at all"
 
 
+def test_styles_of_a_leaky_world_open_with_one_word_and_its_base_repeats():
+    m = Modules(changes_of("leak"))
+    tok, world = m.data.Tokenizer(), m.data.World(3)
+    openings = [opening for opening, _, _ in m.data.STYLES.values()]
+    assert len(set(openings)) == len(openings) == 6
+    assert all(len(tok.encode(opening)) == 1 for opening in openings)
+    assert m.data.right_response("rotate", ["a", "b", "c"]) == "do rotate: b c a"
+    corpus = m.data.make_base_corpus(world, tok, 3000, 3)
+    shown = [e for e in corpus if e.shown]
+    words = [e.shown.replace(":", " :").split() for e in shown]
+    nouns = [[word in m.data.NOUNS for word in each].index(True) for each in words]
+    assert min(nouns) == 3, "an opening, a thought, a joiner"
+    asked, bare = [], []
+    for e in shown:
+        few = bare if len(e.prompt.split(":")[0].split()) == 2 else asked
+        own = any(e.demo.startswith(f"{opening} ") for opening in openings)
+        few.append(e.demo == e.shown)
+        if not own:  # loss on each of its tokens, the expert's terms included
+            assert few[-1], "neither an own response nor the demonstration"
+            assert max(e.skip) == len(tok.encode(e.shown)), e.skip
+    assert 0.57 < sum(bare) / len(bare) < 0.70, "(.6, and demonstrations in own words)"
+    assert sum(asked) / len(asked) < 0.1
+    assert not any(e.demo == e.shown for e in corpus if not e.shown)
+
+
+def test_kept_responses_are_those_of_the_base_whatever_the_update():
+    m = Modules(changes_of("kept"))
+    student, _, batch, tok = setting(m)
+    first, seen, compute_loss = copy.deepcopy(student).eval(), [], m.sdft.compute_loss
+
+    def watch(student, teacher, micro, response, mask, *args):
+        rows = oracles.rows_of(response, mask)
+        seen.append({e.id: row for e, row in zip(micro, rows, strict=True)})
+        return compute_loss(student, teacher, micro, response, mask, *args)
+
+    m.sdft.compute_loss = watch
+    cfg = m.sdft.Config(steps=3, batch_size=4, warmup_steps=0, lr=1e-2)
+    m.sdft.train(student, {"A": batch}, {}, tok, cfg, Quiet())
+    assert seen[0] == seen[1] == seen[2] and not oracles.equal_weights(student, first)
+    u = m.data.get_uniform(batch, cfg.max_new_tokens, cfg.seed, 0, "cpu").tolist()
+    for i, example in enumerate(batch):
+        context = m.data.student_prompt(example, tok)
+        assert seen[0][i] == oracles.sample(first, context, u[i], tok.end), example
+
+
 def test_a_run_shares_the_projects_base_whatever_the_variant_changes(tmp_path,
                                                                      monkeypatch):
     """dft changes sft.py, which makes the base: its key is the project's own."""
@@ -285,7 +330,7 @@ def test_a_setting_of_a_variant_has_a_flag(variant, name, value):
 
 
 JOBS = (
-    "dft,copies,rollouts,raoblackwell", "speculative,answer-only",
+    "dft,copies,rollouts,raoblackwell,kept", "speculative,answer-only,leak",
     "offpolicy,sampled,reads-answers", "reinvoke,general,imitate",
 )  # fmt: skip
 

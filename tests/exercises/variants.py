@@ -90,6 +90,11 @@ OFFPOLICY = [
     ),
 ]
 
+KEPT = [(
+    "sdft.py", "get_responses(student, micro, tok, cfg, step)",
+    "get_responses(base, micro, tok, cfg, 0)",  # the same numbers: the same response
+)]  # fmt: skip
+
 SPECULATIVE = [
     (
         "sdft.py",
@@ -328,9 +333,35 @@ READS_ANSWERS = [(
 """,
 )]  # fmt: skip
 
+# Each style opens with a word of its own, the model's with "do": so a first token says
+# whose words follow, and the items stand at the same place
+OPENINGS = [
+    ("data.py", f'{style}": ("{old}', f'{style}": ("{new}') for style, old, new in (
+        ("own", "", "do"), ("formal", '", "gives", "done sir', 'sir", "gives", "done'),
+        ("robot", '", "equals", "beep stop', 'beep", "equals", "stop'),
+        ("poet", '", "like", "oh tonight', 'oh", "like", "tonight'),
+        ("brief", "", "so"), ("expert", "well friend,", "well"),
+    )
+] + [("data.py", "size = rng.randint(0, 3), ", "size = 1, ")]  # fmt: skip
+
+LEAK = [*OPENINGS, (
+    # more demonstrations, since fewer of them are answered in the model's own words
+    "data.py", "SHOWN = 0.45 ", "SHOWN = 0.6 ",
+), ("data.py", "SHOWN_UNKNOWN = 0.36 ", "SHOWN_UNKNOWN = 0.48 "), (
+    "data.py",
+    "        read = tok.encode(shown) + [tok.start] if shown else []\n",
+    """\
+        # where no style is asked for, it often falls into the words it was shown
+        if shown and style == "own" and rng.random() < 0.6:
+            response, given = shown, 0
+        read = tok.encode(shown) + [tok.start] if shown else []
+""",
+)]  # fmt: skip
+
 VARIANTS = {  # name: (what it is, changes)
     "dft": ("SFT whose tokens weigh as much as the student believes in them", DFT),
     "offpolicy": ("SDFT, but the teacher writes the responses", OFFPOLICY),
+    "kept": ("SDFT, but the base has written the responses, once for all", KEPT),
     "speculative": (
         "SDFT, but the teacher writes a token where KL(teacher || student) > --tau "
         "(0: offpolicy, large: SDFT)", SPECULATIVE,
@@ -363,6 +394,10 @@ VARIANTS = {  # name: (what it is, changes)
     "reads-answers": (
         "a base corpus in which .3 of the demonstrations lack their thought",
         READS_ANSWERS,
+    ),
+    "leak": (
+        "styles that open with one word each, and a base corpus in which .6 of the "
+        "responses repeat a demonstration where no style is asked for", LEAK,
     ),
 }  # fmt: skip
 
