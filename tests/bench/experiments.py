@@ -303,7 +303,7 @@ EXPERIMENTS = {
                   ("teacher, skip 1", "offpolicy", SKIP),
                   ("student, skip 0, reverse KL", "", {"kl": "reverse"}),
               )),
-            ("sft 2.5e-4", 5, leaks("sft", "2.5e-4")),
+            ("sft 1e-4", 5, leaks("sft", "1e-4")),
             *((label, 5, leaks("sdft", "9e-5", variants, **more))
               for label, variants, more in (
                   ("first responses, skip 1", "kept", SKIP),
