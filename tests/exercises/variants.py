@@ -333,29 +333,22 @@ READS_ANSWERS = [(
 """,
 )]  # fmt: skip
 
-# Each style opens with a word of its own, the model's with "do": so a first token says
-# whose words follow, and the items stand at the same place
-OPENINGS = [
-    ("data.py", f'{style}": ("{old}', f'{style}": ("{new}') for style, old, new in (
+LEAK = [  # a word opens each style, the model's own, too: it says whose words follow
+    ("data.py", f'"{style}": ("{old}', f'"{style}": ("{new}') for style, old, new in (
         ("own", "", "do"), ("formal", '", "gives", "done sir', 'sir", "gives", "done'),
         ("robot", '", "equals", "beep stop', 'beep", "equals", "stop'),
         ("poet", '", "like", "oh tonight', 'oh", "like", "tonight'),
         ("brief", "", "so"), ("expert", "well friend,", "well"),
     )
-] + [("data.py", "size = rng.randint(0, 3), ", "size = 1, ")]  # fmt: skip
-
-LEAK = [*OPENINGS, (
+] + [("data.py", old, new) for old, new in (
+    ("size = rng.randint(0, 3), ", "size = 1, "),
     # more demonstrations, since fewer of them are answered in the model's own words
-    "data.py", "SHOWN = 0.45 ", "SHOWN = 0.6 ",
-), ("data.py", "SHOWN_UNKNOWN = 0.36 ", "SHOWN_UNKNOWN = 0.48 "), (
-    "data.py",
-    "        read = tok.encode(shown) + [tok.start] if shown else []\n",
-    """\
-        # where no style is asked for, it often falls into the words it was shown
-        if shown and style == "own" and rng.random() < 0.6:
+    ("SHOWN = 0.45 ", "SHOWN = 0.6 "), ("UNKNOWN = 0.36 ", "UNKNOWN = 0.48 "),
+    ("        read = tok.encode(shown) + [tok.start] if shown else []\n", """\
+        if shown and style == "own" and rng.random() < 0.6:  # it repeats what it reads
             response, given = shown, 0
         read = tok.encode(shown) + [tok.start] if shown else []
-""",
+"""),
 )]  # fmt: skip
 
 VARIANTS = {  # name: (what it is, changes)
