@@ -17,6 +17,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "exercises"), str(HERE / "bench")]
 
 import cell  # noqa: E402
+import finetune  # noqa: E402
 import gpu  # noqa: E402
 import oracles  # noqa: E402
 import paper  # noqa: E402
@@ -261,6 +262,38 @@ def test_mass_and_distances_are_those_of_plain_loops():
     right = [mean(x for x in at if x is not None) for at in places]
     found = probes.by_position(p, q, queries, TOK, 5, 3)
     assert found == pytest.approx(right, abs=1e-9)
+
+
+def test_words_are_right_only_to_the_word(monkeypatch):
+    m = finetune.modules("leak")
+    tok, world, right = m.data.Tokenizer(), m.data.World(1), {}
+    sizes = {"vocab_size": tok.vocab_size, "n_tokens": tok.n_tokens, "block_size": 128}
+    base, student = (oracles.make_model(i, end=tok.end, **sizes).eval() for i in (1, 2))
+    tasks = finetune.make_tasks(m, world, 1, "A", "terms", quick=True)
+    for example in tasks["new"]["A"].examples:
+        start, items = example.prompt.split(": ")
+        _, operation = world.skills["A"][start.split()[1]]
+        asked = m.data.right_response(operation, items.split(), "expert")
+        for context, text in (
+            (BARE(example, tok), example.answer),
+            (tok.encode(f"{start} expert: {items}") + [tok.start], asked),
+            (shown := SHOWN(example, tok), example.demo),
+            (shown + tok.encode("do"), example.answer.removeprefix("do ")),
+        ):  # fmt: skip
+            right[tuple(context)] = text
+        assert example.demo.startswith("well ") and asked != example.demo
+    monkeypatch.setattr(probes, "each_greedy", lambda *_: {})
+    for end, share in (("", 1), (" lamp", 0)):
+        def texts(_, contexts, *args, end=end):
+            return [right[tuple(context)] + end for context in contexts]
+
+        monkeypatch.setattr(data, "get_texts", texts)
+        of = base, base, tasks, tok, 4, 1, True
+        words = finetune.measure_words(base, *of)["words"]
+        assert words == dict.fromkeys(("own", "asked", "begun", "repeats"), share)
+        assert finetune.measure_words(student, *of)["words"] == {
+            "own": share, "asked": share
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("trainer", [sft, sdft])
