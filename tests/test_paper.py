@@ -266,7 +266,7 @@ def test_mass_and_distances_are_those_of_plain_loops():
 
 def test_words_are_right_only_to_the_word(monkeypatch):
     m = finetune.modules("leak")
-    tok, world, right = m.data.Tokenizer(), m.data.World(1), {}
+    tok, world, right, terms = m.data.Tokenizer(), m.data.World(1), {}, {}
     sizes = {"vocab_size": tok.vocab_size, "n_tokens": tok.n_tokens, "block_size": 128}
     base, student = (oracles.make_model(i, end=tok.end, **sizes).eval() for i in (1, 2))
     tasks = finetune.make_tasks(m, world, 1, "A", "terms", quick=True)
@@ -274,26 +274,32 @@ def test_words_are_right_only_to_the_word(monkeypatch):
         start, items = example.prompt.split(": ")
         _, operation = world.skills["A"][start.split()[1]]
         asked = m.data.right_response(operation, items.split(), "expert")
+        ask = tok.encode(f"{start} expert: {items}") + [tok.start]
+        terms[tuple(ask)] = example.demo
         for context, text in (
-            (BARE(example, tok), example.answer),
-            (tok.encode(f"{start} expert: {items}") + [tok.start], asked),
+            (BARE(example, tok), example.answer), (ask, asked),
             (shown := SHOWN(example, tok), example.demo),
             (shown + tok.encode("do"), example.answer.removeprefix("do ")),
         ):  # fmt: skip
             right[tuple(context)] = text
         assert example.demo.startswith("well ") and asked != example.demo
     monkeypatch.setattr(probes, "each_greedy", lambda *_: {})
-    for end, share in (("", 1), (" lamp", 0)):
-        def texts(_, contexts, *args, end=end):
-            return [right[tuple(context)] + end for context in contexts]
+
+    def words(model, said):
+        def texts(_, contexts, *args):
+            return [said[tuple(context)] for context in contexts]
 
         monkeypatch.setattr(data, "get_texts", texts)
-        of = base, base, tasks, tok, 4, 1, True
-        words = finetune.measure_words(base, *of)["words"]
-        assert words == dict.fromkeys(("own", "asked", "begun", "repeats"), share)
-        assert finetune.measure_words(student, *of)["words"] == {
-            "own": share, "asked": share
-        }  # fmt: skip
+        of = model, base, base, tasks, tok, 4, 1, True
+        return finetune.measure_words(*of)["words"]
+
+    for end, share in (("", 1), (" lamp", 0)):
+        said = {context: text + end for context, text in right.items()}
+        found = {"own": share, "asked": share, "terms": 0}
+        assert words(student, said) == found
+        assert words(base, said) == {**found, "begun": share, "repeats": share}
+    said = {context: text.replace("well", "oh") for context, text in terms.items()}
+    assert words(student, right | said) == {"own": 1, "asked": 0, "terms": 1}
 
 
 @pytest.mark.parametrize("trainer", [sft, sdft])

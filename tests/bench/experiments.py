@@ -152,6 +152,7 @@ READ = {
     "thinks": of("new", key="thinks"),
     **{f"{key} words": lambda c, key=key: c["words"].get(key)
        for key in ("own", "asked", "begun", "repeats")},
+    "expert's terms": lambda c: c["words"]["terms"],
     "prior thinks": of("prior", "knowledge", key="thinks"),
     "KL(student || base)": lambda c: c["kl_student_base"]["new"],
     "KL(student || base), prior": lambda c: c["kl_student_base"]["prior"],
@@ -313,7 +314,7 @@ EXPERIMENTS = {
               )),
         ],
         "columns": ("begun words", "repeats words", "new", "own words", "asked words",
-                    "own_style", "asked_style", "knowledge"),
+                    "expert's terms", "own_style", "asked_style", "knowledge"),
     },
     "teacher": {
         "claim": "EMA 69 to 71, frozen 66; live peaks at 52 and is below 32 after 20 "

@@ -54,6 +54,7 @@ def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
 
     own       in the model's own style
     asked     in the expert's style, asked for by name, with the model's own term
+    terms     when that style is asked for: the expert's term is in it, right or wrong
     begun     as own, of the base, shown the demonstration and given its own opening
     repeats   of the base, shown the demonstration: it is repeated
 
@@ -70,6 +71,9 @@ def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
         opening, _, *rest = example.demo.split()
         return text.split() == [opening, own, *rest]
 
+    def has_term(_, text):
+        return not terms.isdisjoint(text.split())
+
     def ask(example, tok):
         return tok.encode(example.prompt.replace(":", " expert:", 1)) + [tok.start]
 
@@ -77,8 +81,11 @@ def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
         return data.teacher_prompt(example, tok) + tok.encode(example.answer)[:1]
 
     result = probes.each_greedy(student, tasks, tok, n)
-    own = words(student, is_own, data.student_prompt)
-    result["words"] = {"own": own, "asked": words(student, is_asked, ask)}
+    terms = {term for term, _ in data.OPERATIONS.values()}
+    result["words"] = {
+        "own": words(student, is_own, data.student_prompt),
+        "asked": words(student, is_asked, ask), "terms": words(student, has_term, ask),
+    }  # fmt: skip
     if student is base:
         begun = words(base, lambda e, x: x == e.answer.split(" ", 1)[1], begin)
         repeats = words(base, lambda e, x: x == e.demo, data.teacher_prompt)
