@@ -252,22 +252,22 @@ def onpolicy(rows):
     return figure
 
 
-def pull(axis, pull):
+def first_pull(axis, pull):
     """Where SDFT pulls at first: the student's tokens, KL(teacher || student), and what
     both find likeliest; hatched: the token that skip 1 leaves out."""
     axis.text(-1.9, 2.0, f"prompt: {pull['prompt']}\ndemonstration: {pull['demo']}")
     for y, text in enumerate(("teacher", "student", "KL", "student wrote")):
         axis.text(-0.15, y / 2 - 0.1, text, ha="right")
     for x, (token, nats, student, teacher) in enumerate(pull["sdft"]):
-        shade = style.plt.cm.Blues(min(nats, 6) / 6 * 0.8)
+        shade = plt.cm.Blues(min(nats, 6) / 6 * 0.8)
         box = (x * 1.9, 1.3), 1.8, 0.42
-        axis.add_patch(style.plt.Rectangle(
-            *box, facecolor=shade, edgecolor=style.GREY, hatch="" if x else "///"
+        axis.add_patch(plt.Rectangle(
+            *box, facecolor=shade, edgecolor=GREY, hatch="" if x else "///"
         ))  # fmt: skip
         words = [" ".join(f"{word} {p:.2f}" for word, p in row[:2] if p >= 0.05)
                  for row in (teacher, student)]  # fmt: skip
         for y, text in enumerate((*words, f"{nats:.2f}", token)):
-            color = ("white" if nats > 3 else "black") if y == 3 else style.GREY
+            color = ("white" if nats > 3 else "black") if y == 3 else GREY
             axis.text(x * 1.9 + 0.9, y / 2 - 0.1, text, ha="center", fontsize=6.5,
                       color=color)  # fmt: skip
     axis.set(xlim=(-1.9, len(pull["sdft"]) * 1.9), ylim=(-0.3, 2.6))
@@ -278,8 +278,8 @@ def leak(rows):
     titles = "new", "own words", "asked words", "own_style", "asked_style", "knowledge"
     found = {"": columns(rows, *titles, width=2.0)[0]}
     if "base" in rows:
-        figure, (axis,) = style.panels("", width=9.0, height=1.7)
-        pull(axis, rows["base"][0]["pull"])
+        figure, (axis,) = panels("", width=9.0, height=1.7)
+        first_pull(axis, rows["base"][0]["pull"])
         found["_tokens"] = figure
     return found
 
