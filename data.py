@@ -441,6 +441,16 @@ def make_demos(world, skill, size, seed, distance="terms"):
     return demos
 
 
+def demo_of(world, prompt):
+    """The expert's demonstration for a prompt of a skill; "" for any other prompt."""
+    asked, _, items = prompt.partition(": ")
+    for skill in world.skills.values():
+        for command, (domain, operation) in skill.items():
+            if asked == f"{domain} {command}":
+                return expert_demo(operation, items.split(), "terms")
+    return ""
+
+
 # ---- Benchmarks: responses and grades ----------------------------------------------
 
 

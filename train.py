@@ -534,7 +534,8 @@ class RunFlags:
     quick: bool = False  # half a minute, to see that it runs; it shows no effect
     resume: bool = False  # go on with the run in --out
     sample: str = None  # a prompt; no training: what the models respond to it
-    demo: str = None  # with --sample: what the teacher, shown this, would change
+    demo: str = None  # with --sample: what the teacher, shown this, would change (a
+    # prompt of the tiny world's skills needs none)
     show: list = None  # no training: tables of finished runs, in --out or these folders
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
     threads: int = None  # of a CPU, 0: all cores; without it 2, with --init all
@@ -1147,16 +1148,18 @@ def show_sample(args, device):
     n = args.max_new_tokens or REAL["max_new_tokens"]
     if not runs:
         _, tok, gpt = load_own(args.init, device)
-        respond("base", gpt.to(device), n, args, tok)
+        respond("base", gpt.to(device), n, args, tok, args.demo)
     for i, (folder, saved) in enumerate(runs.items()):
         base, tok, gpt = load_base_of(folder, saved, args, device)
-        settings, gpt = saved["settings"], gpt.to(device)
+        settings, gpt, demo = saved["settings"], gpt.to(device), args.demo
+        if not demo and not saved["note"]["init"]:
+            demo = data.demo_of(data.World(settings["seed"]), args.sample)
         n = args.max_new_tokens or settings["max_new_tokens"]
         if i == 0 and base:
-            respond("base", gpt, n, args, tok)
+            respond("base", gpt, n, args, tok, demo)
         say(f"{folder}: seed {settings['seed']}, after update {saved['step']}")
         gpt.load_state_dict(saved["models"]["student"])
-        respond(folder.name, gpt, n, args, tok)
+        respond(folder.name, gpt, n, args, tok, demo)
 
 
 def load_base_of(folder, saved, args, device):
@@ -1183,17 +1186,18 @@ def load_base_of(folder, saved, args, device):
     return there, tok, gpt
 
 
-def respond(name, gpt, n, args, tok):
-    """Show the greedy response to args.sample, and two samples, of at most n tokens."""
-    example = data.Example(args.sample, args.demo or "", "")
+def respond(name, gpt, n, args, tok, demo):
+    """Show the greedy response to args.sample, and two samples, of at most n tokens;
+    and, if there is a demonstration, what each method would pull on."""
+    example = data.Example(args.sample, demo or "", "")
     contexts = [data.student_prompt(example, tok)] * 2
     say(f"{name:5s}  {data.get_texts(gpt, contexts[:1], tok, n)[0]}")
     u = torch.rand(2, n, generator=data.make_rng(args.seed, "sample"))
     for text in data.get_texts(gpt, contexts, tok, n, u.to(gpt.cos.device), 1):
         say(f"       sampled: {text}")
-    if args.demo:
+    if demo:
         pull = data.token_pull(gpt, gpt, example, tok, n, args.seed)
-        say(show_pull(pull | {"prompt": args.sample, "demo": args.demo}))
+        say(show_pull(pull | {"prompt": args.sample, "demo": demo}))
 
 
 # ---- The program ---------------------------------------------------------------------

@@ -255,9 +255,10 @@ def test_screen_and_show_have_every_number_that_was_measured_in_its_place(
 
 @pytest.mark.parametrize("names", [["sft"], ["sdft"], ["sft", "sdft"]])
 def test_sample_shows_what_base_and_trained_model_respond(names, finished, go):
-    """It needs no flag but the folder: the run knows its sizes, its seed, its base; and
-    it says if the base is gone."""
+    """It needs no flag but the folder: the run knows its sizes, its seed, its base, and
+    what the expert would say; and it says if the base is gone."""
     prompt, path = "garden cork: candle spoon tower", base_file(finished)
+    demo = "well friend, advance so you get spoon tower candle as ever"
     base, expected = train.read_checkpoint(path), []
     for name in "base", *names:
         if name != "base":
@@ -268,14 +269,16 @@ def test_sample_shows_what_base_and_trained_model_respond(names, finished, go):
         gpt.load_state_dict(base["model"] if name == "base" else weights)
         context = TOK.encode(prompt) + [TOK.start]
         greedy = oracles.sample(gpt, context, [0.0] * 16, TOK.end, temperature=0)
-        expected.append(f"{name:5s}  {TOK.decode(greedy)}")
+        pull = data.token_pull(gpt, gpt, data.Example(prompt, demo, ""), TOK, 16, 0)
+        pulled = train.show_pull(pull | {"prompt": prompt, "demo": demo})
+        expected.append(f"{name:5s}  {TOK.decode(greedy)}\n{pulled}")
     assert len(set(expected)) == len(expected), "this shows nothing"
     for name in {*METHODS} - {*names}:
         shutil.rmtree(finished / name)
     for models in len(names) + 1, len(names):
         code, text, _ = go(finished, f"--sample '{prompt}'", [])
         lines = [line for line in text.splitlines()[1:] if "  sampled: " not in line]
-        assert code == 0 and lines == expected
+        assert code == 0 and "\n".join(lines) == "\n".join(expected)
         assert text.count("       sampled: ") == 2 * models
         path.unlink(missing_ok=True)
         gone = [f"{path} is gone"]
