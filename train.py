@@ -726,8 +726,9 @@ def free_memory(device):
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 1e9
     free, info = math.inf, Path("/proc/meminfo")
-    if device.type == "cpu" and info.exists():
-        free = int(re.search(r"MemAvailable:\s+(\d+)", info.read_text())[1]) / 1e6
+    text = info.read_text() if device.type == "cpu" and info.exists() else ""
+    if found := re.search(r"MemAvailable:\s+(\d+)", text):
+        free = int(found[1]) / 1e6
     limit = Path("/sys/fs/cgroup/memory.max")  # of a container, or the word "max"
     if limit.exists() and limit.read_text().strip().isdigit():
         free = min(free, int(limit.read_text()) / 1e9)
@@ -862,7 +863,7 @@ def choose_device(name):
 
 
 def world_size():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return data.rank_and_world_size()[1]
 
 
 def is_first():
