@@ -210,11 +210,9 @@ def loss_mask(batch, lengths):
 
 def pad_right(rows, fill, device):
     """Lists of tokens -> int64 (B, T), padded on the right, and lengths, int64 (B,)."""
-    lengths = torch.tensor([len(row) for row in rows])  # (B,)
-    ids = torch.full((len(rows), int(lengths.max())), fill)  # (B, T)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids.to(device), lengths.to(device)
+    lengths = [len(row) for row in rows]
+    ids = [row + [fill] * (max(lengths) - len(row)) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(lengths, device=device)
 
 
 def pad_batch(tokens_of, batch, tok, device):

@@ -284,12 +284,17 @@ class GPT(nn.Module):
         return self.logits(self.hidden(idx, positions, cache))
 
 
-def check_fit(model, prompts, lengths, n_tokens):
+def check_fit(model, prompts, lengths, n_tokens, u=None):
     """Raise ValueError unless each of the prompts has 1 to P tokens (an empty one has
-    no column that predicts the first token) and n_tokens fit into block_size."""
+    no column that predicts the first token), n_tokens fit into block_size, and the
+    numbers u, if there are any, are in [0, 1)."""
     B, P = prompts.size()
-    if lengths.shape != (B,) or ((lengths < 1) | (lengths > P)).any():
-        raise ValueError(f"{B} prompts in {P} columns cannot have lengths {lengths}")
+    fits = ((lengths >= 1) & (lengths <= P)).all()
+    if u is not None:
+        fits = fits & ((u >= 0) & (u < 1)).all()
+    if lengths.shape != (B,) or not fits:  # one answer: a GPU is waited for once
+        raise ValueError(f"{B} prompts in {P} columns cannot have lengths "
+                         f"{lengths.tolist()}, or u is not uniform in [0, 1)")  # fmt: skip
     if n_tokens > model.config.block_size:
         raise ValueError(
             f"prompts of up to {P} tokens and their responses need {n_tokens} tokens "
@@ -318,12 +323,14 @@ def response_hidden(model, prompts, lengths, response, mask):
     Raises: ValueError, see check_fit.
     """
     B, R = response.size()
-    assert mask.shape == (B, R) and len(prompts) == B, (mask.shape, prompts.shape)
-    assert mask.dtype == torch.bool, mask.dtype
-    row, t = mask.nonzero(as_tuple=True)  # (N,) each: token t of the response of a row
-    column = lengths[row] + t - 1  # (N,) where it is predicted
+    assert mask.shape == (B, R) and mask.dtype == torch.bool, (mask.shape, mask.dtype)
+    assert len(prompts) == len(lengths) == B, (prompts.shape, lengths.shape)
+    # the host waits for a GPU once: for one copy of all that it has to know
+    known = torch.cat((lengths[:, None], mask), dim=1).cpu()  # (B, 1 + R)
+    row, t = known[:, 1:].nonzero(as_tuple=True)  # (N,) each: token t of a row
+    column = known[row, 0] + t - 1  # (N,) where it is predicted
     T = max(column.tolist(), default=0) + 1  # later columns are not needed
-    check_fit(model, prompts, lengths, T + 1)  # + 1: the last token has a place, too
+    check_fit(model, prompts, known[:, 0], T + 1)  # + 1: a place for the last token
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response follows its own prompt
@@ -372,10 +379,8 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
     Raises: ValueError, see check_fit.
     """
     (B, P), R, device = prompts.size(), max_new_tokens, prompts.device
-    check_fit(model, prompts, lengths, P + R)
-    if temperature > 0:
-        assert u.shape == (B, R), "one number for each row and position"
-        assert ((u >= 0) & (u < 1)).all(), "u is uniform in [0, 1)"
+    assert temperature == 0 or u.shape == (B, R), "one number for each row and position"
+    check_fit(model, prompts, lengths, P + R, None if temperature == 0 else u)
     training = model.training
     model.eval()
     # Tensors made in inference mode (cheaper than no_grad) cannot take part in autograd
@@ -390,8 +395,10 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
             step_u = None if temperature == 0 else u[row, t]
             token = sample_token(model.logits(last), step_u, temperature)  # (B,)
             response[row, t] = token
+            if t == R - 1:
+                break
             alive = (token != end).nonzero()[:, 0]  # note: a CPU-GPU sync point
-            if t == R - 1 or not len(alive):
+            if not len(alive):
                 break
             if len(alive) < len(row):  # finished rows leave the batch
                 row, token, lengths = row[alive], token[alive], lengths[alive]
@@ -399,7 +406,7 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
             last = model.hidden(token[:, None], lengths + t, cache)[:, 0]  # (B, C)
     model.train(training)
     n_tokens = ((response != end).sum(1) + 1).clamp(max=R)  # (B,), an end counts
-    R = int(n_tokens.max())
+    R = t + 1  # the last row to end did so at step t
     mask = torch.arange(R, device=device) < n_tokens[:, None]  # (B, R)
     return response[:, :R], mask
 

@@ -289,9 +289,8 @@ def fine_tune(method, run, cfg, student, stages, tasks, tok):
     say(f"\n{method}: {', '.join(f'{k} {v}' for k, v in asdict(cfg).items())}")
     evaluations = METHODS[method].train(student, stages, tasks, tok, cfg, run)
     if run.note["init"]:
-        path = run.folder / "model"
-        first_does(write_model, whole_gpt(student), run.note["base"], path)
-        say(f"model: {path}, a folder that transformers loads")
+        first_does(write_model, run)
+        say(f"model: {run.folder / 'model'}, a folder that transformers loads")
     seconds = first_does(write_results, run, method, cfg, evaluations, student)
     say(f"\n{method}, {seconds:.0f} s:\n{table(stage_ends(evaluations))}\n"
         f"files: results.json and metrics.jsonl in {run.folder}")
@@ -932,20 +931,6 @@ def load_weights(saved, models, optimizer):
     )
 
 
-@torch.no_grad()
-def whole_gpt(gpt):
-    """A GPT in shards as a whole one, on the CPU of the first process."""
-    if not hasattr(next(gpt.parameters()), "full_tensor"):
-        return gpt
-    torch_state, options = state_options()
-    weights = torch_state.get_model_state_dict(gpt, options=options)
-    with torch.device("meta"):  # its tensors are replaced, and take no memory
-        twin = GPT(gpt.config)
-    if is_first():
-        twin.load_state_dict(weights, assign=True)
-    return twin
-
-
 # ---- Files ---------------------------------------------------------------------------
 
 
@@ -974,10 +959,16 @@ def write_checkpoint(path, content):
     write_file(path, lambda file: torch.save(content, file))
 
 
-def write_model(gpt, name, folder):
+def write_model(run):
+    """The student of the last checkpoint, which is whole even if the run is in shards,
+    as a folder for transformers."""
+    saved, folder = read_run(run.checkpoint), run.folder / "model"
+    with torch.device("meta"):  # its tensors are replaced, and take no memory
+        gpt = GPT(GPTConfig(**saved["config"]))
+    gpt.load_state_dict(saved["models"]["student"], assign=True)
     try:
         folder.mkdir(exist_ok=True)  # transformers would only log that it is a file
-        model.save_pretrained(gpt, name, folder)
+        model.save_pretrained(gpt, run.note["base"], folder)
     except Exception as error:  # safetensors has its own kind for a full disk
         raise OSError(f"{folder} not written: {error}") from error
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 from mutants import MUTANTS  # noqa: E402
 
-LINES = {"model": 826, "sft": 205, "sdft": 245, "data": 1004, "train": 1276}
+LINES = {"model": 833, "sft": 205, "sdft": 245, "data": 1002, "train": 1267}
 LONGEST = {"sft": 73, "sdft": 77}  # lines of a function, where not 60: the whole loop
 
 

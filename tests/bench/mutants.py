@@ -42,7 +42,7 @@ MUTANTS = {  # file: what stands there once -> what it becomes
         ("self.dropout if self.training else 0.0", "self.dropout"),
         ("0.02 / math.sqrt(2 * config.n_layer)", "0.02"),
         ("self.config.n_tokens or None", "None"),
-        ("lengths[row] + t - 1", "lengths[row] + t"),
+        ("known[row, 0] + t - 1", "known[row, 0] + t"),
         ("place = lengths[:, None] +", "place = lengths.max() +"),
         ("torch.softmax(logits / temperature", "torch.softmax(logits * temperature"),
         ("p.cumsum(-1, dtype=torch.float64)", "p.cumsum(-1)"),

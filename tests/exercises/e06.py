@@ -62,9 +62,9 @@ and teacher_prompt: return tok.encode(with_demo(...)) + [...]
 )
 
 SHOWN = "tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]"
-COLUMN = "column = lengths[row] + t - 1"
-FIT = "check_fit(model, prompts, lengths, T + 1)"
-NONZERO = "row, t = mask.nonzero(as_tuple=True)"
+COLUMN = "column = known[row, 0] + t - 1"
+FIT = "check_fit(model, prompts, known[:, 0], T + 1)"
+NONZERO = "row, t = known[:, 1:].nonzero(as_tuple=True)"
 
 MUTANTS = (
     ("no start", ((SHOWN, SHOWN.replace(" + [tok.start]", "")),), "tok.start"),
