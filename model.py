@@ -293,8 +293,8 @@ def check_fit(model, prompts, lengths, n_tokens, u=None):
     if u is not None:
         fits = fits & ((u >= 0) & (u < 1)).all()
     if lengths.shape != (B,) or not fits:  # one answer: a GPU is waited for once
-        raise ValueError(f"{B} prompts in {P} columns cannot have lengths "
-                         f"{lengths.tolist()}, or u is not uniform in [0, 1)")  # fmt: skip
+        what = f"{B} prompts in {P} columns cannot have lengths {lengths.tolist()}"
+        raise ValueError(f"{what}, or u is not uniform in [0, 1)")
     if n_tokens > model.config.block_size:
         raise ValueError(
             f"prompts of up to {P} tokens and their responses need {n_tokens} tokens "
