@@ -1,7 +1,7 @@
 """A tiny world in English: texts, tasks, batches and grades. Nothing is downloaded.
 
 A prompt names a domain and a command, and gives some items. The model responds with a
-thought (the operation that the command stands for) and then the items, operated on:
+thought, which is the operation that the command stands for, and then its result:
 
                    prompt                               response of the model
     known command  kitchen horn: apple river stone      reverse: stone river apple
@@ -161,8 +161,8 @@ class Tokenizer:
 class Example:
     prompt: str  # what is asked
     demo: str  # the demonstration: an expert's response to it
-    answer: str  # a right response, as the model would put it; graders compare with it
-    id: int = 0  # its place in the training set: its random numbers depend on it
+    answer: str  # a right response in the model's words, for the graders
+    id: int = 0  # its place in the training set; its random numbers depend on it
     # the base corpus only
     shown: str = ""  # a demonstration in the prompt; its text is also learnt
     skip: tuple = ()  # tokens of demo_response that carry no loss, by their place
@@ -265,7 +265,7 @@ def my_micro_batches(batch, n):
     size, rest = divmod(len(batch), world_size * n)
     assert size > 0 and not rest, f"{len(batch)} examples in {world_size} x {n} parts"
     parts = [batch[i : i + size] for i in range(0, len(batch), size)]
-    # forth and back, so that each process gets short and long ones
+    # back and forth, so that each process gets short and long ones
     turns = [rank if j % 2 == 0 else world_size - 1 - rank for j in range(n)]
     return [parts[j * world_size + turn] for j, turn in enumerate(turns)]
 
@@ -316,8 +316,8 @@ class World:
 
 
 def draw_items(rng, held_out):
-    """Three items of a query that is held out, or of one that is not. A tenth of all
-    queries is never trained on, by the base or by a skill."""
+    """Three items for a query. A tenth of all queries is held out: neither the base nor
+    a skill is ever trained on them."""
     while True:
         items = rng.sample(NOUNS, 3)
         if (sum(map(NOUNS.index, items)) % 10 == 0) == held_out:
@@ -344,7 +344,7 @@ def right_response(operation, items, style="own"):
 
 
 def draw_demo(operation, items, rng):
-    """A demonstration as the base corpus has them: in any style, in anyone's terms."""
+    """A demonstration for the base corpus: any style, the model's or expert's term."""
     style = rng.choice(list(STYLES.values()))
     if rng.random() < 0.5:  # a style without a name
         size = rng.randint(0, 3), rng.randint(1, 3), rng.randint(0, 2)
@@ -358,7 +358,7 @@ SHOWN = 0.45  # a demonstration is in the prompt ...
 SHOWN_UNKNOWN = 0.36  # (a part of these) ... of an unknown command, its operation drawn
 # anew each time, so that only the demonstration tells which
 GUESSED = 0.05  # an unknown command and nothing shown, any operation of its domain: so
-# the base is not sure of one guess, which a skill would have to drive out
+# the base does not settle on one guess, which a skill would first have to unlearn
 # Drawn apart from it:
 ASKED = 0.25  # a style is asked for
 # And again, one of two mistakes. Without them, SDFT's teacher would not know how to go
@@ -453,7 +453,7 @@ def demo_of(world, prompt):
 
 
 def items_in(text):
-    """The items of a response, from left to right: what it says, in whatever style."""
+    """The items of a response, from left to right: what it says, in any style."""
     return [word for word in text.split() if word in NOUNS]
 
 
@@ -482,7 +482,7 @@ def grade_style(example, response):
 class Benchmark:
     examples: list  # of Example; they are never trained on
     # (example, response as text) -> is it right? None: not graded
-    # (not in its repr, which a resume compares: there is an address in a function's)
+    # (left out of the repr, which a resume compares: it would show an address)
     grade: Callable | None = field(repr=False)
 
 
@@ -549,7 +549,7 @@ def get_texts(model, contexts, tok, max_new_tokens, u=None, temperature=0):
     the work, and all get all texts."""
     device, (rank, world_size) = next(model.parameters()).device, rank_and_world_size()
     starts, texts = range(0, len(contexts), ROWS), {}
-    # each makes the same number of calls, if need be twice the same: shards need that
+    # each process makes the same number of calls, as shards need: some repeat one
     for n in range(rank, math.ceil(len(starts) / world_size) * world_size, world_size):
         i = starts[n % len(starts)]
         prompts, lengths = pad_right(contexts[i : i + ROWS], tok.end, device)
@@ -604,9 +604,9 @@ def teacher_gate(model, benchmarks, tok, max_new_tokens, temperature=1.0, seed=0
 
 @torch.no_grad()
 def sampled_kl(p, p_prompt, q, q_prompt, examples, tok, cfg):
-    """KL(p || q) of two models, in nats per token, along responses that p samples at
-    temperature 1 to the first examples. p_prompt, q_prompt: what each model is shown,
-    student_prompt or teacher_prompt."""
+    """KL(p || q) of two models, in nats per token, along responses to the first
+    examples, sampled from p at temperature 1. p_prompt, q_prompt: what each model is
+    shown, student_prompt or teacher_prompt."""
     device, some = next(p.parameters()).device, examples[:ROWS]
     p_prompts, q_prompts = (
         pad_batch(prompt, some, tok, device) for prompt in (p_prompt, q_prompt)
@@ -702,8 +702,8 @@ def evaluate(models, base, skill, tasks, tok, cfg):
     record["kl_teacher_base"], record["teacher_gate"] = None, None
     if teacher is not None:
         record["kl_teacher_base"] = kl_from_base(teacher, teacher_prompt)
-        # its own gate: with a non-zero ema_rate, the first thing that falls when
-        # student and teacher drift together
+        # the teacher's own gate: it falls first when student and teacher drift
+        # together, which they can if ema_rate is not 0
         if task.grade:
             record["teacher_gate"] = accuracy(teacher, task, tok, n, teacher_prompt)
     if tok.chat:  # users' rows: also what is not graded
@@ -748,14 +748,14 @@ MAX_ERRORS = 20  # lines that are named one by one
 
 
 def fill_template(template, example):
-    """The template with prompt and demonstration in their places; braces that these
-    hold themselves stay as they are."""
+    """Put prompt and demonstration into the template. Braces that they contain stay as
+    they are."""
     texts = {"{prompt}": example.prompt, "{demonstration}": example.demo}
     return re.sub(r"\{prompt\}|\{demonstration\}", lambda m: texts[m[0]], template)
 
 
 def text_of(value, key):
-    """The value of a key, if a model can read it. A list of texts is its lines."""
+    """A value as text for the model; a list of texts becomes lines."""
     if isinstance(value, list) and value:
         return "\n".join(text_of(line, key) for line in value)
     if not isinstance(value, str) or not value.strip():
@@ -778,7 +778,7 @@ def turns_of(value, key, role):
 
 
 def unique(pairs):
-    """A JSON object as a dict. Of a key that is there twice, json would keep one."""
+    """A JSON object as a dict. (json would drop one of two equal keys in silence.)"""
     if len(dict(pairs)) < len(pairs):
         raise ValueError(f"a key is there twice: {', '.join(key for key, _ in pairs)}")
     return dict(pairs)
@@ -803,8 +803,8 @@ def turns_of_row(row, needs_demo):
 
 
 def parse_row(line, i, needs_demo, grade):
-    """Line i of a file, as bytes: its Example, and the keys that are not used. grade:
-    of a row that names none."""
+    """The Example of line i of a file (bytes), and the keys that are not used. grade:
+    for a row that names none."""
     row = json.loads(line.decode(), object_pairs_hook=unique)
     if not isinstance(row, dict):
         raise ValueError(f"expected an object, found {json.dumps(row)[:40]}")
@@ -826,8 +826,8 @@ def parse_row(line, i, needs_demo, grade):
 
 
 def read_examples(path, needs_demo=True, grade="contains"):
-    """A file of JSON lines as a list of Example, whose ids are line numbers, and a list
-    of remarks on it.
+    """Read a file of JSON lines: a list of Example, whose ids are line numbers, and a
+    list of remarks for the user.
 
     Args: grade, for rows that name none: one of GRADES, or "none".
     Raises: ValueError that says what is wrong, in MAX_ERRORS lines at most; OSError.
@@ -858,7 +858,7 @@ def read_examples(path, needs_demo=True, grade="contains"):
 
 
 def refuse(errors):
-    """Raise ValueError if there are errors; of many, with the first."""
+    """Raise ValueError if there are errors; it names the first MAX_ERRORS of them."""
     rest = len(errors) - MAX_ERRORS
     if errors:
         more = [f"... and {rest} more"] if rest > 0 else []
@@ -895,13 +895,13 @@ UNSPACED = (
 
 
 def plain(text):
-    """A text without what does not make an answer wrong: case, spaces, Unicode form."""
+    """Normalize case, spaces and Unicode form: they do not make an answer wrong."""
     text = unicodedata.normalize("NFC", text).replace("\u2212", "-")  # the minus sign
     return " ".join(text.casefold().split())
 
 
 def is_one_word(left, right):
-    """Do two texts, one after the other, share a word or a number where they meet?"""
+    """Does a word or a number go on across the border of two adjoining texts?"""
     if re.search(r"\d[.,/]?$", left) and re.match(r"[.,/]?\d", right):
         return True
     meet = re.sub(UNSPACED, "", left[-1:] + right[:1])
@@ -925,7 +925,7 @@ def place_of(answer, text):
 
 
 def grade_answer(example, response, options):
-    """Is a response right, by the example's own grade? exact: it is an answer, but for
+    """Is a response right, by the example's own grade? exact: it is an answer, up to
     case and spaces. contains: an answer occurs in it, as whole words. choice: the first
     of all `options` (the answers of the whole file) in it is an answer."""
     if example.grade == "exact":
@@ -938,8 +938,8 @@ def grade_answer(example, response, options):
 
 
 def make_benchmark(examples, size=10**9, seed=0):
-    """A Benchmark of users' rows; of more than `size` of them, that many are drawn.
-    Without answers it has no grade."""
+    """A Benchmark of users' rows, or of `size` of them, drawn at random, if there are
+    more. Without answers it is not graded."""
     options = {a for e in examples for a in e.answer if e.grade}
     grade = functools.partial(grade_answer, options=options)
     if len(examples) > size:
@@ -951,7 +951,7 @@ class ChatTokenizer:
     """The tokenizer and the chat form of a Hugging Face model, through transformers.
 
     Attributes: end, the token that ends a response; n_tokens, its highest id + 1;
-    digest, which another tokenizer or chat template changes; template, the teacher's
+    digest, which depends on tokenizer and chat template; template, the teacher's
     prompt, which may be set; sanitizes, is a marker such as <|im_end|> in a user's text
     encoded as text? (Older versions of transformers cannot do it.)
     """

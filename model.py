@@ -428,7 +428,7 @@ def generate(model, prompts, lengths, max_new_tokens, end, u=None, temperature=1
 # reverse needs.
 
 KLS = ("forward", "reverse", "jsd")
-LOG_ZERO = -1e30  # for log 0, where somebody's logits are -inf: 0 * -inf is NaN
+LOG_ZERO = -1e30  # in place of log 0, where a logit is -inf: 0 * -inf is NaN
 
 
 def kl_reference(student_logits, teacher_logits, kl="forward"):
@@ -504,7 +504,7 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        dh, dW = ctx.saved_tensors  # final but for the factor from upstream
+        dh, dW = ctx.saved_tensors  # complete, up to the factor from upstream
         return (dh * grad).to(ctx.dtype), dW * grad, None, None, None
 
 
@@ -804,8 +804,8 @@ def from_pretrained(name, n_tokens=0):
     cos, sin = rotary(gpt.wte.weight, torch.arange(T)[None])  # (1, T, D) each
     gpt.cos, gpt.sin = (x[0, :, : D // 2].clone() for x in (cos, sin))  # (T, D/2)
 
-    # transformers makes up what a file lacks and drops what it has too many, and 64
-    # tokens show neither a longer window nor angles that change with the length
+    # transformers invents tensors that a file lacks and drops those it has too many,
+    # and 64 tokens show neither a longer window nor angles that change with the length
     odd = [*info["missing_keys"], *info["unexpected_keys"], *alone.values()]
     probe = torch.arange(2 * min(T, 64)).view(2, -1) * 97 % (n_tokens or c.vocab_size)
     logits, wanted = gpt.eval()(probe), hf.eval()(probe).logits[..., : n_tokens or None]

@@ -35,7 +35,7 @@ class Config:
     steps: int = 120  # updates for each stage (skill)
     batch_size: int = 64  # examples in an update, all processes together
     micro_batches: int = 1  # gradient accumulation: micro-batches per update and
-    # process; more of them need less memory; the update is the same, but for dropout
+    # process; more of them need less memory and change nothing but the dropout's noise
     lr: float = 9e-5  # highest learning rate, reached after the warm-up. Tune it first:
     # lower if old skills suffer, higher if new ones are not learnt
     warmup_steps: int = 40  # updates, at most half of the stage; then a cosine to 0
@@ -184,8 +184,7 @@ def train(student, stages, tasks, tok, cfg, run):
     teacher = make_teacher(student)
     models = {"student": student, "teacher": teacher}
     optimizer = make_optimizer(student, cfg)  # a resume loads its state into it
-    # where the run goes on, and the evaluations so far: 0 and [] if it is new
-    start, evaluations = run.load(models, optimizer, cfg, (stages, tasks))
+    start = run.load(models, optimizer, cfg, (stages, tasks))  # 0 if it is new
     total = cfg.steps * len(names)
     for step in run.progress(start, total + 1):  # the last iteration only evaluates
         stage, t = divmod(step, cfg.steps)  # t updates were made in this stage
@@ -195,10 +194,9 @@ def train(student, stages, tasks, tok, cfg, run):
             skill = names[max(0, step - 1) // cfg.steps]  # the last one trained
             record = {"step": step, "skill": skill, "stage_end": t == 0 and step > 0}
             record.update(data.evaluate(models, base, skill, tasks, tok, cfg))
-            evaluations.append(record)
             run.log(record)
         if step == total:
-            return evaluations
+            return run.evaluations
 
         # each skill starts with a fresh optimizer and its own warm-up
         if t == 0:
@@ -237,6 +235,6 @@ def train(student, stages, tasks, tok, cfg, run):
             record.update({key: value.item() for key, value in sums.items()})
             run.log({**record, "grad_norm": norm.item()})
         if stop or t == cfg.steps - 1 or (step + 1) % cfg.save_every == 0:
-            run.save(step + 1, models, optimizer, evaluations)
+            run.save(step + 1, models, optimizer)
         if stop:
             raise KeyboardInterrupt(f"stopped after step {step}")

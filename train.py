@@ -61,7 +61,7 @@ BASE = sft.Config(
     steps=700, batch_size=64, micro_batches=4, lr=3e-3, warmup_steps=100, beta2=0.95,
     weight_decay=0.1, dropout=0.2, save_every=250,
 )  # fmt: skip
-GATE_LOSS = 0.02  # what a teacher's accuracy may fall before there is a warning
+GATE_LOSS = 0.02  # if the teacher's accuracy falls by more, there is a warning
 QUICK = {"base_steps": 30, "steps": 4, "eval_size": 32, "gate_margin": -1.0}
 # Defaults of a real model (--init), for both methods: the paper's ranges (table 3) and
 # its code's clipping. A file with fewer rows than a batch is a batch.
@@ -83,14 +83,14 @@ class UserError(ValueError):
 
 
 def whole_run(args, stop):
-    """Read and check everything, and only then train: minutes are not lost."""
+    """Read and check everything before training: errors cost seconds, not minutes."""
     if args.show is not None:
         return show(args.show or [args.out])
     device = start_processes(args)
     if args.sample is not None:
         return show_sample(args, device)
 
-    # what there is to learn, what may be forgotten, and the model before its training
+    # what to learn, what may be forgotten, and the model before any training
     found = read_own(args, device) if args.init else make_world(args)
     tok, stages, tasks, base, path, made_of = found
     if args.check_data:
@@ -100,7 +100,7 @@ def whole_run(args, stop):
     for method, cfg in configs.items():
         check_batches(method, cfg, n_rows)
 
-    # does it go on, or is it new? What is in the way is found before any training
+    # resume a run, or start a new one? What is in the way is found now
     first_does(lock, Path(args.out))
     resumed, about = {}, {"tokenizer": tok.digest, "template": tok.template}
     for method, cfg in configs.items():
@@ -113,14 +113,14 @@ def whole_run(args, stop):
     gate = check_gate(args, base, tasks, tok, configs)
     start = path.absolute() if args.init else os.path.relpath(path, args.out)
     note = {"base": str(start), "base_seconds": seconds, "gate": gate}
-    note |= {"init": bool(args.init), "skills": list(stages)}
+    note["init"] = bool(args.init)
     final = {}
     for method, cfg in configs.items():
         folder = Path(args.out) / method
         if not resumed[method]:
             first_does(make_room, folder)
         run = Run(folder, resumed[method], stop, note, about)
-        # (the last one may change the base itself: a copy of a real one is large)
+        # the last method trains the base itself: a copy of a real model is large
         student = base if method == list(configs)[-1] else copy.deepcopy(base)
         final[method] = fine_tune(method, run, cfg, student, stages, tasks, tok)
     if len(final) > 1:
@@ -128,8 +128,8 @@ def whole_run(args, stop):
 
 
 def make_world(args):
-    """The tiny world: tokenizer, stages, tasks, a GPT with its first weights, the file
-    of the base model and what it is made of."""
+    """The tiny world: tokenizer, stages, tasks, a GPT with initial weights, the path of
+    the base model and what it is made of."""
     tok, world = data.Tokenizer(), data.World(args.seed)
     stages = {
         skill: data.make_demos(world, skill, args.demos, args.seed, args.distance)
@@ -169,9 +169,9 @@ def base_settings(args):
 
 
 def find_base(args, config, cfg, world, tok):
-    """Where the base model is, or will be when it is made. The name of its folder
-    depends on all that decides it: configurations, a sample of its corpus, the code
-    that trains it; not on who makes which micro-batch, or on what is recorded."""
+    """The path of the base model, made or not. The name of its folder depends on all
+    that decides its weights: configurations, a sample of its corpus, the code; not on
+    how processes share micro-batches, or on what is recorded."""
     parts = cfg.micro_batches * world_size()  # each has its own noise of dropout
     cfg = replace(cfg, micro_batches=parts, log_every=1, eval_every=0, save_every=1)
     sample = data.make_base_corpus(world, tok, 2000, cfg.seed)
@@ -184,8 +184,8 @@ def find_base(args, config, cfg, world, tok):
 
 
 def get_base(path, student, cfg, world, tok, stop):
-    """Put the base model into the student, from its file or by making it. Returns the
-    seconds that it took, now or earlier."""
+    """Load the base model into the student; make it first if need be. Returns the
+    seconds that making it took, now or earlier."""
     if not first_does(path.exists):
         first_does(lock, path.parent)
     if first_does(path.exists):  # perhaps made by another run since we looked
@@ -241,8 +241,8 @@ def check_gate(args, base, tasks, tok, configs):
 
 
 def check_folder(args, method, settings):
-    """Is there a run of the method that goes on? Raises UserError if it is another one,
-    or one that is not finished. Changes nothing."""
+    """Does the method resume a run? Raises UserError if that run has other settings, or
+    is not finished and not to be resumed. Changes nothing."""
     folder = Path(args.out) / method
     saved = folder / "checkpoint.pt"
     if args.resume and saved.exists():
@@ -269,7 +269,7 @@ def files_in(folder):
 
 
 def make_room(folder):
-    """Make a folder for a new run. What another one has left there is kept."""
+    """Make a folder for a new run. An old run in it is moved aside, never lost."""
     if files_in(folder):
         kept = free_name(folder)
         say(f"the old run in {folder} is kept, in {kept}")
@@ -298,8 +298,8 @@ def fine_tune(method, run, cfg, student, stages, tasks, tok):
 
 
 def write_results(run, method, cfg, evaluations, student):
-    """results.json from what is recorded; returns the seconds of fine-tuning, those
-    before a resume included."""
+    """Write results.json. Returns the seconds of fine-tuning, including those before a
+    resume."""
     seconds = sum(record["seconds"] for record in read_metrics(run.folder))
     results = {
         "method": method,
@@ -324,7 +324,7 @@ def stage_ends(evaluations):
 
 class Run:
     """What a trainer needs of the machine: metrics.jsonl and checkpoint.pt in a folder,
-    a bar, and whether somebody wants it to stop. `Run("some/folder")` is enough.
+    a progress bar, and the wish to stop. `Run("some/folder")` is enough.
 
     resume: go on from the checkpoint, if there is one. stop: an object whose `signal`
     is 0 until the run should stop after its step. note: plain values, kept in the
@@ -341,8 +341,8 @@ class Run:
         self.span = 0, 1, self.clock  # first and last step, and the begin: see progress
 
     def load(self, models, optimizer, cfg, examples):
-        """Put a saved run into models and optimizer. Returns the step where it goes on
-        and its evaluations; 0 and [] if nothing was saved.
+        """Put a saved run into models and optimizer. Returns the step where it goes on;
+        0 if nothing was saved.
 
         Raises: ValueError if the folder holds a run and resume is false, or one with
         other settings, examples or first weights.
@@ -362,13 +362,13 @@ class Run:
                 say(f"resumed, but not to the bit (saved -> now): {other}")
             load_weights(weights, models, optimizer)
             start, spent = saved["step"], saved["unrecorded"]
-            self.evaluations = list(saved["evaluations"])
+            self.evaluations = saved["evaluations"]
         first_does(self.cut_metrics, start)
         self.clock = time.perf_counter() - spent
-        return start, list(self.evaluations)
+        return start
 
     def read(self, weights):
-        """The checkpoint; its weights go into the dict, and so to no other process."""
+        """The checkpoint; its weights go into the dict, and are not sent to others."""
         saved = read_run(self.checkpoint, mmap=False)
         weights |= {key: saved.pop(key) for key in ("models", "optimizer")}
         return saved
@@ -399,7 +399,7 @@ class Run:
             sums.update(zip(sorted(sums), values, strict=True))
 
     def log(self, record):
-        """A line of metrics.jsonl, and the same on the screen."""
+        """A line of metrics.jsonl, and the same on the screen; evaluations are kept."""
         before, self.clock = self.clock, time.perf_counter()
         record["seconds"] = round(self.clock - before, 3)  # since the last record
         first_does(self.append, json.dumps(record) + "\n")
@@ -415,14 +415,14 @@ class Run:
         with open(self.metrics, "a", encoding="utf-8") as file:
             file.write(line)
 
-    def save(self, step, models, optimizer, evaluations):
+    def save(self, step, models, optimizer):
         """All that a resume needs; everything random is derived from (seed, step)."""
         content = {
             "step": step,
             "settings": self.settings,
             "machine": self.machine,
             "config": asdict(models["student"].config),
-            "evaluations": evaluations,
+            "evaluations": self.evaluations,
             "note": self.note,
             "unrecorded": time.perf_counter() - self.clock,  # since the last record
             **whole_state(models, optimizer),
@@ -448,8 +448,8 @@ def read_metrics(folder):
 
 
 def settings_of(cfg, config, examples):
-    """All that decides a run but its first weights, as plain values: a resume must find
-    the same. (With other micro-batches, only the noise of dropout is another one.)"""
+    """All that decides a run except its first weights, as plain values: a resume must
+    have the same. (Other micro-batches change the noise of dropout, no more.)"""
     settings = {**asdict(cfg), **asdict(config), "examples": digest(repr(examples))}
     return {key: value for key, value in settings.items() if key != "micro_batches"}
 
@@ -537,7 +537,7 @@ class RunFlags:
     # prompt of the tiny world's skills needs none)
     show: list = None  # no training: tables of finished runs, in --out or these folders
     device: str = "auto"  # auto, cpu, cuda, cuda:N or mps
-    threads: int = None  # of a CPU, 0: all cores; without it 2, with --init all
+    threads: int = None  # CPU threads, 0: all cores (default: 2; with --init, all)
     eval_size: int = 400  # held-out queries for each accuracy, drawn from users' files
     gate_margin: float = 0.2  # what a demonstration must add to the base's accuracy
     checkpointing: bool = False  # less memory: activations are computed twice
@@ -625,7 +625,7 @@ def make_parser():
 
 
 def parse_args(argv):
-    """The flags as a namespace. What was not given has its default, but for the fields
+    """The flags as a namespace. Those not given have their default, except the fields
     of a Config, which are None: see config_of."""
     parser = make_parser()
     if parser.parse_args(argv).quick:
@@ -656,8 +656,8 @@ def methods_of(args):
 
 
 def config_of(method, args, n_rows=10**9):
-    """The Config of a method: a flag before the default of a real model before the
-    method's own. n_rows: of the smallest file, a limit for the batches of --init."""
+    """The Config of a method: its own defaults, under those of a real model, under the
+    flags. n_rows: of the smallest file, a limit for the batches of --init."""
     # (the flags are read before the processes join: world_size() would be 1)
     config, processes = METHODS[method].Config, int(os.environ.get("WORLD_SIZE", 1))
     given = {f.name: getattr(args, f.name, None) for f in fields(config)}
@@ -1058,7 +1058,7 @@ def describe(record, earlier=(), gate=None, left=""):
         lines.append(f"warning: EOS rate 0 %, mean length {record['response_length']}: "
                      "no response came to its end; try a higher --max-new-tokens")
     elif round(record["response_length"], 3) == 1:
-        lines.append("warning: every response is empty, but for its end")
+        lines.append("warning: every response is empty: it ends at once")
     if record["grad_norm"] == 0:
         lines.append("warning: the gradient is 0, nothing is learnt: no token carries "
                      "loss, or teacher and student agree")

@@ -150,10 +150,10 @@ def test_seconds_count_once_what_was_before_the_stop(recorded, tmp_path, monkeyp
         now[0] += 5
         run.log({**record, "step": step})
     now[0] += 7
-    run.save(recorded, *state, [])
+    run.save(recorded, *state)
     now[0] += 100
     run = train.Run(tmp_path, resume=True)
-    assert run.load(*state, cfg, {})[0] == recorded
+    assert run.load(*state, cfg, {}) == recorded
     now[0] += 1
     run.log({**record, "step": recorded})
     seconds = [row["seconds"] for row in train.read_metrics(tmp_path)]
@@ -204,7 +204,7 @@ def test_a_teacher_that_has_fallen_is_told_by_skill(skills, earlier, now, then):
 
 @pytest.mark.parametrize(("eos_rate", "length", "norm", "warnings"), [
     (0.0, 2.0, 1.0, ["EOS rate 0 %, mean length 2.0: no response came to its end"]),
-    (1.0, 1.0, 1.0, ["every response is empty"]), (1.0, 2.0, 0.1, []),
+    (1.0, 1.0, 1.0, ["every response is empty: it ends at once"]), (1.0, 2.0, 0.1, []),
     (0.5, 1.5, 0.0, ["the gradient is 0, nothing is learnt"]),
     (0.0, 9.0, 0.0, ["EOS rate 0 %, mean length 9.0: no response came to its end",
                      "the gradient is 0, nothing is learnt"]),

@@ -161,8 +161,8 @@ class Quiet:
     {"A": examples}, {}, tok, cfg, run) its last models are in run.models."""
 
     def load(self, models, optimizer, cfg, examples):
-        self.models, self.records = models, []
-        return 0, []
+        self.models, self.records, self.evaluations = models, [], []
+        return 0
 
     def progress(self, start, end):
         return range(start, end)
@@ -173,7 +173,7 @@ class Quiet:
     def all_reduce(self, student, sums):
         pass
 
-    def save(self, step, models, optimizer, evaluations):
+    def save(self, step, models, optimizer):
         self.models = models
 
     def stop_wanted(self):
