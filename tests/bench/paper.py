@@ -276,7 +276,7 @@ def print_list(work):
 
 
 def main(argv):
-    parser = Parser(prog="tests/bench/paper.py", description=__doc__.splitlines()[0])
+    parser = Parser("tests/bench/paper.py", __doc__.splitlines()[0])
     parser.add_argument("experiment", choices=list(EXPERIMENTS), nargs="?")
     parser.add_argument("--seeds", type=int, nargs="+", help="others than its own")
     parser.add_argument("--quick", action="store_true", help="two minutes, no results")

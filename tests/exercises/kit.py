@@ -5,10 +5,7 @@ wrong; test_eNN_*.py is its grader. What a student writes is put over the projec
 modules, one exercise at a time: an error in one exercise takes no points of another.
 """
 
-import __future__
-
 import ast
-import contextlib
 import copy
 import difflib
 import functools
@@ -19,12 +16,13 @@ import io
 import os
 import re
 import sys
-import tempfile
 import textwrap
 import tokenize
 import traceback
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as train.py: read by torch
 
@@ -32,9 +30,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from variants import FILES, HERE, ROOT, KitError, Modules, source
 
-for path in (ROOT, ROOT / "tests", HERE):  # the project, oracles.py, eNN.py
-    if str(path) not in sys.path:
-        sys.path.insert(0, str(path))
+# eNN.py, oracles.py, the project
+sys.path[:0] = [str(HERE), str(ROOT / "tests"), str(ROOT)]
+
+import oracles  # noqa: E402
 
 # ---- What an exercise is -----------------------------------------------------------
 
@@ -64,13 +63,17 @@ class Exercise:
     extra: bool = False  # for those who are done
 
     @property
+    def pairs(self):
+        """(file, name) of each function."""
+        return [tuple(function.split()) for function in self.functions]
+
+    @property
     def files(self):
-        return list(dict.fromkeys(name.split()[0] for name in self.functions))
+        return list(dict.fromkeys(file for file, _ in self.pairs))
 
     def names_in(self, file):
         """The functions of this exercise that stand in a file."""
-        pairs = [name.split() for name in self.functions]
-        return [name for where, name in pairs if where == file]
+        return [name for where, name in self.pairs if where == file]
 
     @property
     def hint_line(self):
@@ -93,12 +96,6 @@ def exercise(name):
     return exercises()[name]
 
 
-def exercise_of(module_name):
-    """The exercise that a test file grades, by the file's name; None for other files"""
-    parts = module_name.rpartition(".")[2].split("_")
-    return exercises().get(parts[1]) if parts[0] == "test" and parts[1:] else None
-
-
 # ---- Python's source, by its syntax tree -------------------------------------------
 
 
@@ -106,11 +103,6 @@ def exercise_of(module_name):
 def parse(text):
     """The syntax tree of a text; it is shared, so nobody may change it."""
     return ast.parse(text)
-
-
-def lines_of(text):
-    """As Python counts them: neither a form feed nor U+2028 ends a line."""
-    return io.StringIO(text).readlines()
 
 
 def bound_names(node):
@@ -128,43 +120,41 @@ def bound_names(node):
 
 def find(tree, dotted):
     """The statement that makes "name" or "Class.name", or None."""
-    *outer, name = dotted.split(".")
-    body = tree.body
-    for each in outer:
-        classes = [n for n in body if isinstance(n, ast.ClassDef) and n.name == each]
-        body = classes[0].body if classes else []
-    return next((n for n in reversed(body) if name in bound_names(n)), None)
+    for name in dotted.split("."):
+        body = getattr(tree, "body", [])
+        tree = next((n for n in reversed(body) if name in bound_names(n)), None)
+    return tree
 
 
-def first_line(node):
-    """Index of its first line, decorators included."""
-    decorators = getattr(node, "decorator_list", ())
-    return min([node.lineno, *(d.lineno for d in decorators)]) - 1
+def cut(text, dotted):
+    """The lines before a function or class, its own, and those after it."""
+    node = find(parse(text), dotted)
+    decorators = getattr(node, "decorator_list", [])
+    first = min(n.lineno for n in [node, *decorators]) - 1
+    # as Python counts lines: neither a form feed nor U+2028 ends one
+    lines = io.StringIO(text).readlines()
+    return lines[:first], lines[first : node.end_lineno], lines[node.end_lineno :]
 
 
 def function_source(text, dotted):
-    """The lines of a function or class, or None."""
-    node = find(parse(text), dotted)
-    if node is None:
-        return None
-    return "".join(lines_of(text)[first_line(node) : node.end_lineno])
+    return "".join(cut(text, dotted)[1])
 
 
 def replace_function(text, dotted, new):
-    node, lines = find(parse(text), dotted), lines_of(text)
-    return "".join([*lines[: first_line(node)], new, *lines[node.end_lineno :]])
+    before, _, after = cut(text, dotted)
+    return "".join([*before, new, *after])
 
 
-def empty_function(text, dotted, message):
-    """The text with the function's body gone: its signature, docstring and decorators
-    stay, and every line around it."""
-    node, lines = find(parse(text), dotted), lines_of(text)
+def stub_of(text, dotted, message):
+    """A function of a text with its body gone: its signature, docstring and decorators
+    stay."""
+    before, own, _ = cut(text, dotted)
+    node = find(parse(text), dotted)
     first = node.body[0]
-    start = first.lineno - 1
-    if ast.get_docstring(node) is not None:
-        start = first.end_lineno
+    documented = ast.get_docstring(node) is not None
+    end = first.end_lineno if documented else first.lineno - 1
     body = f'{" " * first.col_offset}raise NotImplementedError("{message}")\n'
-    return "".join([*lines[:start], body, *lines[node.end_lineno :]])
+    return "".join([*own[: end - len(before)], body])
 
 
 def shape_of(node, names=True):
@@ -191,13 +181,13 @@ def is_stub(node):
     if not isinstance(node, ast.FunctionDef):
         return False
     body = node.body[ast.get_docstring(node) is not None :]
-    call = body[0].exc if len(body) == 1 and isinstance(body[0], ast.Raise) else None
-    return getattr(getattr(call, "func", call), "id", "") == "NotImplementedError"
+    return [ast.unparse(x).split("(")[0] for x in body] == ["raise NotImplementedError"]
 
 
 # ---- A student's code over the project's -------------------------------------------
 
 MAKERS = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign
+STATES = "missing", "stub", "written", "project"  # of a function, see Work.state_of
 MAX_BYTES = 10**6  # of a file
 # a file that has this is a copy of the project's: make.py never writes it
 LANDMARKS = {"model.py": "GPT", "data.py": "Tokenizer", "sft.py": "get_lr",
@@ -227,66 +217,58 @@ def files_of(folder):
     a copy of the project beside them does not count."""
     untouched = {}
     for depth in range(4):
-        places = {}
-        for path in sorted(folder.glob("*/" * depth + "*.py")):
-            hidden = any(p[0] in "._" for p in path.relative_to(folder).parts)
-            if path.name in FILES and not hidden:
-                places.setdefault(path.parent, {})[path.name] = path
-        own = [place for place, files in places.items() if any(
-               read_text(path) != source(name) for name, path in files.items()
-               )]  # fmt: skip
+        found = sorted(folder.glob("[!._]*/" * depth + "*.py"))
+        found = [path for path in found if path.name in FILES]
+        own = {path.parent for path in found if read_text(path) != source(path.name)}
         if len(own) > 1:
-            found = ", ".join(map(str, own))
-            raise KitError(f"several folders with exercises: {found}", "name one")
+            names = ", ".join(sorted(map(str, own)))
+            raise KitError(f"several folders with exercises: {names}", "name one")
         if own:
-            return places[own[0]]
-        untouched = untouched or next(iter(places.values()), {})
+            return {path.name: path for path in found if path.parent in own}
+        first = {path.name: path for path in found if path.parent == found[0].parent}
+        untouched = untouched or first
     return untouched
 
 
 class Names(dict):
-    """The global names of a student's code. What is not the student's own is looked up
-    in the project's module at that moment: a grader may have changed it."""
+    """The built-in names of a student's code: where Python looks for what is not the
+    student's own. Found there, too, is what the project's module has at that moment: a
+    grader may have changed it."""
 
-    def __init__(self, module, path):
-        own_import = module.__builtins__["__import__"]
-
-        def guarded(name, *args):
-            if OF_GRADERS.match(name):
-                raise ImportError(f"{name} is not there for a solution")
-            own = name == module.__name__.split("_")[0]  # this file
-            return module if own else own_import(name, *args)
-
-        tools = {**module.__builtins__, "__import__": guarded}
-        super().__init__(__builtins__=tools, __name__=module.__name__, __file__=path)
+    def __init__(self, module):
+        super().__init__(module.__builtins__, __import__=self.guarded_import)
         self.module, self.failed = module, {}
 
-    def __missing__(self, name):
-        if name in self.failed:
-            raise NameError(self.failed[name])
-        return vars(self.module)[name]
+    def guarded_import(self, name, *args):
+        if OF_GRADERS.match(name):
+            raise ImportError(f"{name} is not there for a solution")
+        return self.module.__builtins__["__import__"](name, *args)
 
-    def run(self, nodes):
-        """One statement after the other: one that fails harms who uses its names."""
-        flags, path = 0, self["__file__"]
+    def __getitem__(self, name):
+        if name in self.failed:
+            self.say_why(name)
+        project = vars(self.module)
+        return project[name] if name in project else super().__getitem__(name)
+
+    def say_why(self, name, *args, **kwargs):
+        raise NameError(self.failed[name])
+
+    def run(self, nodes, path):
+        """One statement after the other: one that fails harms who uses its names.
+        Returns what they have made."""
+        made, futures = {"__builtins__": self, "__file__": path}, []
+        made["__name__"] = self.module.__name__
         for node in nodes:
             if isinstance(node, ast.ImportFrom) and node.module == "__future__":
-                for name in bound_names(node):
-                    flags |= getattr(__future__, name).compiler_flag
-            # the body of a class asks the dictionary itself
-            used = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
-            used = {n: x for n, x in vars(self.module).items() if n in used - set(self)}
-            self.update(used)
+                futures.append(node)
             try:
-                tree = ast.Module([node], type_ignores=[])
-                exec(compile(tree, path, "exec", flags, True), self)
+                tree = ast.Module([*futures, node], type_ignores=[])
+                exec(compile(tree, path, "exec", dont_inherit=True), made)
             except (Exception, SystemExit) as error:
                 why = f"{path}:{node.lineno} ended with {type(error).__name__}: {error}"
                 for name in bound_names(node):
                     self.failed[name] = f"{name} is not there: {why}"
-            for name, x in used.items():
-                if self[name] is x:
-                    del self[name]
+        return made
 
 
 class Work:
@@ -303,23 +285,19 @@ class Work:
             try:
                 self.trees[file] = parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                line, shown = getattr(error, "lineno", 1), getattr(error, "text", "")
-                at = f"{path}:{line}:{getattr(error, 'offset', 1)}"
-                self.errors[file] = KitError(
-                    f"{at}: {getattr(error, 'msg', error)}",
-                    f"Python cannot read line {line}, `{(shown or '').strip()}`, or "
-                    "the line above: mend it and run again",
-                )
+                line, text = getattr(error, "lineno", 1), getattr(error, "text", "")
+                column, what = getattr(error, "offset", 1), getattr(error, "msg", error)
+                hint = (f"Python cannot read line {line}, `{(text or '').strip()}`, or "
+                        "the line above: mend it and run again")  # fmt: skip
+                self.errors[file] = KitError(f"{path}:{line}:{column}: {what}", hint)
 
     @classmethod
     def of_folder(cls, folder, ids="e05"):
         """ids: of the exercises that are asked for, for the hint."""
         folder = Path(folder)
         if not folder.is_dir():
-            raise KitError(
-                f"{folder}: no such folder",
-                f"python tests/exercises/make.py {ids} --to {folder} makes it",
-            )
+            hint = f"python tests/exercises/make.py {ids} --to {folder} makes it"
+            raise KitError(f"{folder}: no such folder", hint)
         paths = files_of(folder)
         others = sorted(p.name for p in folder.iterdir() if p.name not in paths)
         files = {name: (str(p), read_text(p)) for name, p in paths.items()}
@@ -331,7 +309,7 @@ class Work:
         if file in self.errors:
             raise self.errors[file]
         tree = self.trees.get(file)
-        node = find(tree, name) if tree else None
+        node = find(tree, name)
         if node is None or is_stub(node):
             return "stub" if node else "missing"
         untouched = shape_of(node) == shape_of(find(parse(source(file)), name))
@@ -340,118 +318,98 @@ class Work:
     def fingerprint(self, ex):
         """Equal for solutions that differ in names, `pass` and annotations alone:
         "project" for the project's; "" for one so short that many write the same."""
-        pairs = [function.split() for function in ex.functions]
-        own = [find(parse(source(file)), name) for file, name in pairs]
-        theirs = [find(self.trees[file], name) for file, name in pairs]
+        own = [find(parse(source(file)), name) for file, name in ex.pairs]
         if sum(isinstance(n, ast.stmt) for x in own for n in ast.walk(x)) <= 5:
             return ""
+        theirs = [find(self.trees[file], name) for file, name in ex.pairs]
         own, theirs = ([shape_of(x, False) for x in each] for each in (own, theirs))
         text = "".join(theirs).encode()
         return "project" if own == theirs else hashlib.sha256(text).hexdigest()
 
-    def is_empty(self, ex):
-        """Is each of its functions a stub or missing?"""
-        states = {self.state_of(*function.split()) for function in ex.functions}
-        return states <= {"stub", "missing"}
+    def states(self, ex):
+        return [self.state_of(*pair) for pair in ex.pairs]
 
     def state(self, ex):
         """The same of an exercise: "written" if at least one of its functions is and
         none is missing or a stub."""
-        pairs = [function.split() for function in ex.functions]
-        states = [self.state_of(*pair) for pair in pairs]
-        order = ("missing", "stub", "written", "project")
-        return next(state for state in order if state in states)
+        return min(self.states(ex), key=STATES.index)
 
     def instead(self, ex):
         """Of an exercise that is missing: what is not there, and what is."""
-        for file, name in (function.split() for function in ex.functions):
-            if self.state_of(file, name) != "missing":
-                continue
-            last, made = name.split(".")[-1], {}
-            for where, tree in self.trees.items():
-                for node in () if find(tree, LANDMARKS[where]) else ast.walk(tree):
-                    for n in bound_names(node) if isinstance(node, MAKERS) else ():
-                        text = f"; line {node.lineno} of {where} makes {n}"
-                        made.setdefault(n, text)
-            lower = {n.lower(): n for n in made}
-            near = difflib.get_close_matches(last.lower(), lower, 1, 0.8)
-            there = made[lower[near[0]]] if near else ""
-            if file in self.files:
-                return f"{file} has no `{last}` at its top level{there}"
-            return f"no {file}{there or f', but {self.others}' * bool(self.others)}"
+        file, name = ex.pairs[self.states(ex).index("missing")]
+        name, made = name.split(".")[-1], {}
+        for where, tree in self.trees.items():
+            for node in () if find(tree, LANDMARKS[where]) else ast.walk(tree):
+                for n in bound_names(node) if isinstance(node, MAKERS) else ():
+                    text = f"; line {node.lineno} of {where} makes {n}"
+                    made.setdefault(n.lower(), text)
+        near = difflib.get_close_matches(name.lower(), made, 1, 0.8)
+        there = made[near[0]] if near else ""
+        if file in self.files:
+            return f"{file} has no `{name}` at its top level{there}"
+        return f"no {file}{there or f', but {self.others}' * bool(self.others)}"
 
     def taken(self, exs, file):
-        """The statements that are taken from a file, and those of classes, by class."""
+        """The statements that are taken from a file. A class of the project's of which
+        methods are asked for becomes a class that inherits all but those."""
         own, wanted = parse(source(file)), {n for ex in exs for n in ex.names_in(file)}
-        has = {n: node for node in own.body for n in bound_names(node)}
         asked = {n for ex in exercises().values() for n in ex.names_in(file)} - wanted
         shapes = {shape_of(node) for node in own.body}
-        statements, classes = [], {}
         for node in self.trees[file].body:
             names = bound_names(node)
             methods = {n.split(".")[1] for n in wanted
                        if "." in n and n.split(".")[0] in names}  # fmt: skip
-            if methods:
-                theirs = {n for x in has[node.name].body for n in bound_names(x)}
-                classes[node.name] = [n for n in node.body if bound_names(n) & methods
-                                      or bound_names(n) - theirs]  # fmt: skip
-                continue
+            same = find(own, getattr(node, "name", ""))
             # of another exercise, or a helper with its name?
             another = isinstance(node, ast.FunctionDef) and node.name in asked and (
-                is_stub(node) or ast.dump(node.args) == ast.dump(has[node.name].args)
+                is_stub(node) or ast.dump(node.args) == ast.dump(same.args)
             )
             untouched = not names & wanted and shape_of(node) in shapes
-            if names and not another and not untouched:
-                statements.append(node)
-        return statements, classes
+            if methods:
+                theirs = {n for x in same.body for n in bound_names(x)}
+                made = ast.parse(f"class {node.name}({node.name}): pass").body[0]
+                made.body = [n for n in node.body if bound_names(n) & methods
+                             or bound_names(n) - theirs]  # fmt: skip
+                yield ast.copy_location(made, node)
+            elif names and not another and not untouched:
+                yield node
 
-    def put_over(self, exs, file, module, graded=None):
+    def put_over(self, exs, graded, file, module):
         """Run what is taken from a file, at the student's own lines, and put what the
         exercises ask for into the module. graded: the exercise that is graded, if one
         is."""
         for name in graded.not_with if graded else ():
             where, _, function = name.partition(".")
             if where == file.removesuffix(".py"):
-                setattr(module, function, absent(graded, name))
+                setattr(module, function, functools.partial(absent, graded, name))
         if file not in self.trees:
             return
-        statements, classes = self.taken(exs, file)
-        space = Names(module, self.files[file][0])
-        space.run(statements)
-        for name in [n for ex in exs for n in ex.names_in(file) if "." not in n]:
-            if name in space.failed:
-                setattr(module, name, lambda *_, n=name, **__: space[n])  # says why
-            elif name in space:
-                one = space[name]
-                own = vars(module)[name]
-                setattr(module, name, watched(graded, one, own) if graded else one)
-        for name, nodes in classes.items():
-            made = ast.parse(f"class {name}: pass").body[0]
-            made.body = nodes
-            space.run([made])
-            for key in set().union(*map(bound_names, nodes)):
-                setattr(vars(module)[name], key, vars(space[name])[key])
-            del space[name]
+        names = Names(module)
+        made = names.run(self.taken(exs, file), self.files[file][0])
+        for name in {n.split(".")[0] for ex in exs for n in ex.names_in(file)}:
+            own, one = vars(module)[name], made.get(name)
+            if name in names.failed:
+                one = functools.partial(names.say_why, name)
+            elif graded and one is not None and not isinstance(own, type):
+                one = watched(graded, one, own)
+            setattr(module, name, own if one is None else one)
 
     def modules(self, exs, changes=()):
         """The project's modules with this work in them: one exercise, to be graded, or
         a list of them, to be run."""
         graded = exs if isinstance(exs, Exercise) else None
         exs = [exs] if graded else list(exs)
-        after = functools.partial(self.put_over, exs, graded=graded)
-        return Modules(changes, after=after)
+        return Modules(changes, functools.partial(self.put_over, exs, graded))
 
 
 # ---- A function while it is graded -------------------------------------------------
 
+MODE = {True: "train", False: "eval"}
 
-def absent(ex, name):
+
+def absent(ex, name, *args, **kwargs):
     """Stands in the place of what an exercise is about."""
-
-    def call(*args, **kwargs):
-        raise AssertionError(f"{name} is what you build in {ex.id}: write it yourself")
-
-    return call
+    raise AssertionError(f"{name} is what you build in {ex.id}: write it yourself")
 
 
 class NotWith(TorchDispatchMode):
@@ -464,15 +422,14 @@ class NotWith(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.replace("aten::", "torch.")
         if name in self.ex.not_with:
-            absent(self.ex, name.replace("._", "."))()
+            absent(self.ex, name.replace("._", "."))
         return func(*args, **(kwargs or {}))
 
 
-def picture(x, whole=True):
-    """What can be compared later. whole=False: of a model, its modes alone."""
+def picture(x):
+    """What can be compared later."""
     if isinstance(x, torch.nn.Module):
-        found = [(p, p.requires_grad, p.grad) for p in x.parameters()] if whole else []
-        return [m.training for m in x.modules()], picture(found)
+        return picture([(p, p.requires_grad, p.grad) for p in x.parameters()])
     if isinstance(x, list | tuple):
         return [picture(each) for each in x]
     if torch.is_tensor(x):
@@ -490,49 +447,59 @@ def same(a, b):
     return type(a) is type(b) and a == b
 
 
+@contextmanager
+def unchanged(function, **given):
+    """Assert that these arguments are in the end what they were."""
+    before = {name: picture(x) for name, x in given.items()}
+    yield
+    for name, x in given.items():
+        kept = same(picture(x), before[name])
+        assert kept, f"{function} changes {name}: work on a copy"
+
+
+@contextmanager
+def in_its_mode(function, name, model):
+    """Assert that a model computes what it is trained with in the mode in which it was
+    given, and that all its parts are in their modes in the end."""
+    before, was = [m.training for m in model.modules()], MODE[model.training]
+
+    def look(*_):
+        now = MODE[model.training]
+        assert now == was or not torch.is_grad_enabled(), (
+            f"{function} computes what it trains with the {name} in {now} mode, it was "
+            f"given in {was} mode: who calls decides on dropout"
+        )
+
+    hook = model.h[0].register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
+    assert [m.training for m in model.modules()] == before, (
+        f"the {name} was in {was} mode, and is in {MODE[model.training]} mode after "
+        f"{function}: leave it as it is"
+    )
+
+
 def watched(ex, function, own):
     """A student's function, and after each call a look at what it was given: no truth
     may come from what was changed, and who calls decides on dropout."""
     names, title = list(inspect.signature(own).parameters), own.__name__
-    sees_torch = any(name.startswith("torch.") for name in ex.not_with)
 
     @functools.wraps(function)
     def call(*args, **kwargs):
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        before = {n: picture(x, n not in ex.changes) for n, x in given.items()}
-        models = {n: x for n, x in given.items() if isinstance(x, torch.nn.Module)}
-        modes, hooks = {n: x.training for n, x in models.items()}, []
-
-        def look(name, x, *_):
-            assert x.training == modes[name] or not torch.is_grad_enabled(), (
-                f"{title} computes what it trains with the {name} in "
-                f"{MODE[x.training]} mode, it was given in {MODE[modes[name]]} mode: "
-                "who calls decides on dropout"
-            )
-
-        for name, x in models.items():
-            see = functools.partial(look, name, x)
-            hooks.append(x.h[0].register_forward_pre_hook(see))
-        try:
-            with NotWith(ex) if sees_torch else contextlib.nullcontext():
-                result = function(*args, **kwargs)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, x in given.items():
-            now = picture(x, name not in ex.changes)
-            assert name not in models or now[0] == before[name][0], (
-                f"the {name} was in {MODE[modes[name]]} mode, and is in "
-                f"{MODE[x.training]} mode after {title}: leave it as it is"
-            )
-            changed = name not in ex.changes and not same(now, before[name])
-            assert not changed, f"{title} changes {name}: work on a copy"
-        return result
+        kept = {name: x for name, x in given.items() if name not in ex.changes}
+        with ExitStack() as stack:
+            stack.enter_context(unchanged(title, **kept))
+            for name, x in given.items():
+                if isinstance(x, torch.nn.Module):
+                    stack.enter_context(in_its_mode(title, name, x))
+            if any(name.startswith("torch.") for name in ex.not_with):
+                stack.enter_context(NotWith(ex))
+            return function(*args, **kwargs)
 
     return call
-
-
-MODE = {True: "train", False: "eval"}
 
 
 # ---- Grading -----------------------------------------------------------------------
@@ -541,69 +508,56 @@ MODE = {True: "train", False: "eval"}
 @functools.cache
 def graders(ex):
     """The test functions of an exercise, in their order: {name: function}."""
-    paths = list(HERE.glob(f"test_{ex.id}_*.py"))
-    assert len(paths) == 1, f"{ex.id}: one grader test_{ex.id}_*.py, found {paths}"
-    module = importlib.import_module(paths[0].stem)
+    (path,) = HERE.glob(f"test_{ex.id}_*.py")
+    module = importlib.import_module(path.stem)
     return {k: v for k, v in vars(module).items() if k.startswith("test_")}
 
 
-def make_rng(seed, name):
-    """A generator of its own for each test: --seed N makes all inputs fresh."""
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-
-
-@contextlib.contextmanager
+@contextmanager
 def default_dtype(module):
     """float64 for new tensors if a grader's module says FLOAT64 = True."""
     before = torch.get_default_dtype()
-    if getattr(module, "FLOAT64", False):
-        torch.set_default_dtype(torch.float64)
+    torch.set_default_dtype(torch.float64 if hasattr(module, "FLOAT64") else before)
     try:
         yield
     finally:
         torch.set_default_dtype(before)
 
 
-def run_test(test, impl, seed, folder):
-    """Call one grader with what it asks for by name: impl, rng, seed, tmp_path."""
-    has = {"impl": lambda: impl, "rng": lambda: make_rng(seed, test.__name__),
-           "seed": lambda: seed, "tmp_path": lambda: Path(folder)}  # fmt: skip
-    with default_dtype(sys.modules[test.__module__]):
-        test(**{name: has[name]() for name in inspect.signature(test).parameters})
-
-
 def results(ex, impl, seed=0):
-    """(test name, None or the exception that it ended with), one after the other."""
+    """(test name, None or the exception that it ended with), one after the other. A
+    test gets what it asks for by name: impl, rng (its own: --seed N makes all inputs
+    fresh), seed, tmp_path."""
     for name, test in graders(ex).items():
-        with tempfile.TemporaryDirectory() as folder:
+        module = sys.modules[test.__module__]
+        with default_dtype(module), TemporaryDirectory() as folder:
+            has = {"impl": impl, "rng": impl.data.make_rng(seed, name), "seed": seed,
+                   "tmp_path": Path(folder)}  # fmt: skip
+            error = None
             try:
-                run_test(test, impl, seed, folder)
-                yield name, None
-            except (Exception, SystemExit) as error:
-                yield name, error
+                test(**{n: has[n] for n in inspect.signature(test).parameters})
+            except (Exception, SystemExit) as raised:
+                error = raised
+        yield name, error
 
 
 def explain(error, ex):
     """What a student should read of a failure, without the hint line."""
     frames = traceback.extract_tb(error.__traceback__)
-    last = Path(frames[-1].filename).name if frames else ""
-    if isinstance(error, AssertionError) and OF_GRADERS.match(last.removesuffix(".py")):
+    last = Path(frames[-1].filename).stem if frames else ""
+    if isinstance(error, AssertionError) and OF_GRADERS.match(last):
         text = str(error).split("\nassert ")[0]  # pytest adds what it saw
         return "\n".join(textwrap.fill(line, 88) for line in text.splitlines())
     kind = type(error).__name__
     if isinstance(error, NotImplementedError) and str(error).startswith(f"{ex.id}:"):
         return f"not written yet: {error}"
-    ours = {str(path / file) for file, path in FILES.items()} | {torch.__file__}
-    theirs = [
-        f for f in frames if f.filename not in ours
-        and (Path(f.filename).name in FILES or f.filename.startswith("<"))
-    ] or frames[-2:]  # fmt: skip
+    ours = {str(path / file) for file, path in FILES.items()}
+    theirs = [f for f in frames if f.filename not in ours
+              and (Path(f.filename).name in FILES or f.filename[0] == "<")]  # fmt: skip
     lines = [f"  {f.filename}:{f.lineno}, in {f.name}: {f.line or ''}".rstrip()
-             for f in theirs]  # fmt: skip
-    if isinstance(error, RuntimeError) and re.search(
-        r"\bdouble\b.*\bfloat\b|\bfloat\b.*\bdouble\b", str(error), re.I | re.S
-    ):
+             for f in theirs or frames[-2:]]  # fmt: skip
+    said = set(re.findall(r"\w+", str(error).lower()))
+    if isinstance(error, RuntimeError) and {"double", "float"} <= said:
         lines.append(f"float32 meets float64. {KEEP}")
     return "\n".join([f"it ended with {kind}: {error}".rstrip(": "), *lines])
 
@@ -613,7 +567,6 @@ def explain(error, ex):
 
 def small_model(impl, **changes):
     """oracles.make_model with the GPT of the modules under test, in float64."""
-    oracles = importlib.import_module("oracles")
     truth = oracles.make_model(**changes)
     config = impl.model.GPTConfig(**vars(truth.config))
     model = impl.model.GPT(config).double()
@@ -636,8 +589,7 @@ def words(impl, rng, n):
 def by_row(value, student, teacher):
     """value(log p_student, log p_teacher), two lists, of each row of logits (..., V):
     float64 (...)."""
-    oracles, V = importlib.import_module("oracles"), student.size(-1)
-    both = (x.reshape(-1, V).tolist() for x in (student, teacher))
+    both = (x.reshape(-1, x.size(-1)).tolist() for x in (student, teacher))
     found = [value(*map(oracles.log_softmax, pair)) for pair in zip(*both, strict=True)]
     return torch.tensor(found, dtype=torch.float64).view(student.shape[:-1])
 
@@ -645,10 +597,8 @@ def by_row(value, student, teacher):
 def mean(values, mask, n=None):
     """Of (B, R): over the tokens of a response, then over n responses (None: B), as a
     loop."""
-    total = 0.0
-    for row, counts in zip(values.tolist(), mask.tolist(), strict=True):
-        taken = [x for x, c in zip(row, counts, strict=True) if c]
-        total += sum(taken) / len(taken) if taken else 0.0
+    rows = oracles.rows_of(values, mask)
+    total = sum(sum(row) / len(row) for row in rows if row)
     return torch.tensor(total / (n or len(mask)), dtype=torch.float64)
 
 
@@ -663,16 +613,6 @@ def one_number(loss):
         f"{tuple(loss.shape) if torch.is_tensor(loss) else loss!r}"
     )
     return loss
-
-
-@contextlib.contextmanager
-def unchanged(function, **given):
-    """Assert that these tensors are in the end what they were."""
-    before = {name: picture(x) for name, x in given.items()}
-    yield
-    for name, x in given.items():
-        kept = same(picture(x), before[name])
-        assert kept, f"{function} changes {name}: work on a copy"
 
 
 def is_close(a, b, tolerance):
@@ -699,35 +639,30 @@ def compare(yours, truth, mistakes=(), what="the result", tolerance=1e-9):
         return
     mistakes = mistakes() if callable(mistakes) else dict(mistakes)
     for message, value in mistakes.items():
-        value = torch.as_tensor(value)
-        same = value.shape == truth.shape and is_close(value, truth, tolerance)
+        same = is_close(value, truth, tolerance)
         assert same or not is_close(yours, value, max(tolerance, 1e-7)), message
     if not yours.isfinite().all() and truth.isfinite().all():
         raise AssertionError(f"{what} is not finite: {short(yours)}")
     far = (yours.detach().double() - truth.double()).abs()
     rounded = tolerance <= 1e-7 and rounds_to_float32(yours, truth)
-    digits, where = 10 if rounded else 6, far.max().item()
-    text = f"{what} is {short(yours, digits)}, it should be {short(truth, digits)}: "
+    digits, text, at = 10 if rounded else 6, f"{what} is", ()
     if yours.numel() > SHOWN:
         bad = (far > tolerance * (1 + truth.abs())).nonzero().tolist()
         at = tuple(bad[0] if bad else ())
-        text = (
-            f"{what.rstrip(',')} {tuple(yours.shape)} has {len(bad)} numbers that "
-            f"differ, the first at {list(at)}: {short(yours[at], digits)}, it should "
-            f"be {short(truth[at], digits)}: "
-        )
+        text = (f"{what.rstrip(',')} {tuple(yours.shape)} has {len(bad)} numbers that "
+                f"differ, the first at {list(at)}:")  # fmt: skip
+    text += f" {short(yours[at], digits)}, it should be {short(truth[at], digits)}"
+    text += f": up to {far.max().item():.2g} away"
     if rounded:
-        wide = not torch.equal(yours.double(), yours.float().double())
-        more = ". Or is a small number added, such as 1e-8?" if wide else ""
-        raise AssertionError(f"{text}up to {where:.2g} away. {FLOAT32}{more}")
-    raise AssertionError(f"{text}up to {where:.2g} away")
+        text += f". {FLOAT32}"
+        if not torch.equal(yours.double(), yours.float().double()):
+            text += ". Or is a small number added, such as 1e-8?"
+    raise AssertionError(text)
 
 
 SHOWN = 6
-KEEP = (
-    "The grader gives you float64. Keep the dtype you are given (no .float(), no "
-    "torch.zeros without dtype=)"
-)
+KEEP = ("The grader gives you float64. Keep the dtype you are given (no .float(), no "
+        "torch.zeros without dtype=)")  # fmt: skip
 FLOAT32 = f"It is right up to float32 rounding. {KEEP}"
 
 

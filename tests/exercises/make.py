@@ -9,27 +9,16 @@
     python tests/exercises/make.py e05 --hint 1       # direction; 2: plan; 3: almost it
 """
 
-import argparse
 import ast
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
-from kit import (
-    Work,
-    empty_function,
-    exercise,
-    exercises,
-    explain,
-    files_of,
-    find,
-    function_source,
-    read_text,
-    replace_function,
-    results,
-)
+import kit
 from variants import KitError, Parser, guarded, source
+
+STAND = {"missing": "not begun", "stub": "begun", "project": "untouched"}
 
 
 def stand(work, ex):
@@ -40,26 +29,24 @@ def stand(work, ex):
     except KitError as error:
         return "failing", f"{error}"
     if state != "written":
-        return {"stub": "begun", "project": "untouched"}.get(state, "not begun"), ""
+        return STAND[state], ""
     with closing(work.modules(ex)) as modules:
-        found = [error for _, error in results(ex, modules)]
+        found = [error for _, error in kit.results(ex, modules)]
     wrong = [error for error in found if error is not None]
     if not wrong:
         return "done", ""
-    return f"failing: {len(wrong)} of {len(found)} tests", explain(wrong[0], ex)
+    return f"failing: {len(wrong)} of {len(found)} tests", kit.explain(wrong[0], ex)
 
 
-def show_list(folder=""):
-    work, minutes = Work.of_folder(folder) if folder else None, 0
-    for ex in exercises().values():
-        stars = "*" * ex.difficulty
+def show_list(folder):
+    work, exs = kit.Work.of_folder(folder) if folder else None, kit.exercises().values()
+    for ex in exs:
         more = " (when you are done)" if ex.extra else ""
-        where = f"  {stand(work, ex)[0]}" if folder else more
-        print(f"{ex.id}  {stars:5s} {ex.minutes:3d} min  {ex.points:2d} points  "
-              f"{ex.title}{where}", flush=True)
-        minutes += ex.minutes
-    print(f"{len(exercises())} exercises, {minutes / 60:.0f} hours in all; the order "
-          "is a path, see README.md")
+        where = f"  {stand(work, ex)[0]}" if work else more
+        print(f"{ex.id}  {'*' * ex.difficulty:5s} {ex.minutes:3d} min  "
+              f"{ex.points:2d} points  {ex.title}{where}", flush=True)
+    print(f"{len(exs)} exercises, {sum(ex.minutes for ex in exs) / 60:.0f} hours in "
+          "all; the order is a path, see README.md")
 
 
 def watch(folder):
@@ -67,29 +54,26 @@ def watch(folder):
     before, said = {}, {}
     print(f"watching {folder}; Ctrl-C ends it", flush=True)
     while True:
-        times = {n: p.stat().st_mtime_ns for n, p in files_of(Path(folder)).items()}
-        changed = {name for name in times if times[name] != before.get(name)}
-        before, work = times, Work.of_folder(folder) if changed else None
-        round_ = set()  # an error of a file is said once
-        for ex in exercises().values() if changed else ():
-            if changed.intersection(ex.files):
-                now = stand(work, ex)
-                new = now != said.get(ex.id) and now not in round_
-                if new and now[0] not in ("not begun", "untouched"):
-                    print(f"{ex.id}: {': '.join(filter(None, now))}", flush=True)
-                said[ex.id] = now
-                round_ |= {now} if now[0] == "failing" else set()
+        work, told = kit.Work.of_folder(folder), set()
+        for ex in kit.exercises().values():
+            files = [work.files.get(file) for file in ex.files]
+            if files == before.get(ex.id):
+                continue
+            before[ex.id], now = files, stand(work, ex)
+            new = now != said.get(ex.id) and now not in told
+            if new and now[0] not in ("not begun", "untouched"):
+                print(f"{ex.id}: {': '.join(filter(None, now))}", flush=True)
+            said[ex.id] = now
+            if now[0] == "failing":  # an error of a file is said once
+                told.add(now)
         time.sleep(0.5)
 
 
 def show_sheet(ex):
-    print(f"{ex.id}: {ex.title}\n")
-    print(f"Goal: {ex.goal}")
-    print(f"Paper: {ex.paper}")
+    print(f"{ex.id}: {ex.title}\n\nGoal: {ex.goal}\nPaper: {ex.paper}")
     print(f"Write: {', '.join(ex.functions)}")
     print(f"Difficulty {ex.difficulty} of 5, about {ex.minutes} minutes, {ex.points} "
-          f"points; runs {ex.run_time}.\n")
-    print(ex.sheet.strip())
+          f"points; runs {ex.run_time}.\n\n{ex.sheet.strip()}")
 
 
 def bare_file(file, exs):
@@ -110,55 +94,48 @@ def with_helpers(text, file, name):
     own, parts = ast.parse(source(file)), [name]
     made = {n.name for n in own.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
     for part in parts if file == "extra.py" else ():
-        used = {n.id for n in ast.walk(find(own, part)) if isinstance(n, ast.Name)}
+        used = {n.id for n in ast.walk(kit.find(own, part)) if isinstance(n, ast.Name)}
         parts += sorted(used & made - set(parts))
-    lacks = [n for n in reversed(parts) if find(ast.parse(text), n) is None]
-    return "\n\n".join(function_source(source(file), n) for n in lacks)
-
-
-def message_of(ex, name):
-    return f"{ex.id}: {name} is yours to write"
+    lacks = [n for n in reversed(parts) if kit.find(ast.parse(text), n) is None]
+    return "\n\n".join(kit.function_source(source(file), n) for n in lacks)
 
 
 def begin(exs, folder, force):
-    """The files of these exercises with their functions emptied, {path: text}. Reads,
-    writes nothing. Raises KitError if a function that was written would be lost."""
-    texts, emptied, fresh = {}, [], set()
-    there = files_of(folder) if folder.is_dir() else {}
+    """Write the files of these exercises, their functions emptied. Nothing is written
+    if that would lose a function of the student's."""
+    texts, emptied, before = {}, [], {}
+    there = kit.files_of(folder) if folder.is_dir() else {}
+    for ex, file, name in [(x, *pair) for x in exs for pair in x.pairs]:
+        path, outer = there.get(file, folder / file), name.split(".")[0]
+        if path not in texts:
+            texts[path] = kit.read_text(path) if file in there else bare_file(file, exs)
+            before[path] = kit.Work({file: (str(path), texts[path])})
+        state, text = before[path].state_of(file, name), texts[path]
+        if state == "stub" and not force:
+            continue
+        if state == "written" and not force:
+            why = f"{path} holds a {name} of yours; nothing was written"
+            raise KitError(why, "--force begins it again")
+        if state == "missing" and kit.find(before[path].trees[file], outer):
+            raise KitError(f"{path} has no {name}", "delete the file, begin again")
+        if kit.find(kit.parse(text), outer) is None:
+            text = f"{text.rstrip()}\n\n\n{with_helpers(text, file, outer)}"
+        stub = kit.stub_of(source(file), name, f"{ex.id}: {name} is yours to write")
+        texts[path] = kit.replace_function(text, name, stub)
+        emptied.append(f"{path}: {name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8", newline="\n")
     for ex in exs:
-        for function in ex.functions:
-            file, name = function.split()
-            path = there.get(file, folder / file)
-            if path not in texts:
-                texts[path] = read_text(path) if file in there else bare_file(file, exs)
-            text, own = texts[path], function_source(source(file), name)
-            work = Work({file: (str(path), text)})
-            state = work.state_of(file, name)
-            outer = name.split(".")[0]
-            if state == "missing" and find(work.trees[file], outer) is None:
-                text = f"{text.rstrip()}\n\n\n{with_helpers(text, file, outer)}"
-                fresh.add(outer)
-            elif state == "missing":
-                raise KitError(f"{path} has no {name}", "delete the file, begin again")
-            elif state == "stub" and not force:
-                continue
-            elif force:
-                text = replace_function(text, name, own)
-            elif state == "written" and outer not in fresh:
-                raise KitError(
-                    f"{path} holds a {name} of yours; nothing was written",
-                    "--force begins it again",
-                )
-            texts[path] = empty_function(text, name, message_of(ex, name))
-            emptied.append(f"{path}: {name}")
-    return texts, emptied
+        show_sheet(ex)
+    ids = " or ".join(dict.fromkeys(ex.id for ex in exs))
+    ids = f'"{ids}"' if " " in ids else ids
+    print("", *emptied or [f"nothing to do: {folder} has these stubs already"],
+          f"grade it: pytest tests/exercises -k {ids} --impl {folder}", sep="\n")
 
 
 def main(argv):
-    parser = Parser(
-        prog="tests/exercises/make.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("tests/exercises/make.py", __doc__)
     parser.add_argument("ids", nargs="*", help="exercises: e01, e02, ...")
     parser.add_argument("--list", nargs="?", const="", metavar="FOLDER", help="all of "
                         "them; where you stand in a folder")
@@ -167,35 +144,20 @@ def main(argv):
     parser.add_argument("--force", action="store_true", help="begin again")
     parser.add_argument("--hint", type=int, choices=(1, 2, 3))
     args = parser.parse_args(argv)
+    exs = [kit.exercise(name) for name in args.ids]
     if args.watch:
-        try:
+        with suppress(KeyboardInterrupt):
             watch(args.watch)
-        except KeyboardInterrupt:
-            return 0
-    if args.list is not None or not args.ids:
+    elif args.list is not None or not exs:
         show_list(args.list)
-        return 0
-    exs = [exercise(name) for name in args.ids]
-    if args.hint:
+    elif args.hint:
         for ex in exs:
             print(ex.hints[args.hint - 1].strip("\n"))
-        return 0
-    if not args.to:
+    elif args.to:
+        begin(exs, Path(args.to), args.force)
+    else:
         for ex in exs:
             show_sheet(ex)
-        return 0
-    folder = Path(args.to)
-    texts, emptied = begin(exs, folder, args.force)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, text in texts.items():
-        path.write_text(text, encoding="utf-8", newline="\n")
-    for ex in exs:
-        show_sheet(ex)
-    print()
-    print("\n".join(emptied) or f"nothing to do: {folder} has these stubs already")
-    ids = " or ".join(dict.fromkeys(ex.id for ex in exs))
-    ids = f'"{ids}"' if " " in ids else ids
-    print(f"grade it: pytest tests/exercises -k {ids} --impl {args.to}")
     return 0
 
 

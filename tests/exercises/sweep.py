@@ -11,7 +11,6 @@ demonstrations, their order, the responses and what drops out. Both methods make
 updates.
 """
 
-import argparse
 import csv
 import math
 import sys
@@ -22,6 +21,7 @@ from variants import KitError, Modules, Parser, guarded
 
 FIELDS = ("method", "lr", "seed", "new", "prior", "kl")
 METHODS = ("sft", "sdft")
+SKILLS, STEPS = ("A", "B"), 120  # updates for each skill
 
 
 def read(path):
@@ -32,47 +32,44 @@ def read(path):
         rows = list(csv.DictReader(file))
     runs = []
     for n, row in enumerate(rows, 2):
-        if tuple(row) != FIELDS or None in row.values():
-            columns = ", ".join(FIELDS)
-            raise KitError(f"{path}:{n}: the columns are {columns}", "mend it")
         try:
-            run = {key: float(row[key]) for key in FIELDS[1:]}
+            if tuple(row) != FIELDS or None in row.values():
+                raise ValueError(f"the columns are {', '.join(FIELDS)}")
+            numbers = {key: float(row[key]) for key in FIELDS[1:]}
+            runs.append({**row, **numbers, "seed": int(row["seed"])})
         except ValueError as error:
             raise KitError(f"{path}:{n}: {error}", "mend it") from None
-        runs.append({**run, "method": row["method"], "seed": int(run["seed"])})
     return runs
 
 
 def problems(runs, n_rates=3, n_seeds=3):
     """What is wrong with form and ranges of a table, a list of texts."""
-    found = []
-    for method in sorted({run["method"] for run in runs} - set(METHODS)):
-        found.append(f"{method!r} is no method: {', '.join(METHODS)}")
-    of = {m: [run for run in runs if run["method"] == m] for m in METHODS}
-    rates = {m: sorted({run["lr"] for run in of[m]}) for m in METHODS}
+    seeds = {}  # (method, lr) -> those of its runs
+    for run in runs:
+        seeds.setdefault((run["method"], run["lr"]), []).append(run["seed"])
+    found = [f"{method!r} is no method: {', '.join(METHODS)}"
+             for method in sorted({m for m, _ in seeds} - set(METHODS))]  # fmt: skip
+    rates = {m: {lr for method, lr in seeds if method == m} for m in METHODS}
     for m in METHODS:
         if len(rates[m]) < n_rates:
             found.append(f"{m}: {len(rates[m])} learning rates, not {n_rates}")
     if rates["sft"] != rates["sdft"]:
         found.append("the methods have different learning rates: nothing compares")
-    pairs = [(m, lr) for m in METHODS for lr in rates[m]]
-    for m, lr in pairs:
-        seeds = [run["seed"] for run in of[m] if run["lr"] == lr]
-        if len(set(seeds)) != len(seeds):
+    for (m, lr), own in seeds.items():
+        n = len(set(own))
+        if n < len(own):
             found.append(f"{m}, {lr:g}: a seed comes twice")
-        if len(set(seeds)) < n_seeds:
-            found.append(f"{m}, {lr:g}: {len(set(seeds))} seeds, not {n_seeds}")
+        if n < n_seeds:
+            found.append(f"{m}, {lr:g}: {n} seeds, not {n_seeds}")
     for run in runs:
         name = f"{run['method']}, {run['lr']:g}, seed {run['seed']}"
-        for key in ("new", "prior"):
-            if not 0 <= run[key] <= 1:
-                found.append(f"{name}: {key} is {run[key]}, no share of responses")
+        found += [f"{name}: {key} is {run[key]}, no share of responses"
+                  for key in ("new", "prior") if not 0 <= run[key] <= 1]  # fmt: skip
         if not 0 <= run["kl"] < math.inf:
             found.append(f"{name}: KL(student || base) is {run['kl']}")
         if not 0 < run["lr"] < 1:
             found.append(f"{name}: a learning rate of {run['lr']}")
-    numbers = [tuple(run[key] for key in ("new", "prior", "kl")) for run in runs]
-    if len(set(numbers)) < len(numbers):
+    if len({(run["new"], run["prior"], run["kl"]) for run in runs}) < len(runs):
         found.append("two runs have the same results to the last digit: copied, or "
                      "the seed has no effect")
     return found
@@ -98,10 +95,8 @@ def one_run(m, setting, method, lr, seed, steps, skills, folder):
     args, tok, world, base, tasks = setting
     trainer = m.train.METHODS[method]
     cfg = trainer.Config(seed=seed, lr=lr, steps=steps, log_every=50)
-    stages = {
-        skill: m.data.make_demos(world, skill, args.demos, seed, args.distance)
-        for skill in skills
-    }
+    stages = {skill: m.data.make_demos(world, skill, args.demos, seed, args.distance)
+              for skill in skills}  # fmt: skip
     student = m.model.GPT(base.config)
     student.load_state_dict(base.state_dict())
     run = m.train.Run(folder / f"{method}-{lr:g}-{seed}", resume=True)
@@ -115,43 +110,35 @@ def one_run(m, setting, method, lr, seed, steps, skills, folder):
 
 
 def main(argv):
-    parser = Parser(
-        prog="tests/exercises/sweep.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("tests/exercises/sweep.py", __doc__)
     parser.add_argument("--check", action="store_true", help="read the table, no run")
     parser.add_argument("--impl", metavar="FOLDER", help="your exercises")
     parser.add_argument("--out", default="out-sweep", help="default: %(default)s")
     parser.add_argument("--lr", type=float, nargs="+", default=[1e-4, 3e-4, 1e-3])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=120, help="updates for each skill")
-    parser.add_argument("--skills", nargs="+", default=["A", "B"])
     args = parser.parse_args(argv)
-    out = Path(args.out)
-    m, path = Modules(), out / "table.csv"
-    summarize = m.extra.summarize
+    out, m = Path(args.out), Modules()
+    path, summarize = out / "table.csv", m.extra.summarize
     if args.impl:
         work = kit.Work.of_folder(args.impl)
         summarize = work.modules(kit.exercise("e16")).extra.summarize
     if not args.check:
         out.mkdir(parents=True, exist_ok=True)
-        done = read(path) if path.exists() else []
-        has = {(run["method"], run["lr"], run["seed"]) for run in done}
+        if not path.exists():
+            path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
+        has = {(run["method"], run["lr"], run["seed"]) for run in read(path)}
         wanted = [(x, lr, seed) for seed in range(args.seeds) for lr in args.lr
                   for x in METHODS]  # fmt: skip
         made = setting(m) if set(wanted) - has else None
-        if not path.exists():
-            path.write_text(",".join(FIELDS) + "\n", encoding="utf-8")
         for n, key in enumerate(wanted, 1):
             if key in has:
                 continue
             print(f"\nrun {n} of {len(wanted)}: {key[0]}, {key[1]:g}, seed {key[2]}")
-            run = one_run(m, made, *key, args.steps, args.skills, out)
+            run = one_run(m, made, *key, STEPS, SKILLS, out)
             with open(path, "a", encoding="utf-8", newline="") as file:
                 csv.DictWriter(file, FIELDS, lineterminator="\n").writerow(run)
     runs = read(path)
-    found = problems(runs, len(args.lr), args.seeds)
-    if found:
+    if found := problems(runs, len(args.lr), args.seeds):
         text = "\n  ".join([f"{path}:", *found])
         raise KitError(text, "run what is missing; --lr and --seeds as it was made")
     show(runs, summarize)

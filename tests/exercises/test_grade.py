@@ -32,7 +32,7 @@ CASES = {
                         0, "line 2 of extra.py makes responseMask"),
     "no exercise": ({"notes.txt": "hello"}, 0, 0, "there is notes.txt"),
     "too large": ({"extra.py": E04 + "#" * kit.MAX_BYTES}, 0, 0, "it is not read"),
-    "not begun": ({"extra.py": kit.empty_function(OWN, "response_mask", "e04: yours")},
+    "not begun": ({"extra.py": kit.stub_of(OWN, "response_mask", "e04: yours")},
                   0, 0, "e04: not written yet"),
     "whole file": ({"extra.py": source("extra.py")}, 0, 0, "the project's own text"),
     "copy": ({"extra.py": HEAD + OWN.replace("behind", "later").replace(

@@ -491,9 +491,7 @@ class Modules:
         file = f"{name}.py"
         if name.startswith("_") or file not in FILES:
             raise AttributeError(name)
-        if name not in self._loaded:
-            self._loaded[name] = self._load(name, file)
-        return self._loaded[name]
+        return self._loaded.get(name) or self._load(name, file)
 
     def close(self):
         """Empty the modules, which nobody may use any more. sys.modules and triton's
@@ -518,6 +516,7 @@ class Modules:
         module.__file__, module.__builtins__ = path, self._builtins
         sys.modules[module.__name__] = module  # inspect looks for classes there
         exec(compiled(text, path), vars(module))
+        self._loaded[name] = module  # what comes after may import it
         if self._after:
             self._after(file, module)
         return module
@@ -569,16 +568,20 @@ def guarded(main, argv):
 
 
 class Parser(argparse.ArgumentParser):
+    """What all tools of this folder have in common. prog: the script's path."""
+
+    def __init__(self, prog, description):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, description=description, allow_abbrev=False,
+                         formatter_class=form)  # fmt: skip
+
     def error(self, message):
         raise KitError(message, f"python {self.prog} --help")
 
 
 def main(argv):
     at = argv.index("--run") if "--run" in argv else len(argv)
-    parser = Parser(
-        prog="tests/exercises/variants.py", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    parser = Parser("tests/exercises/variants.py", __doc__)
     parser.add_argument("names", nargs="?", help="a variant, or several with commas")
     args = parser.parse_args(argv[:at])
     changes = changes_of(args.names) if args.names else []
