@@ -48,6 +48,9 @@ def leaks(method, lr, variants="", **settings):
     return cell(method, lr, names, "ABC", base=LEAKY, probe="words", **some, **settings)
 
 
+leaky = partial(leaks, "sdft", "9e-5")
+
+
 def facts(arm, lr=None, **settings):
     """A cell of knowledge.py, on the base that reads texts."""
     rate = {"lr": float(lr)} if lr else {}
@@ -139,6 +142,7 @@ def last_record(cell, key):
     return mean(row[key] for row in rows) if key in rows[0] else None
 
 
+SAMPLES = (1, 2, 4, 8, 16, 32, 64)
 PRIOR = ("knowledge", "own_style", "asked_items", "asked_style", "in_context")
 READ = {
     "new": of("new"), "prior": of("prior"), "first skill": of("new", "A"),
@@ -160,10 +164,7 @@ READ = {
     "KL(teacher || base), prior": of_teacher("prior"),
     "KL(base || student), prior": lambda c: c["kl_base_student"]["prior"],
     "mass on old answers": lambda c: mean(c["old_mass"].values()),
-    **{
-        f"pass@{k}": lambda c, k=str(k): c["pass_at_k"].get(k)
-        for k in (1, 2, 4, 8, 16, 32, 64)
-    },
+    **{f"pass@{k}": lambda c, k=str(k): c["pass_at_k"].get(k) for k in SAMPLES},
     "after own stage": tuned(own_stages),
     "gate at the start": lambda c: c["evaluations"][0]["teacher_gate"]
     if "evaluations" in c else c["gate"],
@@ -298,20 +299,15 @@ EXPERIMENTS = {
         "do not end within .05 of fresh ones in new and in own words",
         "rows": [
             ("base", 5, LEAKY),
-            *((label, 5, leaks("sdft", "9e-5", variants, **more))
-              for label, variants, more in (
-                  ("student, skip 1", "", SKIP), ("student, skip 0", "", {}),
-                  ("teacher, skip 1", "offpolicy", SKIP),
-                  ("student, skip 0, reverse KL", "", {"kl": "reverse"}),
-              )),
+            ("student, skip 1", 5, leaky(**SKIP)),
+            ("student, skip 0", 5, leaky()),
+            ("teacher, skip 1", 5, leaky("offpolicy", **SKIP)),
+            ("student, skip 0, reverse KL", 5, leaky(kl="reverse")),
             ("sft 1e-4", 5, leaks("sft", "1e-4")),
-            *((label, 5, leaks("sdft", "9e-5", variants, **more))
-              for label, variants, more in (
-                  ("first responses, skip 1", "kept", SKIP),
-                  ("teacher, skip 0", "offpolicy", {}),
-                  ("imitated, skip 1", "offpolicy,imitate", SKIP),
-                  ("imitated, skip 0", "offpolicy,imitate", {}),
-              )),
+            ("first responses, skip 1", 5, leaky("kept", **SKIP)),
+            ("teacher, skip 0", 5, leaky("offpolicy")),
+            ("imitated, skip 1", 5, leaky("offpolicy,imitate", **SKIP)),
+            ("imitated, skip 0", 5, leaky("offpolicy,imitate")),
         ],
         "columns": ("begun words", "repeats words", "new", "own words", "asked words",
                     "expert's terms", "own_style", "asked_style", "knowledge"),
@@ -325,10 +321,9 @@ EXPERIMENTS = {
         "rows": [
             ("base", 5, BASE),
             ("ema .001", 5, three("9e-5")),
-            *((label, 5, three("9e-5", ema_rate=rate)) for label, rate in (
-                ("frozen", 0.0), ("ema .01", 0.01), ("live", 1.0), ("ema .05", 0.05),
-                ("ema .2", 0.2),
-            )),
+            *((label, 5, three("9e-5", ema_rate=rate)) for label, rate in {
+                "frozen": 0.0, "ema .01": 0.01, "live": 1.0, "ema .05": 0.05,
+                "ema .2": 0.2}.items()),
             *((f"copy {n}", 5, three("9e-5", "copies", copy_every=n))
               for n in (120, 40, 10)),
         ],
@@ -390,11 +385,9 @@ EXPERIMENTS = {
         "SDFT ends below .95 in new or in prior at one of the distances",
         "rows": [
             ("base", 3, BASE),
-            *((f"{label} {name}", 3, {**spec, **near})
-              for label, spec in (
-                  ("sdft", three("9e-5")), ("sft", long_sft("1e-4")),
-                  ("dft", long_sft("1e-4", "dft")),
-              ) for name, near in NEAR.items()),
+            *((f"{label} {name}", 3, {**spec, **near}) for label, spec in {
+                "sdft": three("9e-5"), "sft": long_sft("1e-4"),
+                "dft": long_sft("1e-4", "dft")}.items() for name, near in NEAR.items()),
         ],
         "columns": SKILLS_KEPT,
     },
@@ -421,13 +414,10 @@ EXPERIMENTS = {
         "fails if": "over the bases, the gain of SDFT over SFT in new does not rise "
         "with the gate (rank correlation of the means over seeds at most 0)",
         "rows": [
-            (f"{label} {name}", 3, spec)
-            for name, flags in SIZES.items()
+            (f"{label} {name}", 3, spec) for name, flags in SIZES.items()
             for sized in [{**BASE, "flags": flags} if flags else BASE]
-            for label, spec in (
-                ("base", sized), ("sdft", sdft("9e-5", base=sized)),
-                ("sft", sft("6e-4", base=sized)),
-            )
+            for label, spec in {"base": sized, "sdft": sdft("9e-5", base=sized),
+                                "sft": sft("6e-4", base=sized)}.items()
         ],
         "columns": ("gate at the start", "new", "prior", "in_context", "updates to .9"),
     },
@@ -438,7 +428,7 @@ EXPERIMENTS = {
         "fails if": "SFT is above SDFT by more than .005 at some k, in the mean over "
         "seeds; or the base reaches SDFT's pass@1 at k = 4",
         "rows": [row for row in ONE_SKILL if row[0] in PASSK],
-        "columns": tuple(f"pass@{k}" for k in (1, 2, 4, 8, 16, 32, 64)),
+        "columns": tuple(f"pass@{k}" for k in SAMPLES),
     },
     "distance-kl": {
         "reads": "skills",

@@ -63,16 +63,10 @@ def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
         graded = [replace(b, grade=right) for b in tasks["new"].values()]
         return mean(data.accuracy(model, b, tok, n, prompt) for b in graded)
 
-    def is_own(example, text):
-        return text == example.answer
-
     def is_asked(example, text):
         _, own, *_ = example.answer.replace(":", "").split()
         opening, _, *rest = example.demo.split()
         return text.split() == [opening, own, *rest]
-
-    def has_term(_, text):
-        return not terms.isdisjoint(text.split())
 
     def ask(example, tok):
         return tok.encode(example.prompt.replace(":", " expert:", 1)) + [tok.start]
@@ -82,10 +76,10 @@ def measure_words(student, base, teacher, tasks, tok, n, seed, quick):
 
     result = probes.each_greedy(student, tasks, tok, n)
     terms = {term for term, _ in data.OPERATIONS.values()}
-    result["words"] = {
-        "own": words(student, is_own, data.student_prompt),
-        "asked": words(student, is_asked, ask), "terms": words(student, has_term, ask),
-    }  # fmt: skip
+    own = words(student, lambda e, x: x == e.answer, data.student_prompt)
+    asked = words(student, is_asked, ask)
+    said = words(student, lambda _, x: not terms.isdisjoint(x.split()), ask)
+    result["words"] = {"own": own, "asked": asked, "terms": said}
     if student is base:
         begun = words(base, lambda e, x: x == e.answer.split(" ", 1)[1], begin)
         repeats = words(base, lambda e, x: x == e.demo, data.teacher_prompt)

@@ -87,28 +87,30 @@ def write(axis, words):
     points = [line.get_xydata() for line in axis.lines if len(line.get_xydata()) == 1]
     points = axis.transData.transform([point[0] for point in points])
     frame, taken = axis.get_window_extent(), []
-    for x, y, text, color in words:
-        own = axis.transData.transform((x, y))
+
+    def put(word, dy, dx):
+        *at, text, color = word
+        side = "left" if dx > 0 else "right"
+        return axis.annotate(text, at, (dx, dy), textcoords="offset points",
+                             color=color, fontsize=7, ha=side)  # fmt: skip
+
+    def covered(word, own, place):
+        text = put(word, *place)
+        box = text.get_window_extent()
+        text.remove()
+        inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
+        if not (inside and frame.y0 <= box.y0 and box.y1 <= frame.y1):
+            return math.inf
         others = [point for point in points if abs(point - own).max() > 1]
+        hidden = sum(box.padded(7).contains(*point) for point in others)
+        return hidden + 9 * sum(box.overlaps(each) for each in taken)
 
-        def put(dy, dx, at=(x, y), text=text, color=color):
-            side = "left" if dx > 0 else "right"
-            return axis.annotate(text, at, (dx, dy), textcoords="offset points",
-                                 color=color, fontsize=7, ha=side)  # fmt: skip
-
-        def covered(place, others=others, put=put):
-            word = put(*place)
-            box = word.get_window_extent()
-            word.remove()
-            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 + 20
-            if not (inside and frame.y0 <= box.y0 and box.y1 <= frame.y1):
-                return math.inf
-            hidden = sum(box.padded(7).contains(*point) for point in others)
-            return hidden + 9 * sum(box.overlaps(each) for each in taken)
-
+    for word in words:
+        own = axis.transData.transform(word[:2])
         sides = (5, -5) if own[0] < (frame.x0 + frame.x1) / 2 else (-5, 5)
         places = product((4, -9, 13, -18, 22, -27, 31, -36, 45), sides)
-        taken.append(put(*min(places, key=covered)).get_window_extent())
+        place = min(places, key=partial(covered, word, own))
+        taken.append(put(word, *place).get_window_extent())
 
 
 def label_lines(axis, labels):

@@ -61,8 +61,8 @@ def draw_strip(axes, x, y, tokens, colours):
     """Boxes from left to right, each as wide as its token."""
     for token, nats in tokens:
         width = 0.16 * max(3, len(token)) + 0.3
-        box = axes.bar(x + width / 2, 0.5, width, y, linewidth=0.6, edgecolor="0.6")
-        box[0].set_facecolor(colours(min(nats, FULL) / FULL * 0.8))
+        axes.bar(x + width / 2, 0.5, width, y, linewidth=0.6, edgecolor="0.6",
+                 facecolor=colours(min(nats, FULL) / FULL * 0.8))  # fmt: skip
         dark = "white" if nats > 0.6 * FULL else "black"
         light = "black" if nats >= 0.05 else "0.65"
         for at, text, size, color in (

@@ -86,7 +86,6 @@ def part_number(thing):
     return "NV-{3}-{0}".format(*thing.replace(",", "").split())
 
 
-
 FORMS = ("json", "record", "plain")
 
 
