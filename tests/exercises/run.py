@@ -18,8 +18,6 @@ import kit
 import variants
 from variants import KitError, Modules, Parser, guarded
 
-OUT = Path("out-exercises")
-
 
 def take_part(work, only=()):
     """The exercises of a folder that are written, and the changes that put functions to
@@ -65,7 +63,7 @@ def main(argv):
     def train(m, more, out):
         """What it prints to go on is this script: train.py knows no code but its."""
         m.train.command_line = lambda _: f"python {parser.prog} {again}"
-        return variants.train_with(m, [*flags, *more, "--out", str(out)], str(OUT))
+        return variants.train_with(m, [*flags, *more, "--out", str(out)], None)
 
     try:
         settings = project.train.parse_args(flags)
@@ -74,7 +72,8 @@ def main(argv):
     # runs are compared only if they have these flags and this source of the project
     same = {k: v for k, v in vars(settings).items() if k not in ("out", "resume")}
     sources = [variants.source(file) for file in variants.FILES]
-    folder = OUT / project.train.digest(repr((sorted(same.items()), sources)))
+    settings_key = project.train.digest(repr((sorted(same.items()), sources)))
+    folder = Path("out-exercises") / settings_key
     # other code is another run: it does not go on where this one was stopped
     mark = project.train.digest(repr((args.only, work.files)))
     own, mine = folder / "project", f"{Path(args.folder).resolve().name}-{mark}"
