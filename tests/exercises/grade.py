@@ -123,7 +123,7 @@ def clean(text):
 class Submission:
     def __init__(self, path, unpacked):
         """unpacked: a folder for what is in zip files."""
-        self.stem, self.folder, self.look = path.name, path, []
+        self.stem, self.folder = path.name, path
         self.tests = {}  # id: what results.json has of an exercise
         try:
             if path.is_file():
@@ -156,12 +156,22 @@ class Submission:
             self.said += [f"{ex.id}: {note}"] * bool(note)
         return self
 
-    def line(self, exs):
+    def look_at(self, submissions):
+        """Whose function is the project's or somebody else's, but for its names."""
+        for name, (state, like) in self.found.items():
+            others = [x.name for x in submissions
+                      if x is not self and x.found.get(name) == (state, like)]
+            others = ["the project"] if like == "project" else others
+            if state == "written" and like and others:
+                yield f"{name} is that of {', '.join(others)}"
+
+    def line(self, exs, submissions):
         """Of the table."""
         got = {f"{ex.id} ({ex.points})": self.tests.get(ex.id, {}).get("score", 0)
                for ex in exs}  # fmt: skip
         return {"submission": self.name, "points": sum(got.values()), **got,
-                "look at": " | ".join(self.look), "remarks": " | ".join(self.said)}
+                "look at": " | ".join(self.look_at(submissions)),
+                "remarks": " | ".join(self.said)}  # fmt: skip
 
     def write(self, folder, exs):
         """The student's page, and the file of Gradescope."""
@@ -177,17 +187,6 @@ class Submission:
         (folder / "results.json").write_text(json.dumps({"tests": tests}, indent=1))
 
 
-def name_copies(submissions):
-    """Whose function is the project's or somebody else's, but for its names."""
-    for each in submissions:
-        for name, (state, like) in each.found.items():
-            others = [x.name for x in submissions
-                      if x is not each and x.found.get(name) == (state, like)]
-            others = ["the project"] if like == "project" else others
-            if state == "written" and like and others:
-                each.look.append(f"{name} is that of {', '.join(others)}")
-
-
 def cell(x):
     """A spreadsheet takes some texts for formulas: a ' in front of them."""
     return f"'{x}" if isinstance(x, str) and x[:1] in tuple("=+-@") else x
@@ -200,14 +199,13 @@ def grade_all(args, exs, places):
         args.jobs
     ) as pool, open(args.to, "w", newline="", encoding="utf-8") as file:
         submissions = [Submission(p, Path(folder)) for p in bar(places, desc="reading")]
-        name_copies(submissions)
         exs = [ex for ex in exs if any(ex.id in x.found for x in submissions)]
-        writer = csv.DictWriter(file, list(submissions[0].line(exs)))
+        writer = csv.DictWriter(file, list(submissions[0].line(exs, submissions)))
         writer.writeheader()
         jobs = [pool.submit(x.grade, exs, args.seed, args.seconds) for x in submissions]
         try:
             for job in bar(as_completed(jobs), desc="grading"):
-                line = job.result().line(exs)
+                line = job.result().line(exs, submissions)
                 writer.writerow({key: cell(x) for key, x in line.items()})
                 file.flush()
                 notes = [line[key] for key in ("look at", "remarks") if line[key]]

@@ -111,11 +111,11 @@ def bound_names(node):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
         return {(a.asname or a.name).split(".")[0] for a in node.names}
-    if isinstance(node, ast.Lambda | ast.comprehension):
-        return set()
-    if isinstance(node, ast.Name):
-        return {node.id} if isinstance(node.ctx, ast.Store) else set()
-    return set().union(*map(bound_names, ast.iter_child_nodes(node)))
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return {node.id}
+    own_scope = isinstance(node, ast.Lambda | ast.comprehension)
+    inner = () if own_scope else ast.iter_child_nodes(node)
+    return set().union(*map(bound_names, inner))
 
 
 def find(tree, dotted):
@@ -285,8 +285,8 @@ class Work:
             try:
                 self.trees[file] = parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-                line, text = getattr(error, "lineno", 1), getattr(error, "text", "")
-                column, what = getattr(error, "offset", 1), getattr(error, "msg", error)
+                line, column = (getattr(error, k, 1) or 1 for k in ("lineno", "offset"))
+                text, what = getattr(error, "text", ""), getattr(error, "msg", error)
                 hint = (f"Python cannot read line {line}, `{(text or '').strip()}`, or "
                         "the line above: mend it and run again")  # fmt: skip
                 self.errors[file] = KitError(f"{path}:{line}:{column}: {what}", hint)
@@ -529,8 +529,7 @@ def results(ex, impl, seed=0):
     test gets what it asks for by name: impl, rng (its own: --seed N makes all inputs
     fresh), seed, tmp_path."""
     for name, test in graders(ex).items():
-        module = sys.modules[test.__module__]
-        with default_dtype(module), TemporaryDirectory() as folder:
+        with default_dtype(inspect.getmodule(test)), TemporaryDirectory() as folder:
             has = {"impl": impl, "rng": impl.data.make_rng(seed, name), "seed": seed,
                    "tmp_path": Path(folder)}  # fmt: skip
             error = None
@@ -608,9 +607,9 @@ def one_number(loss):
         f"the loss is {loss!r}, a Python number, which has no gradient: no .item(), "
         "and where does a sum start that found no token?"
     )
-    assert torch.is_tensor(loss) and loss.shape == (), (
-        f"the loss is one number, a tensor of shape (); yours is "
-        f"{tuple(loss.shape) if torch.is_tensor(loss) else loss!r}"
+    shape = tuple(loss.shape) if torch.is_tensor(loss) else loss
+    assert torch.is_tensor(loss) and shape == (), (
+        f"the loss is one number, a tensor of shape (); yours is {shape!r}"
     )
     return loss
 
