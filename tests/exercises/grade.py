@@ -39,27 +39,66 @@ LIMITS = {"DATA": 8 * 2**30, "FSIZE": 10**8, "CORE": 0}  # bytes
 
 
 def child(name, seed):
-    """Grade one exercise of the submission in this folder. Each result goes out as a
-    line of JSON, so that it stays if this process ends."""
+    """Grade one exercise of the submission in this folder, or for "" see what is in it.
+    Each result goes out as a line of JSON, so that it stays if this process ends."""
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
         for what, most in LIMITS.items():
             resource.setrlimit(getattr(resource, f"RLIMIT_{what}"), (most, most))
-    ex, work = kit.exercise(name), kit.Work.of_folder(".")
+    if Path("submission.zip").exists():
+        shutil.unpack_archive("submission.zip", "submission")
+    work = kit.Work.of_folder("submission")
     with open("told", "w", encoding="utf-8") as file:
-        for test, error in kit.results(ex, work.modules(ex), seed):
-            said = error and kit.explain(error, ex)
-            print(json.dumps([test, said]), file=file, flush=True)
+        for line in results(work, kit.exercise(name), seed) if name else read(work):
+            print(json.dumps(line), file=file, flush=True)
     os._exit(0)  # and with it whatever a submission still runs
 
 
-def run_child(folder, name, seed, seconds):
-    """{test: None or what it said} of a copy of a submission, and how the process
-    ended if not well."""
+def results(work, ex, seed):
+    """(test, None or what it said) of an exercise."""
+    for test, error in kit.results(ex, work.modules(ex), seed):
+        yield test, error and kit.explain(error, ex)
+
+
+def read(work):
+    """(id, (state, fingerprint)) of what is begun in a submission; ("", notes)."""
+    notes, untouched = [str(error) for error in work.errors.values()], []
+    if not work.files:
+        notes.append(f"no file of an exercise; there is {work.others or 'nothing'}")
+    for ex in kit.exercises().values():
+        if set(ex.files) & set(work.errors):
+            continue
+        state = work.state(ex)
+        if state == "project":
+            untouched.append(ex.id)
+        elif state != "missing":
+            yield ex.id, (state, work.fingerprint(ex))
+        elif ";" in (instead := work.instead(ex)):
+            notes.append(instead)
+    if untouched:
+        notes.append(f"the project's own text: {' '.join(untouched)}")
+    yield "", notes
+
+
+# ---- In the teacher's process ------------------------------------------------------
+
+
+def run_child(path, name, seed, seconds):
+    """What child tells of a copy of a submission, a dict, and how its process ended if
+    not well."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
-        for file, path in kit.files_of(folder).items():
-            shutil.copyfile(path, Path(place, file))
+        pairs = {path: Path(place, "submission.zip")}
+        if path.is_dir():
+            pairs = {file: Path(place, "submission", file.relative_to(path))
+                     for file in path.rglob("*") if file.is_file()}  # fmt: skip
+        Path(place, "submission").mkdir()
+        for file, to in pairs.items():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            if to.suffix in (".py", ".zip"):
+                shutil.copyfile(file, to)
+            else:  # its name is all that counts
+                to.touch()
         kept = ("PATH", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
         env = {key: os.environ[key] for key in kept if key in os.environ}
         env |= dict.fromkeys(("HOME", "TMPDIR", "TEMP", "TMP"), place)
@@ -82,36 +121,12 @@ def run_child(folder, name, seed, seconds):
                 os.killpg(process.pid, 9)
             process.kill()
         process.wait()
-        results = {}
+        found = {}
         for line in told.read_text("utf-8", "replace").splitlines():
             with suppress(ValueError):
-                test, said = json.loads(line)
-                results[test] = said
-        return results, ended
-
-
-# ---- In the teacher's process ------------------------------------------------------
-
-
-def read(folder):
-    """{id: (state, fingerprint)} of what is begun in a submission, and notes on it."""
-    work, found, untouched = kit.Work.of_folder(folder), {}, []
-    notes = [str(error) for error in work.errors.values()]
-    if not work.files:
-        notes.append(f"no file of an exercise; there is {work.others or 'nothing'}")
-    for ex in kit.exercises().values():
-        if set(ex.files) & set(work.errors):
-            continue
-        state = work.state(ex)
-        if state == "project":
-            untouched.append(ex.id)
-        elif state != "missing":
-            found[ex.id] = state, work.fingerprint(ex)
-        elif ";" in (instead := work.instead(ex)):
-            notes.append(instead)
-    if untouched:
-        notes.append(f"the project's own text: {' '.join(untouched)}")
-    return found, notes
+                key, what = json.loads(line)
+                found[key] = what
+        return found, ended
 
 
 def clean(text):
@@ -121,25 +136,19 @@ def clean(text):
 
 
 class Submission:
-    def __init__(self, path, unpacked):
-        """unpacked: a folder for what is in zip files."""
-        self.stem, self.folder = path.name, path
+    def __init__(self, seconds, path):
+        self.path, self.stem = path, path.stem if path.is_file() else path.name
+        self.name, self.look = clean(self.stem), []
         self.tests = {}  # id: what results.json has of an exercise
-        try:
-            if path.is_file():
-                self.stem, self.folder = path.stem, unpacked / path.stem
-                shutil.unpack_archive(path, self.folder)
-            self.found, notes = read(self.folder)
-        except Exception as error:  # it takes no points of another
-            self.found, notes = {}, [f"it cannot be read: {error}"]
-        self.name, here = clean(self.stem), f"{self.folder}{os.sep}"
-        self.said = [clean(note.replace(here, "")) for note in notes]
+        self.found, ended = run_child(path, "", 0, seconds)
+        notes = [*self.found.pop("", []), *filter(None, [ended])]
+        self.said = [clean(note.replace(f"submission{os.sep}", "")) for note in notes]
 
     def grade(self, exs, seed, seconds):
         for ex in (ex for ex in exs if ex.id in self.found):
             points, output, note = 0, "not written yet", "not written yet"
             if self.found[ex.id][0] == "written":
-                told, ended = run_child(self.folder, ex.id, seed, seconds)
+                told, ended = run_child(self.path, ex.id, seed, seconds)
                 said = dict.fromkeys(kit.graders(ex), f"no result, {ended}") | told
                 said = {test: text and clean(text) for test, text in said.items()}
                 wrong = [text for text in said.values() if text]
@@ -160,7 +169,7 @@ class Submission:
         """Whose function is the project's or somebody else's, but for its names."""
         for name, (state, like) in self.found.items():
             others = [x.name for x in submissions
-                      if x is not self and x.found.get(name) == (state, like)]
+                      if x is not self and x.found.get(name) == [state, like]]
             others = ["the project"] if like == "project" else others
             if state == "written" and like and others:
                 yield f"{name} is that of {', '.join(others)}"
@@ -195,10 +204,11 @@ def cell(x):
 def grade_all(args, exs, places):
     """The lines of the table, each written when it is known."""
     bar = functools.partial(tqdm, total=len(places), disable=None, leave=False)
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(
-        args.jobs
-    ) as pool, open(args.to, "w", newline="", encoding="utf-8") as file:
-        submissions = [Submission(p, Path(folder)) for p in bar(places, desc="reading")]
+    with ThreadPoolExecutor(args.jobs) as pool, open(
+        args.to, "w", newline="", encoding="utf-8"
+    ) as file:
+        made = pool.map(functools.partial(Submission, args.seconds), places)
+        submissions = list(bar(made, desc="reading"))
         exs = [ex for ex in exs if any(ex.id in x.found for x in submissions)]
         writer = csv.DictWriter(file, list(submissions[0].line(exs, submissions)))
         writer.writeheader()
