@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import close, equal_weights, rows_of
+from oracles import close, equal_weights, log_likelihoods, rows_of
 from test_sdft import BATCH, CFG, DEMOS, TOK, small_model, train_by_hand, train_in
 
 import data
@@ -107,27 +107,20 @@ FOREIGN = {  # of the tiny world, and of a run on a machine: a trainer knows nei
     *data.make_tasks(data.World(0), 1, 0)["prior"], *data.DOMAINS, "NOUNS", "STYLES",
     "OPERATIONS", "tqdm", "json", "Path", "os", "sys", "print", "open",
 }  # fmt: skip
-IMPORTS = {"copy", "math", "dataclasses", "torch", "data", "model"}
 
 
 def foreign(source):
-    """Names and texts of FOREIGN in the code of a source, modules other than IMPORTS,
-    and names of files other than Python's, in its comments, too."""
-    nodes = list(ast.walk(ast.parse(source)))
-    values = [value for node in nodes for _, value in ast.iter_fields(node)]
-    words = {value for value in values if isinstance(value, str)}
-    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
-    modules = {getattr(n, "module", None) or a.name for n in imports for a in n.names}
-    files = set(re.findall(r"\b\w+\.(?:jsonl?|pt|txt|csv|png)\b", source))
-    return words & FOREIGN | modules - IMPORTS | files
+    """Words of FOREIGN in code, and names of files, also in comments."""
+    words = set(re.findall(r"\w+", re.sub("#.*", "", source)))
+    files = re.findall(r"\w\.(?:jsonl?|pt|txt|csv|png)\b", source)
+    return [*words & FOREIGN, *files]
 
 
-def test_no_trainer_names_a_benchmark_a_file_or_a_bar_or_imports_what_runs_it():
-    assert not foreign(SFT) and not foreign(SDFT)
-    for line in (
-        'tasks["in_context"]', "bar = tqdm(steps)", "open(path)", "data.NOUNS",
-        "# as in metrics.jsonl", "import sft as x", "from train import Run",
-    ):  # fmt: skip
+def test_no_trainer_names_a_benchmark_a_file_or_a_bar():
+    """What it may import: see test_reliability."""
+    assert foreign(SFT) == foreign(SDFT) == []
+    for line in ('tasks["in_context"]', "bar = tqdm(steps)", "open(path)", "data.NOUNS",
+                 "# as in metrics.jsonl"):  # fmt: skip
         assert len(foreign(f"{SDFT}\n{line}\n")) == 1, line
 
 
@@ -175,8 +168,9 @@ def test_neither_the_split_nor_garbage_behind_the_end_changes_anything(module):
 ])  # fmt: skip
 def test_training_is_what_a_loop_in_plain_torch_does(module, more, tmp_path):
     """Two stages, each with a fresh AdamW and its own warm-up; two micro-batches; some
-    gradients are clipped. The teacher is the base first, then averaged once after each
-    update: frozen at 0, at 1 the student."""
+    gradients are clipped; responses are samples of the student as it is now. The
+    teacher is the base first, then averaged once after each update: to the bit, it is
+    frozen at 0, and at 1 the student."""
     cfg = {"steps": 4, "warmup_steps": 2, "lr": 4e-3, "beta2": 0.9, "grad_clip": 3.0}
     cfg |= {"weight_decay": 0.5, "dropout": 0.0, "seed": 3, **more}
     student, _, lines = train_in(tmp_path, module, stages="AB", micro_batches=2, **cfg)
@@ -193,6 +187,9 @@ def test_training_is_what_a_loop_in_plain_torch_does(module, more, tmp_path):
     if module is sdft:
         student.load_state_dict(saved["teacher"])
         close([*student.parameters()], [*teacher.parameters()], 1e-7)
+        assert equal_weights(student, small_model()) == (cfg.ema_rate == 0)
+        equal = map(torch.equal, *(saved[name].values() for name in saved))
+        assert all(equal) == (cfg.ema_rate == 1)
 
 
 def test_the_loops_evaluate_record_and_save_when_it_is_due(tmp_path, capsys):
@@ -230,23 +227,6 @@ def test_the_loops_evaluate_record_and_save_when_it_is_due(tmp_path, capsys):
 
 
 @BOTH
-def test_an_update_its_record_and_its_stop_are_of_all_processes(module, tmp_path):
-    """Here of one that takes every gradient back and adds 7 to each sum."""
-    student, run = small_model(), train.Run(tmp_path)
-
-    def all_reduce(student, sums):
-        student.zero_grad(set_to_none=False)
-        sums.update({key: value + 7 for key, value in sums.items()})
-
-    run.all_reduce = all_reduce
-    with pytest.raises(KeyboardInterrupt, match="stopped after step 0$"):
-        train_in(tmp_path, module, student, run=run)
-    assert equal_weights(student, small_model())
-    (line,) = train.read_metrics(tmp_path)
-    assert line["grad_norm"] == 0 and line["loss"] > 7 and line["tokens"] > 7
-
-
-@BOTH
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_not_made(module, what, tmp_path, monkeypatch):
     """Step 1, after a good one, which stays in weights and checkpoint; the error names
@@ -268,3 +248,49 @@ def test_a_step_that_is_not_finite_is_not_made(module, what, tmp_path, monkeypat
     assert all(map(torch.equal, student.parameters(), seen[1]))
     assert not all(map(torch.equal, seen[0], seen[1]))
     assert train.read_run(tmp_path / "checkpoint.pt")["step"] == 1
+
+
+# ---- SFT alone ---------------------------------------------------------------------
+
+SHOWN = "well friend, front so you get cake as ever"
+SKIPPING = [  # of 2 to 16 tokens; of the last ones, fewer and fewer are learnt
+    *DEMOS[:4], *BATCH[5:7],
+    Example("garden cork: cake door", "first: cake", "", 0, SHOWN, skip=(3, 10, 11)),
+    *(Example("owl: fox", "fox", "", skip=tuple(range(n))) for n in range(1, 3)),
+]  # fmt: skip
+
+
+def test_the_response_is_the_demonstration_and_the_loss_minus_its_log_likelihood():
+    """One by one, without padding. The end counts, pads behind it do not; both are one
+    token. What is skipped is still seen by what is behind it."""
+    model, total = small_model(), 0.0
+    response, mask = sft.get_responses(SKIPPING, TOK, "cpu")
+    for example, *rows in zip(SKIPPING, response.tolist(), mask.tolist(), strict=True):
+        context, tokens = TOK.encode(example.prompt), TOK.encode(example.demo)
+        context, tokens = [*context, TOK.start], [*tokens, TOK.end]
+        if example.shown:  # what is learnt begins with the demonstration in the prompt
+            context[-1:] = TOK.encode("example")
+            tokens = [*TOK.encode(example.shown), TOK.start, *tokens]
+        learnt = [t not in example.skip for t in range(len(tokens))]
+        pads = len(rows[0]) - len(tokens)
+        assert rows == [tokens + [TOK.end] * pads, learnt + [False] * pads]
+        values = log_likelihoods(model, context, tokens)
+        values = [x for x, on in zip(values, learnt, strict=True) if on]
+        total -= math.fsum(values) / max(1, len(values))
+    assert not any(learnt), "of the last one, nothing is learnt"
+    cfg = sft.Config(batch_size=16)
+    loss, extra = sft.compute_loss(model, SKIPPING, response, mask, TOK, cfg)
+    assert loss.item() == pytest.approx(total / 16, rel=1e-12) and extra == {}
+
+
+def test_the_rate_rises_for_at_most_half_of_a_stage_and_falls_to_zero():
+    """Else a short stage would never reach its rate, and end at its highest."""
+    for steps in (1, 2, 3, 4, 7, 12, 30, 40, 41, 79, 80, 300):
+        for warmup_steps in (0, 1, 4, 10, 40, 1000):
+            cfg = sft.Config(lr=2.0, warmup_steps=warmup_steps, steps=steps)
+            n = min(warmup_steps, steps // 2)
+            right = [2 * (t + 1) / n for t in range(n)]
+            right += [1 + math.cos(math.pi * t / (steps - n)) for t in range(steps - n)]
+            rates = [sft.get_lr(t, cfg) for t in range(steps)]
+            assert rates == pytest.approx(right, rel=1e-12)
+            assert max(rates) == 2 and min(rates) > 0 and sft.get_lr(steps, cfg) == 0

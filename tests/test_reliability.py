@@ -351,18 +351,22 @@ FORBIDDEN = re.compile(
 )
 
 
-def faults(source):
+TRAINER = "copy math dataclasses torch data model".split()  # what sft and sdft import
+
+
+def faults(source, modules=MODULES):
     """What must not be in a source, as a list of texts."""
     found = FORBIDDEN.findall(source)
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in getattr(node, "names", ())
                  if isinstance(node, ast.Import)]  # fmt: skip
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        found += {name.split(".")[0] for name in names} - set(MODULES)
+        found += {name.split(".")[0] for name in names} - set(modules)
     return found
 
 
 def test_the_sources_run_no_code_from_files_and_open_no_connection():
+    """And a trainer does not import the other one, or what runs it."""
     found = {path.stem: faults(path.read_text()) for path in ROOT.glob("*.py")}
     assert found == {name: [] for name in ("data", "model", "sdft", "sft", "train")}
     for line in """import pickle|from pickle import loads|import urllib.request as u|
@@ -370,6 +374,10 @@ def test_the_sources_run_no_code_from_files_and_open_no_connection():
     |torch.load(f, weights_only=False)|load(f, weights_only=x)|import transformers|
     tiktoken.get_encoding('gpt2')""".split("|"):
         assert faults(line.strip()) != [], line
+    for method in METHODS:
+        assert faults((ROOT / f"{method}.py").read_text(), TRAINER) == []
+    for line in "import sft as x", "from train import Run", "import json":
+        assert len(faults(line, TRAINER)) == 1
     assert faults("model.eval()\ntorch.load(f, weights_only=True)") == []
     assert faults("def f():\n    import transformers") == []
 
