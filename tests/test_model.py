@@ -274,18 +274,6 @@ def test_a_token_is_predicted_one_column_before_its_own_right_behind_its_prompt(
             assert row[: len(prompt) + 4] == (prompt + tokens)[:T]
 
 
-def test_response_logits_equal_one_full_forward_of_each_row():
-    """Whatever its neighbours are, and the pads, which may look like the end."""
-    model, response = make_model(), draw_tokens(4, 5, seed=9)
-    response[1, 2] = END
-    prompts = [*draw_prompts((1, 6)), [2, 8, END, END], [END]]
-    for fill, more in ((0, 0), (4, 1), (END, 17)):
-        logits = response_logits(model, *pad(prompts, fill, more), response)
-        for i, prompt in enumerate(prompts):
-            row = full_logits(model, prompt + response[i].tolist())
-            close(logits[i], row[len(prompt) - 1 : -1])
-
-
 # ---- The cache and the sampler -----------------------------------------------------
 
 
@@ -344,16 +332,18 @@ def test_sampling_equals_a_full_forward_of_each_row_alone(n_kv_head, temperature
 def test_what_is_sampled_is_what_is_trained(
     dtype, n_kv_head, temperature, tolerance, monkeypatch
 ):
-    """Hidden states are the same up to rounding, also when some rows have ended; from
-    there on all is float32 and equal to the bit: what is divided by the temperature are
-    float32 logits, not bfloat16 numbers."""
+    """Hidden states are the same up to rounding, whatever the pads look like, also when
+    some rows have ended; from there on all is float32 and equal to the bit: what is
+    divided by the temperature are float32 logits, not bfloat16 numbers."""
     wide = torch.promote_types(dtype, torch.float32)
     seed = 5 if n_kv_head == 1 else 0  # of a model whose responses all end
     model = make_model(seed, n_kv_head=n_kv_head).to(wide).requires_grad_(False)
     model.dtype = dtype
     hiddens = record(monkeypatch, model, "logits")
     divided = record(monkeypatch, torch, "softmax")
-    prompts, u = pad(draw_prompts((1, 6, 3, 1, 9) * 2)), draw_uniform(10, 50, seed=4)
+    own = [2, END, END], [END], [4]
+    prompts = pad([*draw_prompts((1, 6, 3, 1, 9, 1, 6)), *own], END)
+    u = draw_uniform(10, 50, seed=4)
     response, mask = generate(model, *prompts, 50, END, u, temperature)
     trainer = torch.zeros(*mask.shape, 16, dtype=dtype)
     trainer[mask] = response_hidden(model, *prompts, response, mask)
