@@ -226,30 +226,6 @@ def test_the_loops_evaluate_record_and_save_when_it_is_due(tmp_path, capsys):
         assert found[0][0][key] == found[1][0][key], "of the same base"
 
 
-@BOTH
-@pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_is_not_made(module, what, tmp_path, monkeypatch):
-    """Step 1, after a good one, which stays in weights and checkpoint; the error names
-    the step and its examples."""
-    compute_loss, student, seen = module.compute_loss, small_model(), []
-
-    def broken(student, *args):
-        loss, extra = compute_loss(student, *args)
-        seen.append([p.detach().clone() for p in student.parameters()])
-        if len(seen) == 2:
-            zero = (student.ln_f.weight - student.ln_f.weight).sum()
-            loss = loss + (math.inf if what == "loss" else 0 * zero.sqrt())
-        return loss, extra
-
-    monkeypatch.setattr(module, "compute_loss", broken)
-    numbers = {"loss": r"inf, .* norm \d", "gradient": r"\d.*, .* norm nan"}[what]
-    with pytest.raises(FloatingPointError, match=rf"1: loss {numbers}.*\[\d, .*\d\]"):
-        train_in(tmp_path, module, student, save_every=1)
-    assert all(map(torch.equal, student.parameters(), seen[1]))
-    assert not all(map(torch.equal, seen[0], seen[1]))
-    assert train.read_run(tmp_path / "checkpoint.pt")["step"] == 1
-
-
 # ---- SFT alone ---------------------------------------------------------------------
 
 SHOWN = "well friend, front so you get cake as ever"
