@@ -1,20 +1,24 @@
 """The README and the notebook say what the files and the results say."""
 
-import importlib.util
-import json
+import functools
 import re
 import shlex
+import sys
 from pathlib import Path
 from statistics import mean
 
 import pytest
 
-import data
-import train
-
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 BENCH = ROOT / "tests" / "bench"
+sys.path.insert(0, str(BENCH))
+
+import paper  # noqa: E402
+
+import data  # noqa: E402
+import train  # noqa: E402
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = (BENCH / "README.md").read_text(encoding="utf-8")
 FILES = ("model", "sft", "sdft", "data", "train")
 TOK = data.Tokenizer()
@@ -98,56 +102,27 @@ def test_the_method_of_the_readme_is_that_of_the_exercise():
     assert f"```python\n{step}\n```" in README and step.count("\n") <= 24
 
 
-def shown(ids):
-    names = {TOK.start: "<start>", TOK.end: "<end>"}
-    return " ".join(names.get(i) or TOK.decode([i]) for i in ids)
-
-
 def test_the_contexts_of_the_readme_are_those_of_the_world_of_seed_0():
     demos = data.make_demos(data.World(0), "C", 12, seed=0)
     (example,) = [e for e in demos if e.prompt == "garden cork: paper door pepper"]
-    block = " ".join(README.split())
-    right = TOK.encode(example.answer) + [TOK.end]
-    for name, ids in (
-        ("student_prompt", data.student_prompt(example, TOK)),
-        ("teacher_prompt", data.teacher_prompt(example, TOK)),
-        ("demo_response", data.demo_response(example, TOK)),
-        ("right response", right),
-    ):
-        assert f"{name} {shown(ids)} {len(ids)} tokens" in block
+    names, block = {TOK.start: "<start>", TOK.end: "<end>"}, " ".join(README.split())
+    parts = {"right response": TOK.encode(example.answer) + [TOK.end]}
+    for name in "student_prompt", "teacher_prompt", "demo_response":
+        parts[name] = getattr(data, name)(example, TOK)
+    for name, ids in parts.items():
+        words = " ".join(names.get(i) or TOK.decode([i]) for i in ids)
+        assert f"{name} {words} {len(ids)} tokens" in block
 
 
 # ---- Results -----------------------------------------------------------------------
 
 
-def number(x):
-    """1.00, .99: as the tables write an accuracy."""
-    return f"{x:.2f}".replace("0.", ".", 1) if x < 0.995 else "1.00"
-
-
-def spread(values, decimals=number):
-    low, high = decimals(min(values)), decimals(max(values))
-    return f"{decimals(mean(values))} ({low} to {high})"
-
-
-def runs(name, label):
-    cells = json.loads((BENCH / "results" / f"{name}.json").read_text())["cells"]
-    return [cell for cell in cells.values() if cell["label"] == label]
-
-
-def columns(cells):
-    """The columns of the README's table, of the runs of one row."""
-    last = [cell["stages"][-1] for cell in cells]
-    new = [list(stage["new"].values()) for stage in last]
-    pairs = [(s["prior"].values(), c["base"]["prior"].values())
-             for s, c in zip(last, cells, strict=True)]  # fmt: skip
-    lost = sum(skill < 0.95 for skills in new for skill in skills)
-    return [
-        spread([mean(skills) for skills in new]),
-        f"{lost} of {3 * len(new)}",
-        spread([mean(kept) / mean(had) for kept, had in pairs]),
-        f"{mean(stage['kl_student_base'] for stage in last):.2f}",
-    ]
+def results_of(name):
+    """{label: runs} of an experiment, of the rows of which all seeds were run."""
+    seeds = paper.EXPERIMENTS[name]["seeds"]
+    specs = paper.specs_of(name, seeds, False)
+    cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
+    return paper.complete_rows(name, cells, seeds)
 
 
 @pytest.mark.parametrize("label, title", [
@@ -155,69 +130,53 @@ def columns(cells):
     ("sft", "SFT (`python train.py --method sft`)"),
 ])  # fmt: skip
 def test_every_cell_of_the_result_table_is_that_of_the_results(label, title):
-    cells = runs("default", label)
-    assert len(cells) >= 5
+    cells = results_of("default")[label]
+    last = [list(cell["stages"][-1]["new"].values()) for cell in cells]
+    lost = sum(skill < 0.95 for skills in last for skill in skills)
+    new, prior, kl = (
+        paper.spread([paper.summary(cell)[key] for cell in cells])
+        for key in ("new", "prior / base", "KL(student || base)")
+    )
+    new, prior = (re.sub(r"\b0\.", ".", x) for x in (new, prior))  # 1.00, .99
+    right = [new, f"{lost} of {3 * len(cells)}", prior, kl.split()[0]]
     (row,) = [row for row in rows_of(README) if row[0] == title]
-    assert row[1:] == [str(len(cells)), *columns(cells)]
-
-
-@pytest.fixture(scope="module")
-def paper():
-    """tests/bench/paper.py as a module."""
-    spec = importlib.util.spec_from_file_location("paper", BENCH / "paper.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert len(cells) >= 5 and row[1:] == [str(len(cells)), *right]
 
 
 @pytest.mark.parametrize("name", ["default", "earlier"])
-def test_every_row_of_the_notebook_is_that_of_the_results(name, paper):
-    seeds = paper.EXPERIMENTS[name]["seeds"]
-    specs = paper.specs_of(name, seeds, False)
-    cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
-    complete = paper.complete_rows(name, cells, seeds)
+def test_every_row_of_the_notebook_is_that_of_the_results(name):
+    complete = results_of(name)
     assert len(complete) == len(paper.EXPERIMENTS[name]["rows"])
     rows = [row for row in rows_of(NOTEBOOK) if len(row) == 9]
     rows = {row[0].removesuffix(" (default)"): row[1:] for row in rows}
-    for label, runs_of in complete.items():
+    for label, runs in complete.items():
         if label.endswith("curve"):  # the same runs, with evaluations on the way
             continue
-        summaries = [paper.summary(run) for run in runs_of]
+        summaries = [paper.summary(run) for run in runs]
         said = [paper.spread([s[key] for s in summaries]) for key in summaries[0]]
-        assert rows[label] == [str(len(runs_of)), *said], label
+        assert rows[label] == [str(len(runs)), *said], label
 
 
-def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
+def test_the_paper_in_miniature_has_the_means_of_the_results():
     """The notebook's table of experiments."""
-    known, three = {}, ("answers-only", "estimators", "size")
-    five = ("skills", "forgetting", "passk", "distance-kl", "cost", "onpolicy",
-            "teacher", "knowledge")  # fmt: skip
-    sizes = dict.fromkeys(five, 5) | dict.fromkeys(three, 3)
-    for name, n in sizes.items():
-        seeds = range(200, 200 + n)
-        specs = paper.specs_of(name, seeds, False)
-        cells = paper.finished(name, specs, BENCH / "results", ROOT / "no such folder")
-        known[name] = paper.complete_rows(name, cells, seeds)
-    main = ("sdft 9e-5", "sft 6e-4")
+    known, main = functools.cache(results_of), ("sdft 9e-5", "sft 6e-4")
 
-    def find(name, label, *titles):
-        reads = [paper.READ[title] for title in titles]
-        found = [mean(map(read, known[name][label])) for read in reads]
-        return "/".join(f"{x:.2f}".removeprefix("0") for x in found)
+    def each(name, label, title):
+        return mean(map(paper.READ[title], known(name)[label]))
 
     def both(name, labels, *titles):
-        return "; ".join(find(name, label, *titles) for label in labels)
+        rows = [[each(name, label, title) for title in titles] for label in labels]
+        rows = ["/".join(f"{x:.2f}".removeprefix("0") for x in row) for row in rows]
+        return "; ".join(rows)
 
     flops = [mean(run["work"]["flops"] / run["config"]["steps"]
-                  for run in known["cost"][label]) for label in main]  # fmt: skip
-    slow = [mean(map(paper.READ["updates to .9"], known["estimators"][label]))
-            for label in ("reverse", "sampled")]  # fmt: skip
+                  for run in known("cost")[label]) for label in main]  # fmt: skip
+    slow = [each("estimators", x, "updates to .9") for x in ("reverse", "sampled")]
     bases = "large, 300", "large, 400", "large"
-    new = [[mean(map(paper.READ["new"], known["size"][f"{method} {base}"]))
-            for base in bases] for method in ("sdft", "sft")]  # fmt: skip
-    gains = [f"{x - y:.2f}".replace("-", "−").replace("0.", ".")
-             for x, y in zip(*new, strict=True)]  # fmt: skip
-    of_sdft = [f"sdft {base}" for base in bases]
+    gains = [each("size", f"sdft {base}", "new") - each("size", f"sft {base}", "new")
+             for base in bases]  # fmt: skip
+    gains = [f"{x:.2f}".replace("-", "−").replace("0.", ".") for x in gains]
+    gate = both("size", [f"sdft {base}" for base in bases], "gate at the start")
     table = NOTEBOOK[NOTEBOOK.index("## The paper in miniature") + 1 :]
     rows = [row[3] for row in rows_of(table[: table.index("\n## ")])[2:]]
     assert rows == [
@@ -228,8 +187,7 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
         both("distance-kl", main, "KL(student || base)"),
         f"{flops[0] / flops[1]:.2f}",
         both("onpolicy", ("sdft 9e-5", "offpolicy 9e-5", "imitate 9e-5"), "new"),
-        "; ".join(gains)
-        + f" (gate {both('size', of_sdft, 'gate at the start')})",
+        f"{'; '.join(gains)} (gate {gate})",
         both("teacher", ("ema .001", "frozen", "live"), "new"),
         both("answers-only", ("sdft 9e-5, answers", "sft 6e-4, answers"),
              "new", "thinks"),
@@ -238,17 +196,12 @@ def test_the_paper_in_miniature_has_the_means_of_the_results(paper):
     ]  # fmt: skip
 
 
-def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
-    """As `paper.py NAME --draw` prints them: all rows of which all seeds were run; and
-    what would count as not reproducing, as it was written before."""
+def test_the_tables_of_the_experiments_are_those_of_the_results():
+    """As `paper.py NAME --draw` prints them, and what would count as not reproducing,
+    as it was written before."""
     names, shown = set(paper.EXPERIMENTS) - {"default", "earlier"}, set()
     for name in names:
-        experiment = paper.EXPERIMENTS[name]
-        cells = paper.finished(
-            name, paper.specs_of(name, experiment["seeds"], False),
-            BENCH / "results", ROOT / "no such folder",
-        )  # fmt: skip
-        rows = paper.complete_rows(name, cells, experiment["seeds"])
+        experiment, rows = paper.EXPERIMENTS[name], results_of(name)
         if not rows:
             continue
         heading = re.search(rf"^#+ .*\(`{name}`", NOTEBOOK, re.M)
@@ -257,10 +210,8 @@ def test_the_tables_of_the_experiments_are_those_of_the_results(paper):
         section = section[: section.index("\n##")]
         said = " ".join(f"*Fails if* {experiment['fails if']}".split())
         assert said in " ".join(section.split()), f"{name}: not there: {said}"
-        lines = paper.table(rows, experiment["columns"]).split("\n")
-        assert lines[0] in section, f"{name}: no table with {lines[0]}"
-        found = section[section.index(lines[0]) :].split("\n\n")[0]
-        assert found.split("\n") == lines, f"{name}: other rows than the results"
+        table = paper.table(rows, experiment["columns"])
+        assert f"\n{table}\n\n" in section, f"{name}: other rows than the results"
         shown.add(name)
     files = {path.stem for path in (BENCH / "results").glob("*.json")}
     assert shown >= names & files and shown, "results that no table shows"
