@@ -161,27 +161,32 @@ def test_neither_the_split_nor_garbage_behind_the_end_changes_anything(module):
     assert len(sums) == (4 if module is sft else 7)
 
 
+OF_RESPONSES = "tokens", "response_length", "eos_rate"  # see the test above
+
+
 @pytest.mark.parametrize("module, more", [
     (sft, {}), (sdft, {"ema_rate": 0.0}), (sdft, {"temperature": 0.7}),
-    (sdft, {"ema_rate": 0.25, "kl": "reverse", "skip_first_tokens": 2}),
-    (sdft, {"ema_rate": 1.0, "kl": "jsd", "temperature": 0.8}),
+    (sdft, {"ema_rate": 0.25, "kl": "reverse", "skip_first_tokens": 1}),
+    (sdft, {"kl": "reverse", "temperature": 0.7}), (sdft, {"kl": "jsd"}),
+    (sdft, {"ema_rate": 1.0, "kl": "jsd", "temperature": 0.8, "skip_first_tokens": 4}),
 ])  # fmt: skip
 def test_training_is_what_a_loop_in_plain_torch_does(module, more, tmp_path):
     """Two stages, each with a fresh AdamW and its own warm-up; two micro-batches; some
     gradients are clipped; responses are samples of the student as it is now. The
     teacher is the base first, then averaged once after each update: to the bit, it is
     frozen at 0, and at 1 the student."""
-    cfg = {"steps": 4, "warmup_steps": 2, "lr": 4e-3, "beta2": 0.9, "grad_clip": 3.0}
+    cfg = {"steps": 4, "warmup_steps": 2, "lr": 4e-3, "beta2": 0.9, "grad_clip": 1.0}
     cfg |= {"weight_decay": 0.5, "dropout": 0.0, "seed": 3, **more}
     student, _, lines = train_in(tmp_path, module, stages="AB", micro_batches=2, **cfg)
     cfg = module.Config(**cfg, batch_size=4, max_new_tokens=6)
     by_hand, rates = small_model(), [0.002, 0.004, 0.004, 0.002]
     teacher, found = train_by_hand(by_hand, (DEMOS[:8], DEMOS[8:]), cfg, rates)
-    assert len(lines) == len(found) == 8 and max(norm for _, norm in found) > 3
-    for i, line in enumerate(lines):
+    assert len(lines) == len(found) == 8 and max(x["grad_norm"] for x in found) > 1
+    for i, (line, right) in enumerate(zip(lines, found, strict=True)):
         assert (line["step"], line["skill"]) == (i, "AB"[i // 4])
-        right = pytest.approx([rates[i % 4], *found[i]], rel=1e-6)
-        assert [line[key] for key in ("lr", "loss", "grad_norm")] == right
+        for key in line.keys() - {"step", "skill", "seconds", *OF_RESPONSES}:
+            digits = 1e-6 if i else 1e-9  # torch clips to 1e-6 less
+            assert line[key] == pytest.approx(right[key], rel=digits, abs=1e-12), key
     close([*student.parameters()], [*by_hand.parameters()], 1e-7)
     saved = train.read_run(tmp_path / "checkpoint.pt")["models"]
     if module is sdft:
