@@ -9,7 +9,6 @@ import cmath
 import copy
 import itertools
 import math
-from types import SimpleNamespace
 
 import oracles
 import pytest
@@ -249,31 +248,6 @@ def test_recomputation_is_for_training_alone(monkeypatch):
     assert len(calls) == model.config.n_layer
 
 
-# ---- The shift ---------------------------------------------------------------------
-
-
-def test_a_token_is_predicted_one_column_before_its_own_right_behind_its_prompt():
-    """Token 0 at the last token of the prompt; nothing is there for what the mask
-    hides. Hidden states are the columns here, and the model shows what it is given."""
-    shown = []
-
-    def hidden(idx):
-        shown.append(idx)
-        return torch.arange(idx.size(1)).expand_as(idx)
-
-    model = SimpleNamespace(config=SimpleNamespace(block_size=60), hidden=hidden)
-    prompts, response = draw_prompts((1, 2, 7)), draw_tokens(3, 4, seed=9)
-    columns = torch.tensor([[0, 1, 2, 3], [1, 2, 3, 4], [6, 7, 8, 9]])
-    some = torch.tensor([[1, 1, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]).bool()
-    for mask, more, T in ((some | True, 0, 10), (some, 5, 5), (some & False, 2, 1)):
-        args = *pad(prompts, fill=2, more=more), response, mask
-        assert torch.equal(response_hidden(model, *args), columns[mask])
-        assert shown[-1].shape == (3, T), "no column behind the last wanted"
-        rows = zip(shown[-1].tolist(), prompts, response.tolist(), strict=True)
-        for row, prompt, tokens in rows:
-            assert row[: len(prompt) + 4] == (prompt + tokens)[:T]
-
-
 # ---- The cache and the sampler -----------------------------------------------------
 
 
@@ -347,6 +321,14 @@ def test_what_is_sampled_is_what_is_trained(
     response, mask = generate(model, *prompts, 50, END, u, temperature)
     trainer = torch.zeros(*mask.shape, 16, dtype=dtype)
     trainer[mask] = response_hidden(model, *prompts, response, mask)
+    shown = oracles.record_tokens(model)
+    for limit in (9, 0):  # some tokens, and none; no column behind the last of them
+        some = mask & (draw_uniform(*mask.shape) < 0.3)
+        some[:, limit:] = False
+        row, t = some.nonzero(as_tuple=True)
+        hidden = response_hidden(model, *prompts, response, some)
+        close(hidden, trainer[some], tolerance)
+        assert shown.pop().size(1) == max((prompts[1][row] + t).tolist(), default=1)
     assert len(hiddens) == mask.size(1) < 50, "it stops when all have ended"
     for t, ((hidden,), (x, *_)) in enumerate(zip(hiddens, divided, strict=True)):
         assert torch.equal(x, model_py.make_logits(hidden, model.head(), temperature))
