@@ -43,13 +43,14 @@ sdft/checkpoint.pt.tmp sdft/results.json sft.previous1/results.json""".split()
 
 def test_every_file_of_the_user_stays_and_so_does_every_run(with_base, go, monkeypatch):
     """In its place, or in a folder that was kept whole. sft runs three times."""
+    (with_base / "sft.previous4").symlink_to("nowhere")
     for name in USERS:
         (with_base / name).parent.mkdir(parents=True, exist_ok=True)
         (with_base / name).write_text(f"mine: {name}")
     monkeypatch.chdir(with_base)
-    places, runs = ["sft.previous2", "sft.previous3", "sft.previous4", "sft"], []
-    for place in places[:3]:
-        code, text, _ = go(".", "--method sft --steps 1")
+    places, runs = ["sft.previous2", "sft.previous3", "sft.previous5", "sft"], []
+    for place in places[:3]:  # at first, there is no run to go on with
+        code, text, _ = go(".", f"--method sft --steps 1{' --resume' * (not runs)}")
         assert code == 0 and f"the old run in sft is kept, in {place}\n" in text
         runs.append(files_in(Path("sft")))
         assert Path("results.json") in runs[-1] and runs.count(runs[-1]) == 1
@@ -57,17 +58,6 @@ def test_every_file_of_the_user_stays_and_so_does_every_run(with_base, go, monke
         kept = re.sub("^sft/", "sft.previous2/", name)
         assert Path(kept).read_text() == f"mine: {name}"
     assert [files_in(Path(place)) for place in places[1:]] == runs
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "results.json", "model/config.json"])
-@pytest.mark.parametrize("flags", [[], ["--resume"]])
-def test_what_a_run_without_a_checkpoint_left_is_kept(name, flags, tmp_path):
-    args = train.parse_args(["--out", str(tmp_path), *flags])
-    (tmp_path / "sft" / name).parent.mkdir(parents=True)
-    (tmp_path / "sft" / name).write_text("of an earlier run")
-    assert train.check_folder(args, "sft", {}) is False
-    train.make_room(tmp_path / "sft")
-    assert list(files_in(tmp_path)) == [Path("sft.previous1") / name]
 
 
 @pytest.mark.parametrize("flags", ["--show", "--sample x", "--show {0} {0}"])
@@ -372,10 +362,13 @@ def test_a_grader_of_ones_own_needs_no_name_and_has_one_digest():
     assert one == two != other
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "results.json"])
-def test_a_run_in_the_folder_of_another_is_refused_unless_resumed(name, made, tmp_path):
-    shutil.copy(made / "sft" / name, tmp_path)
-    before = files_in(tmp_path)
+@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.jsonl", "results.json",
+                                  "model"])  # fmt: skip
+def test_a_run_in_the_folder_of_another_is_refused_and_kept(name, tmp_path):
+    folder = tmp_path / "sft"
+    folder.mkdir()
+    (folder / name).write_text("of an earlier run")
     with pytest.raises(ValueError, match="holds a run"):
-        train.Run(tmp_path).load({"student": GPT(TINY)}, None, sft.Config(), {})
-    assert files_in(tmp_path) == before
+        train.Run(folder).load({"student": GPT(TINY)}, None, sft.Config(), {})
+    train.make_room(folder)
+    assert list(files_in(tmp_path)) == [Path("sft.previous1") / name]

@@ -101,9 +101,3 @@ def test_a_full_disk_is_an_error_with_the_path_and_the_old_file_stays(n, path):
     path.with_name("metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         train.Run(path.parent).append("{}\n")
-
-
-def test_the_name_for_what_is_kept_is_free_and_no_link(tmp_path):
-    (tmp_path / "sft.previous1").symlink_to("nowhere")
-    (tmp_path / "sft.previous3").mkdir()
-    assert train.free_name(tmp_path / "sft").name == "sft.previous2"

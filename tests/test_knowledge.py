@@ -11,7 +11,6 @@ import torch
 sys.path[:0] = [str(Path(__file__).parent / name) for name in ("exercises", "bench")]
 
 import knowledge  # noqa: E402
-from experiments import EXPERIMENTS  # noqa: E402
 
 import data  # noqa: E402
 
@@ -150,11 +149,3 @@ def test_duplicates_are_counted_by_items_in_common(monkeypatch):
     right = {str(n): [n, near.count(n)] for n in (0, 1)}
     assert knowledge.by_duplicates(None, trained, asked, TOK) == right
     assert knowledge.by_duplicates(None, [], asked, TOK)["0"][1] == 60, "none is near"
-
-
-def test_rows_name_arms_and_settings_that_exist():
-    rows = EXPERIMENTS["knowledge"]["rows"] + EXPERIMENTS["audit"]["rows"]
-    known = {"run", *knowledge.run.__code__.co_varnames[:8]}
-    known |= vars(knowledge.sdft.Config()).keys()
-    assert {spec["arm"] for *_, spec in rows if "arm" in spec} == set(knowledge.ARMS)
-    assert all(spec.keys() <= known for *_, spec in rows)

@@ -281,9 +281,9 @@ NASTY = (
 )  # fmt: skip
 
 
-def test_a_user_cannot_write_a_marker(folder):
+def test_a_user_cannot_write_a_marker(folder, monkeypatch):
     """A text comes back, and holds no special token; the chat form has the template's
-    markers and no others."""
+    markers and no others. A transformers that cannot do that is noticed."""
     tok = data.ChatTokenizer(folder)
     end_of_text, start, end = map(tok.hf.convert_tokens_to_ids, MARKERS[:3])
     assert tok.sanitizes and tok.end == end
@@ -298,16 +298,8 @@ def test_a_user_cannot_write_a_marker(folder):
         assert tok.decode(ids) == "".join(
             f"<|im_start|>{role}\n{text}<|im_end|>\n" for role in ("system", "user")
         ) + "<|im_start|>assistant\n"  # fmt: skip
-
-
-def test_the_chat_form_is_that_of_transformers_and_an_older_one_is_noticed(
-    folder, monkeypatch
-):
-    base, row = transformers.PreTrainedTokenizerBase, {"role": "user", "content": "x y"}
-    real, more = base.apply_chat_template, {"return_dict": False}
-    tok = data.ChatTokenizer(folder)
-    wanted = real(tok.hf, [row], add_generation_prompt=True, **more)
-    assert tok.chat((), "x y") == wanted
+    base = transformers.PreTrainedTokenizerBase
+    real = base.apply_chat_template
 
     def older(self, messages, sanitize_control_tokens=None, **more):
         return real(self, messages, **more)  # (it takes it for a variable)
