@@ -16,8 +16,6 @@ import copy
 import random
 from dataclasses import replace
 
-import pytest
-
 import data
 import sdft
 import sft
@@ -68,39 +66,24 @@ def make_world(seed, size):
     return corpus, some(skill, 128), tasks
 
 
-@pytest.fixture(scope="module")
-def evaluations(tmp_path_factory):
-    """Of the base and of the end, by method."""
-    folder, tok = tmp_path_factory.mktemp("effect"), data.Tokenizer()
+def test_both_learn_a_skill_sft_loses_the_model_s_own_style_and_sdft_keeps_it(tmp_path):
+    """The skill on queries that were never trained on, in whatever style; the style on
+    the commands that the base knew, which neither method trained on."""
+    tok = data.Tokenizer()
     corpus, demos, tasks = make_world(SEED, 300 * 32)
     sizes = {"n_layer": 2, "n_head": 6, "n_kv_head": 6, "n_embd": 96, "n_inner": 192}
     base = GPT(GPTConfig(**sizes), data.make_rng(SEED, "weights"))
     settings = {"seed": SEED, "batch_size": 32, "micro_batches": 1, "dropout": 0.0}
     cfg = replace(train.BASE, steps=300, lr=2e-3, **settings)
-    sft.train(base, {"base": corpus}, {}, tok, cfg, train.Run(folder / "base"))
-    rows = {}
+    sft.train(base, {"base": corpus}, {}, tok, cfg, train.Run(tmp_path / "base"))
+    rows = []
     for method, lr in ((sft, 2e-3), (sdft, 3e-4)):
         cfg = method.Config(steps=60, lr=lr, warmup_steps=10, **settings)
-        args = {"skill": demos}, tasks, tok, cfg, train.Run(folder / method.__name__)
-        rows[method.__name__] = method.train(copy.deepcopy(base), *args)
-    return rows
-
-
-@pytest.mark.parametrize("method", ["sft", "sdft"])
-def test_both_methods_learn_the_skill(method, evaluations):
-    """On queries that were never trained on, in whatever style."""
-    before, after = evaluations[method]
-    assert before["new"]["skill"] < 0.6 and after["new"]["skill"] > 0.85
-
-
-def test_sft_loses_the_model_s_own_style_and_sdft_keeps_it(evaluations):
-    """On the commands that the base knew, which neither method trained on."""
-    before, by_sft = (row["prior"]["own_style"] for row in evaluations["sft"])
-    by_sdft = evaluations["sdft"][-1]["prior"]["own_style"]
-    assert before > 0.95 and by_sft < 0.2 and by_sdft > 0.9
-
-
-def test_sdft_keeps_what_the_model_knew_and_stays_closer_to_it(evaluations):
-    rows = {method: both[-1] for method, both in evaluations.items()}
-    assert rows["sdft"]["prior"]["knowledge"] > 0.85
-    assert rows["sdft"]["kl_student_base"] < rows["sft"]["kl_student_base"] / 2
+        args = {"skill": demos}, tasks, tok, cfg, train.Run(tmp_path / method.__name__)
+        before, after = method.train(copy.deepcopy(base), *args)
+        assert before["new"]["skill"] < 0.6 and after["new"]["skill"] > 0.85
+        rows.append(after)
+    by_sft, by_sdft = (row["prior"] for row in rows)
+    assert before["prior"]["own_style"] > 0.95 and by_sft["own_style"] < 0.2
+    assert by_sdft["own_style"] > 0.9 and by_sdft["knowledge"] > 0.85
+    assert rows[1]["kl_student_base"] < rows[0]["kl_student_base"] / 2

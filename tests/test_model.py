@@ -22,7 +22,6 @@ from model import GPT, GPTConfig, KVCache, generate, response_hidden, sample_tok
 
 V, END, NEVER = 11, 7, 11  # NEVER is no token: with it as the end, no response ends
 every_grouping = pytest.mark.parametrize("n_kv_head", (4, 2, 1))
-tied_or_not = pytest.mark.parametrize("tie_weights", (True, False))
 
 
 def make_rng(seed):
@@ -181,15 +180,6 @@ def test_activations_are_bfloat16_but_norms_rotation_and_logits_float32():
     assert torch.equal(model_py.rotate(*args), right)
 
 
-def test_impossible_sizes_are_refused():
-    for changes, message in (
-        ({"n_embd": 18}, "n_embd % n_head"), ({"n_kv_head": 3}, "n_head % n_kv_head"),
-        ({"n_embd": 12}, "head size 3 is odd"), ({"n_tokens": 12}, "n_tokens > vocab"),
-    ):  # fmt: skip
-        with pytest.raises(AssertionError, match=message):
-            GPTConfig(**{**SMALL, **changes})
-
-
 def test_dropout_drops_its_share_of_each_branch_and_only_in_train_mode(monkeypatch):
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_kv_head=1, n_embd=32, n_inner=48))
     shares = record(monkeypatch, F, "dropout")
@@ -213,8 +203,11 @@ def test_dropout_drops_its_share_of_each_branch_and_only_in_train_mode(monkeypat
         assert ((grown == 0).float().mean() - 0.1).abs() < 5 * (0.09 / x.numel()) ** 0.5
 
 
-def test_recomputed_activations_give_the_same_gradients():
-    """Equal to the bit, dropout included: the second pass drops what the first did."""
+def test_recomputed_activations_give_the_same_gradients_and_are_for_training(
+    monkeypatch
+):
+    """Equal to the bit, dropout included: the second pass drops what the first did. A
+    cache must not be written twice, and without gradients nothing is kept."""
     model, ids = make_model(seed=1).train(), draw_tokens(3, 9)
     model.dropout = 0.1
     kept, results = [], []
@@ -231,20 +224,14 @@ def test_recomputed_activations_give_the_same_gradients():
         results.append([*losses, *gradients(model, sum(losses))])
     assert all(map(torch.equal, *results))
     assert kept[1] < kept[0] / 3, kept
-
-
-def test_recomputation_is_for_training_alone(monkeypatch):
-    """A cache must not be written twice, and without gradients nothing is kept."""
-    calls, model = record(monkeypatch, model_py, "checkpoint"), make_model(seed=1)
-    model.checkpointing = True
-    prompts, lengths = pad(draw_prompts([3, 5]))
-    cache = KVCache(model.config, prompts, lengths, 2, model.dtype)
-    assert model.hidden(prompts, cache=cache).requires_grad
+    calls, prompts = record(monkeypatch, model_py, "checkpoint"), pad([[3], [1, 2]])
+    cache = KVCache(model.config, *prompts, 2, model.dtype)
+    assert model.hidden(prompts[0], cache=cache).requires_grad
     with torch.no_grad():
-        model.hidden(prompts)
-    generate(model, prompts, lengths, 3, NEVER, temperature=0)
+        model.hidden(prompts[0])
+    generate(model, *prompts, 3, NEVER, temperature=0)
     assert not calls
-    model.hidden(prompts)
+    model.hidden(prompts[0])
     assert len(calls) == model.config.n_layer
 
 
@@ -415,12 +402,12 @@ def make_padded(tie_weights, seed=0):
     return padded, cut
 
 
-@tied_or_not
-def test_rows_that_are_no_tokens_are_never_sampled(tie_weights):
-    """Whatever their weights, the numbers u and the temperature: responses are those of
-    the model without them."""
+@pytest.mark.parametrize("tie_weights", (True, False))
+def test_rows_that_are_no_tokens_are_never_sampled_and_in_no_loss(tie_weights):
+    """Whatever their weights, the numbers u and the temperature, all is that of the
+    model without them; and they get no gradient."""
     padded, cut = make_padded(tie_weights)
-    prompts = pad(draw_prompts((1, 6, 3, 9)))
+    prompts, results = pad(draw_prompts((1, 6, 3, 9))), []  # of padded, and of cut
     all_rows = padded.hidden(prompts[0]) @ padded.lm_head.weight.T
     assert (all_rows.argmax(-1) >= V).double().mean() > 0.5, "else this shows nothing"
     assert padded(prompts[0]).shape == (4, 9, V)
@@ -431,22 +418,17 @@ def test_rows_that_are_no_tokens_are_never_sampled(tie_weights):
         assert mask.all() and response.max() < V
         alone, _ = generate(cut, *prompts, 8, NEVER, u, temperature)
         assert torch.equal(response, alone)
-
-
-@tied_or_not
-@pytest.mark.parametrize("kl", (None, *model_py.KLS))
-def test_rows_that_are_no_tokens_are_in_no_loss_and_get_no_gradient(tie_weights, kl):
-    models = zip(make_padded(tie_weights), make_padded(tie_weights, 1), strict=True)
-    prompts, response = pad(draw_prompts((4, 1))), draw_tokens(2, 5, seed=9)
-    mask, weight, results = response >= 0, draw(10).abs(), []
-    for pair in models:
-        hiddens = [response_hidden(each, *prompts, response, mask) for each in pair]
-        heads = [each.head() for each in pair]
-        if kl is None:
-            loss = model_py.chunked_nll(hiddens[0], heads[0], response[mask], weight)
-        else:
-            loss, _ = model_py.chunked_kl(*hiddens, *heads, weight, kl, 0.7)
-        results.append([loss[None], *gradients(pair[0], loss)])
+    for pair in zip((padded, cut), make_padded(tie_weights, 1), strict=True):
+        results.append([])
+        for kl in (None, *model_py.KLS):
+            hiddens = [response_hidden(each, *prompts, response, mask) for each in pair]
+            heads, weight = [each.head() for each in pair], draw(32).abs()
+            if kl is None:
+                args = hiddens[0], heads[0], response[mask], weight
+                loss = model_py.chunked_nll(*args)
+            else:
+                loss, _ = model_py.chunked_kl(*hiddens, *heads, weight, kl, 0.7)
+            results[-1] += [loss[None], *gradients(pair[0], loss)]
     for ours, right in zip(*results, strict=True):
         close(ours[: len(right)], right)
         assert not ours[len(right) :].any()
@@ -455,49 +437,43 @@ def test_rows_that_are_no_tokens_are_in_no_loss_and_get_no_gradient(tie_weights,
 # ---- What would be silently wrong is refused ----------------------------------------
 
 
-def test_what_does_not_fit_is_refused_with_its_lengths():
-    """An empty prompt would be read at column -1. Nothing is cut; block_size itself
-    still fits."""
-    model, prompts = make_model(block_size=12), pad(draw_prompts((4, 9)))
-
-    def both(prompts, lengths, R):
-        yield lambda: response_logits(model, prompts, lengths, draw_tokens(2, R))
-        yield lambda: generate(model, prompts, lengths, R, NEVER, draw_uniform(2, R))[0]
-
-    for wrong in ([4, 0], [4, -1], [10, 2]):
-        for do in both(prompts[0], torch.tensor(wrong), 3):
-            with pytest.raises(ValueError, match="2 prompts in 9 columns cannot have"):
-                do()
-    for do in both(prompts[0], torch.tensor([4, 2, 1]), 3):
-        with pytest.raises((AssertionError, ValueError), match="3|4, 2, 1"):
-            do()
-    for do in both(*prompts, 4):
-        with pytest.raises(ValueError, match=" 9 tokens .* 13 tokens > block_size 12"):
-            do()
-    for do in both(*prompts, 3):
-        assert do().shape[:2] == (2, 3)
+def refused(message, do, *args, error=AssertionError):
+    with pytest.raises(error, match=message):
+        do(*args)
 
 
-def test_masks_numbers_and_caches_that_would_be_misread_are_refused():
-    """A mask of whole numbers would be taken for row numbers; at a number of 1 the last
-    token would be taken, however unlikely; a token without its cache would not see the
-    past, or would stand at position 0."""
-    model, (prompts, lengths) = make_model(), pad(draw_prompts((4, 2)))
-    response, one, u = draw_tokens(2, 3), draw_tokens(2, 1), draw_uniform(2, 3)
-    args = model.config, prompts, lengths, 3, torch.float64
-    empty, used = KVCache(*args), KVCache(*args)
-    model(prompts, cache=used)
-
-    def refused(message, do, *args):
-        with pytest.raises((AssertionError, ValueError), match=message):
-            do(*args)
-
+def test_what_does_not_fit_or_would_be_misread_is_refused():
+    """An empty prompt would be read at column -1, and a mask of whole numbers as row
+    numbers; at a number of 1 the last token would be taken, however unlikely; a token
+    without its cache would not see the past, or would stand at position 0. Nothing is
+    cut; block_size itself still fits."""
+    model, (prompts, lengths) = make_model(block_size=12), pad(draw_prompts((4, 9)))
+    response, u = draw_tokens(2, 4), draw_uniform(2, 4)
+    args = model, prompts, lengths
+    wrong = dict.fromkeys(((4, 0), (4, -1), (10, 2), (4, 2, 1)), "2 prompts in 9 col")
+    wrong[4, 9] = " 9 tokens .* 13 tokens > block_size 12"
+    for n, message in wrong.items():
+        both = model, prompts, torch.tensor(n)
+        refused(message, response_logits, *both, response, error=ValueError)
+        refused(message, generate, *both, 4, NEVER, u, error=ValueError)
+    response, one, u = response[:, :3], response[:, :1], u[:, :3]
+    assert response_logits(*args, response).shape[:2] == (2, 3)
+    assert generate(*args, 3, NEVER, u)[0].shape == (2, 3)
     for mask, message in ((response, "int64"), (response[:, 1:] > -1, "2, 2")):
-        refused(message, response_hidden, model, prompts, lengths, response, mask)
-    refused("one number for each row", generate, model, prompts, lengths, 4, END, u)
+        refused(message, response_hidden, *args, response, mask)
+    refused("one number for each row", generate, *args, 2, END, u)
     for u[1, 2] in (1.0, -0.1, math.nan):
-        refused(r"not uniform in \[0", generate, model, prompts, lengths, 3, END, u)
-    refused("65 > 64", model, draw_tokens(1, 65))
+        refused(r"uniform in \[0", generate, *args, 3, END, u)
+    empty, used = (
+        KVCache(model.config, prompts, lengths, 3, torch.float64) for _ in range(2)
+    )
+    model(prompts, cache=used)
+    refused("13 > 12", model, draw_tokens(1, 13))
     refused("1 tokens, 0 columns in use", model, one, lengths, empty)
-    refused("2 tokens, 4 columns in use", model, response[:, :2], lengths, used)
+    refused("2 tokens, 9 columns in use", model, response[:, :2], lengths, used)
     refused("positions[?] the cache is in use", model, one, None, used)
+    for name, size, message in (
+        ("n_embd", 18, "n_embd % n_head"), ("n_kv_head", 3, "n_head % n_kv_head"),
+        ("n_embd", 12, "head size 3 is odd"), ("n_tokens", 12, "n_tokens > vocab"),
+    ):  # fmt: skip
+        refused(message, lambda sizes: GPTConfig(**sizes), {**SMALL, name: size})

@@ -180,19 +180,17 @@ def test_check_data_shows_contexts_and_makes_remarks(capsys, both, tmp_path):
     assert "no --eval: the new skills are measured on the rows that are trained" in text
 
 
-def test_a_closed_gate_or_no_memory_stops_a_run(capsys, monkeypatch, both, tmp_path):
-    argv = [*make_files(tmp_path, both / "source"), "--out"]
-    code, text, err = run(capsys, *argv, tmp_path / "out", "--gate-margin", 0.2)
-    assert code == 2 and "a demonstration does not help enough" in err
-    assert "another --template" in err and "queries right only with it: " in text
-    assert not train.files_in(tmp_path / "out" / "sdft")
+def test_a_model_that_does_not_fit_is_not_even_loaded(
+    capsys, monkeypatch, both, tmp_path
+):
     limit = tmp_path / "memory.max"  # of a container; two processes share it
     limit.write_text("2000\n")
     group = "/sys/fs/cgroup/memory.max"
     monkeypatch.setattr(train, "Path", lambda x: limit if x == group else Path(x))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setattr(model, "from_pretrained", None)  # it is not even loaded
-    code, _, err = run(capsys, *argv, tmp_path / "new")
+    monkeypatch.setattr(model, "from_pretrained", None)
+    argv = *make_files(tmp_path, both / "source"), "--out", tmp_path / "new"
+    code, _, err = run(capsys, *argv)
     assert code == 2 and f"it needs {20e-9 * N:.3g} GB, 1e-06 GB are free" in err
     assert "that fits into memory" in err and not (tmp_path / "new").exists()
 
