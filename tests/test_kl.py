@@ -81,9 +81,6 @@ def slopes(loss, x, **more):
     return torch.autograd.grad(loss, (x.hidden, x.head), **more)
 
 
-# ---- Values and gradients of rows --------------------------------------------------
-
-
 @every_kl
 @pytest.mark.parametrize("s, t, forward, reverse, jsd", [
     # [.5, .5] and [.9, .1], whose mean is [.7, .3]: 0.36806 and 0.51083
@@ -173,9 +170,6 @@ def test_rows_are_right_in_every_block_of_the_kernel(kl, V):
     for N in (5, 0):
         args = draw(N, V), draw(N, V, seed=1), kl, weight[:N]
         close(run(fused_kl, *args), run(kl_reference, *args), 1e-12)
-
-
-# ---- From hidden states, a chunk of rows at a time ---------------------------------
 
 
 @every_loss

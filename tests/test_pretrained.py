@@ -69,9 +69,6 @@ def folder(tmp_path_factory):
     return str(make_folder(tmp_path_factory.mktemp("model") / "small"))
 
 
-# ---- The same logits and tokens, in and out ------------------------------------------
-
-
 def rope(kind, **more):
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **more}}
 
@@ -155,9 +152,6 @@ def test_smollm2_computes_what_transformers_computes(tmp_path, monkeypatch):
         runpy.run_path(f"{Path(__file__).parent}/bench/smollm2.py", run_name="__main__")
     assert not end.value.code
     compare(tmp_path)
-
-
-# ---- What is refused -----------------------------------------------------------------
 
 
 def refused(name, place, capsys, hint="--init takes an instruct model of Llama's"):
@@ -271,8 +265,6 @@ def test_a_name_is_looked_up_on_the_hub_a_folder_is_not_and_both_need_transforme
     monkeypatch.setitem(sys.modules, "transformers", None)
     refused(folder, tmp_path, capsys, "pip install transformers")
 
-
-# ---- Tokenizer and chat form ---------------------------------------------------------
 
 NASTY = (
     "", " ", "the theory", "  the  1  x", "it's THE one'S", "x\n\n y\r\n", "naïve é",

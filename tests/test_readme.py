@@ -36,9 +36,6 @@ def prose(text):
     return [line for line in text.splitlines() if not line.startswith(("|", "!["))]
 
 
-# ---- Lengths -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_the_line_count_of_a_file_is_right(name):
     (said,) = re.findall(rf"`{name}\.py` \((\d+)(?: lines)?\)", README)
@@ -78,9 +75,6 @@ def test_what_the_readme_calls_by_name_exists():
         assert (ROOT / link).exists(), link
 
 
-# ---- Commands and contexts ---------------------------------------------------------
-
-
 def commands(text):
     """The arguments of each `python train.py` in blocks of code and in `code`."""
     found = re.findall(r"(?:python|nproc_per_node=2) train\.py([^`\n#|]*)", text)
@@ -112,9 +106,6 @@ def test_the_contexts_of_the_readme_are_those_of_the_world_of_seed_0():
     for name, ids in parts.items():
         words = " ".join(names.get(i) or TOK.decode([i]) for i in ids)
         assert f"{name} {words} {len(ids)} tokens" in block
-
-
-# ---- Results -----------------------------------------------------------------------
 
 
 def results_of(name):

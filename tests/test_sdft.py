@@ -44,9 +44,6 @@ def contexts_of(example):
     return bare, shown
 
 
-# ---- The teacher -------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_a_teacher_is_a_copy_in_memory_of_its_own_that_is_not_trained(tie_weights):
     """And making it leaves the student alone. Tied embeddings stay tied."""
@@ -86,9 +83,6 @@ def test_no_gradient_reaches_the_teacher_even_if_it_asks_for_one(kl):
         learnt = [p.grad.abs().max() > 0 for p in student.parameters()]
         assert all(learnt) if skip == 0 else loss == 0 and not any(learnt)
     assert graph == [None] * 3
-
-
-# ---- The loop ----------------------------------------------------------------------
 
 
 def train_in(folder, module, student=None, stages="A", tasks=None, run=None, **changes):
