@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 import torch
 from oracles import LargestTensor, divergences, log_likelihoods, sample
-from test_sdft import small_model
+from test_pair import small_model
 
 import data
 import model

@@ -2,7 +2,7 @@
 
 A kill comes at a step that a test names, or, with --all, at any moment: three in each
 part of a run, or KILLS=n. That a save may die at any moment is shown call by call, in
-test_a_save_may_die_or_fail_at_any_moment; damaged files are in test_files.
+test_a_save_may_die_or_fail_at_any_moment; damaged files are in test_faults.
 """
 
 import ast
