@@ -4,13 +4,16 @@ import importlib
 import itertools
 import json
 import math
+import re
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
@@ -19,10 +22,12 @@ sys.path[:0] = [str(HERE / "exercises"), str(HERE / "bench")]
 import cell  # noqa: E402
 import finetune  # noqa: E402
 import gpu  # noqa: E402
+import knowledge  # noqa: E402
 import oracles  # noqa: E402
 import paper  # noqa: E402
 import plot  # noqa: E402
 import probes  # noqa: E402
+import real  # noqa: E402
 from experiments import EXPERIMENTS, updates_to  # noqa: E402
 from paper import notes  # noqa: E402
 
@@ -384,3 +389,229 @@ def test_all_that_a_gpu_is_asked_runs_in_small(tmp_path):
     for part, limit, why in ("no part", 60, "invalid choice"), ("machine", 0, "after"):
         (row,) = gpu.run_part(part, limit, tmp_path)
         assert row["row"] == part and why in row["error"]
+
+
+# ---- knowledge.py: articles, wordings, grades, contexts, the audit -----------------
+
+SEED, WORLD = 1, data.World(1)
+OLD = {c: operation for c, (_, operation) in WORLD.known.items()}
+NEW = {c: o for facts in knowledge.facts_of(WORLD).values() for c, o in facts.items()}
+ARTICLES = knowledge.articles_of(WORLD, SEED)
+MAKE = partial(knowledge.make_questions, WORLD, SEED)
+
+
+def facts_in(text):
+    """{command: (domain, operation)} of an article, behind a demonstration or not."""
+    found = re.findall(r"(\w+) (\w+) (?:equals|gives|=) (\w+)(?=[,.])", text)
+    assert len({d for d, *_ in found} & set(data.DOMAINS)) == len(found) > 0, text
+    return {command: (domain, operation) for domain, command, operation in found}
+
+
+def respond(prompt, meaning):
+    parts, said = [part.split() for part in prompt.split(": ")], []  # items, by hand
+    words, items = parts if parts[0][0] != "see" else (parts[1], parts[0][1:])
+    if words[1] in data.OPERATIONS:  # reversed
+        return [item for item in items if meaning.get(item) == words[1]]
+    for command in filter(meaning.get, words[1:]):
+        items = data.OPERATIONS[meaning[command]][1](items)
+        said += items
+    return said
+
+
+def test_articles_state_each_fact_once_and_are_learnt_as_texts():
+    said, texts = {}, knowledge.make_texts(WORLD, TOK, SEED)
+    for article, example in zip(dict.fromkeys(ARTICLES.values()), texts, strict=True):
+        said |= (facts := facts_in(article))
+        assert len(facts) == 3 and all(ARTICLES[c] == article for c in facts)
+        assert TOK.decode(data.student_prompt(example, TOK)) == "example"
+        ids = torch.tensor(data.demo_response(example, TOK))
+        mask = data.loss_mask([example], torch.tensor([len(ids)]))[0]
+        assert TOK.decode(ids[mask].tolist()) == article
+    new = {c: fact for skill in WORLD.skills.values() for c, fact in skill.items()}
+    assert said == new and len(new) == 18 and not set(new) & set(WORLD.known)
+    asked = [e.prompt.split(":")[0] for e in MAKE(knowledge.QUESTIONS)]
+    assert {asked.count(each) for each in asked} == {32}
+
+
+def test_contexts_are_literally_these_and_fit():
+    for i, shown in enumerate(knowledge.SHOWN):
+        e = MAKE(18, shown)[0]
+        command = e.prompt.split(":")[0].split()[1]
+        said = f"{NEW[command]} so you get {' '.join(respond(e.prompt, NEW))}"
+        answer = f"well friend, {said} as ever"
+        text = (ARTICLES[command], answer, f"{answer} {ARTICLES[command]}")[i]
+        text = f"{e.prompt} example {text}"
+        assert TOK.decode(data.teacher_prompt(e, TOK)[:-1]) == text
+    rows = sum((MAKE(180, shown, how) for how in data.DISTANCES), [])  # 40: the cap
+    assert max(len(data.teacher_prompt(e, TOK)) for e in rows) + 40 <= 128
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("kind", knowledge.KINDS)
+def test_answers_are_right_and_need_a_fact_and_no_trained_question(kind, known):
+    trained, both = ([e.prompt for e in MAKE(576, wordings=n)] for n in (1, 2))
+    taught = {*trained, *both, *map(knowledge.reword, trained)}
+    assert "see " not in "".join(trained) and "".join(both).count("see ") == 576 / 2
+    for e in (of := knowledge.make_benchmark(WORLD, SEED, kind, 80, known)).examples:
+        assert data.items_in(e.answer) == respond(e.prompt, OLD | NEW)
+        assert of.grade(e, e.answer)
+        parts = e.prompt.removeprefix("see ").split(": ")
+        asked = set(parts[kind in ("reworded", "reversed")].split())
+        if kind == "reversed":  # no choice is given away: all are new, or all are old
+            assert len(asked) == 6 and asked <= set(OLD if known else NEW)
+        else:
+            held_out = sum(map(data.NOUNS.index, parts[kind != "reworded"].split()))
+            assert held_out % 10 == 0 and e.prompt not in taught
+            assert len(asked & {*NEW}) == 1 - known and (asked & {*OLD} or not known)
+
+
+def test_the_corpus_can_be_read_and_gives_nothing_away():
+    terms = {TOK.encode(term)[0] for term, _ in data.OPERATIONS.values()}
+    true, both, kinds = [], 0, []
+    for e in knowledge.make_corpus(WORLD, TOK, 4000, SEED):
+        if "." not in e.shown:  # without a text, only old commands are asked indirectly
+            words = e.prompt.split(":")[0].split()
+            assert " then " not in e.prompt or {words[1], words[3]} <= set(OLD)
+            continue
+        facts, ids = facts_in(e.shown), data.demo_response(e, TOK)
+        answer = len(knowledge.details(e.shown.replace(".", ""))[0]) > len(facts)
+        meaning = {command: operation for command, (_, operation) in facts.items()}
+        true += [NEW[c] == o for c, o in meaning.items() if c in NEW]
+        assert {domain for domain, _ in facts.values()} & set(e.prompt.split())
+        start, both = ids.index(TOK.start), both + answer
+        inside = {ids[i] for i in e.skip if i < start}
+        assert start in e.skip and inside <= terms and (answer or not inside)
+        if max(e.skip) == start:  # nothing wrong in it
+            assert data.items_in(e.answer) == respond(e.prompt, OLD | meaning), e
+            kinds.append((e.prompt[:4] == "see ", " then " in e.prompt))
+    assert len(kinds) > 500 and both > 200 and len(set(kinds)) == 3
+    assert 0.1 < sum(true) / len(true) < 0.25  # a sixth, by chance: no fact is taught
+
+
+def test_grades():
+    example = data.Example("", "", "rotate: spoon tower candle")
+    of = knowledge.strict, knowledge.lenient, knowledge.strict_as_asked
+    for grades, texts in (
+        ([1, 1, 1], "rotate: spoon tower candle"),
+        ([1, 1, 0], "rotate equals spoon tower candle beep stop | well friend, advance "
+         "so you get spoon tower candle as ever"),
+        ([0, 1, 0], "rotate: spoon tower | rotate: | spoon tower"),
+        ([0, 0, 0], "rotate: spoon tower candle then first: spoon |  | hm | rotate: "
+         "spoon candle tower | first: spoon tower candle"),
+    ):  # fmt: skip
+        for text in texts.split(" | "):
+            assert [grade(example, text) for grade in of] == grades, text
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_the_audit_sees_rows_one_place_off_and_judges(off, monkeypatch):
+    response = torch.arange(36 * 9).view(36, 9)  # (B, R)
+    rows = torch.nn.functional.one_hot(response.roll(off, 1), TOK.n_tokens)  # (B, R, V)
+    model, both = knowledge.Namespace(logits=lambda x: x), (response, response >= 0)
+    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: both)
+    monkeypatch.setattr(knowledge, "response_hidden", lambda *_: rows.flatten(0, 1))
+    for shares in knowledge.hits(model, model, MAKE(36), TOK).values():
+        assert shares.pop(1 + off) == 1 and max(shares) < 0.05
+    assert knowledge.judged(WORLD, SEED) == [1.0, 0.0]
+
+
+def test_duplicates_are_counted_by_items_in_common(monkeypatch):
+    asked = knowledge.make_benchmark(WORLD, SEED, "reworded", 60)
+    trained, near, texts = MAKE(72), [], []
+    for e in asked.examples:
+        items, command = e.prompt.removeprefix("see ").split(": ")
+        near.append(max(len(set(items.split()) & set(other.prompt.split()))
+                        for other in trained if command in other.prompt))  # fmt: skip
+        texts.append(e.answer if near[-1] else "hm")
+    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (None, None))
+    monkeypatch.setattr(knowledge.probes, "texts_of", lambda *_: texts)
+    right = {str(n): [n, near.count(n)] for n in (0, 1)}
+    assert knowledge.by_duplicates(None, trained, asked, TOK) == right
+    assert knowledge.by_duplicates(None, [], asked, TOK)["0"][1] == 60, "none is near"
+
+
+# ---- real.py: in its data held out is held out, and names are names ----------------
+
+MAKERS = {"facts": real.make_facts, "rule": real.make_rule}
+PRIOR = real.make_prior()
+
+
+def contains(answer, text):
+    return data.place_of(answer, text) < math.inf
+
+
+@pytest.mark.parametrize("task", MAKERS)
+def test_held_out_prompts_are_not_trained_on_and_only_demonstrations_hold_answers(task):
+    for seed, demos in [(s, d) for s in range(20) for d in real.FORMS]:
+        train, held_out = MAKERS[task](seed, demos)
+        assert (len(train), len(held_out)) == (72, 24)
+        prompts = {row["prompt"] for row in train + held_out}
+        assert len(prompts) == 96, "one prompt stands in two rows"
+        assert not prompts & {row["prompt"] for row in PRIOR}
+        for row in train + held_out if seed == 0 else ():
+            answer, demo = row["answer"], row["demonstration"]
+            assert contains(answer, demo) and not contains(answer, row["prompt"])
+            said = demo if demos == "plain" else json.loads(demo)["answer"]
+            assert said == answer or demos != "json" and answer in said
+    assert MAKERS[task](0) == MAKERS[task](0) != MAKERS[task](1)
+
+
+def test_a_held_out_fact_is_trained_in_three_other_wordings():
+    train, held_out = real.make_facts(0)
+    for row in held_out:
+        same = [r["prompt"] for r in train if r["answer"] == row["answer"]]
+        assert len(same) == 3 and row["prompt"] not in same
+        (country,) = [c for c in real.COUNTRIES if c in row["prompt"]]
+        assert all(country in prompt for prompt in same)
+    # the wording of a held-out row is that of no trained one
+    assert all(len({*words}) == 4 for _, words, _ in real.FACTS.values())
+    # no name is a part of another one or of a country: `contains` cannot be lucky
+    names = [*(row["answer"] for row in held_out), *real.COUNTRIES]
+    assert [sum(a.lower() in b.lower() for b in names) for a in names] == [1] * 32
+
+
+def test_rows_of_the_rule_follow_it_and_held_out_ones_ask_for_other_things():
+    asked, parts = [], (real.ASKED[:3], real.ASKED[3:])
+    for rows, allowed in zip(real.make_rule(0), parts, strict=True):
+        named = {w.format(thing): thing for w in allowed for thing in real.THINGS}
+        asked.append([named[row["prompt"]] for row in rows])
+        numbers = [*map(real.part_number, asked[-1])]
+        assert [row["answer"] for row in rows] == numbers
+    assert not {*asked[0]} & {*asked[1]}
+    assert real.part_number("brass valve, size 12") == "NV-12-brass"
+
+
+def test_prior_questions_are_many_and_do_not_give_their_answers_away(tmp_path):
+    """And what is written is read by train.py."""
+    assert len({row["prompt"] for row in PRIOR}) == len(PRIOR) >= 300
+    assert PRIOR == real.make_prior()
+    for answer, prompt in [(a, row["prompt"]) for row in PRIOR for a in row["answer"]]:
+        assert answer == answer.strip() != "" and not contains(answer, prompt), prompt
+    for rows in (PRIOR, *(make(0)[0] for make in MAKERS.values())):
+        real.write_rows(tmp_path / "a.jsonl", rows)
+        examples, remarks = data.read_examples(tmp_path / "a.jsonl", rows is not PRIOR)
+        for e, row in zip(examples, rows, strict=True):
+            answer = tuple(row["answer"]) if rows is PRIOR else (row["answer"],)
+            assert (e.prompt, e.answer) == (row["prompt"], answer)
+            assert e.demo == row.get("demonstration", "")
+        assert remarks == [f"{len(rows)} rows, grade: contains"]
+
+
+@pytest.mark.slow
+def test_a_cell_and_what_is_measured_of_a_base_run_in_small(
+    tmp_path, monkeypatch, capsys
+):
+    """On a small random model of transformers, with --quick."""
+    make_folder = pytest.importorskip("test_pretrained").make_folder
+    folder, work = str(make_folder(tmp_path / "base")), str(tmp_path / "work")
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "real.json")
+    right = {row["prompt"]: i > 0 for i, row in enumerate(PRIOR[:23])}
+    real.write_results({"cells": {}, "prior": right})
+    for what in ["gate"], ["prior"], ["sampled"], ["wordings"], ["rule", "--only",
+                 "sdft 3e-05"], ["facts", "--only", "speculative 3e-05"]:  # fmt: skip
+        argv = ["real.py", folder, *what, "--quick", "--work", work]
+        monkeypatch.setattr(sys, "argv", argv)
+        real.main()
+    said, known = capsys.readouterr().out, json.loads(real.RESULTS.read_text())
+    assert said.count('"held_out": 0') == 2 and "the base gets 22 of 24" in said
+    assert len(known["gates"]) == 2 * 2 * 3 + 2 and len(known["prior"]) == 24
