@@ -162,7 +162,9 @@ def test_a_base_that_was_stopped_goes_on_and_counts_its_seconds(tmp_path, go):
     assert 1000 <= read(tmp_path, "sft")[0]["seconds"]["base"] < 2000
 
 
-def test_a_resume_on_another_machine_says_that_it_is_not_exact(finished, made, go):
+def test_a_resume_on_another_machine_is_said_and_on_another_base_refused(
+    finished, made, go
+):
     """And a finished run that is resumed keeps its results."""
     path = finished / "sft" / "checkpoint.pt"
     names = ("torch", "capability", "threads", "device", "processes", "dtype")
@@ -174,6 +176,9 @@ def test_a_resume_on_another_machine_says_that_it_is_not_exact(finished, made, g
     assert all(f"{name}: no {name} -> " in line for name in names), line
     assert same(read(finished, "sft"), read(made, "sft"))
     assert not (finished / "sft.previous1").exists()
+    before = files_in(finished / "sdft")
+    assert_refused(go(finished, "--resume --base-steps 3"), "first weights: ")
+    assert files_in(finished / "sdft") == before
 
 
 @pytest.mark.parametrize(("skills", "earlier", "now", "then"), [
@@ -272,12 +277,6 @@ def test_what_is_wrong_in_a_folder_is_refused_with_its_place_before_the_work(
     assert files_in(finished.parent) == before
 
 
-def test_a_resume_on_another_base_is_refused(finished, go):
-    before = files_in(finished / "sdft")
-    assert_refused(go(finished, "--resume --base-steps 3"), "first weights: ")
-    assert files_in(finished / "sdft") == before
-
-
 # ---- platform, disk, terminal --------------------------------------------------------
 
 
@@ -330,17 +329,19 @@ def test_a_program_without_a_terminal_runs(name, made, monkeypatch, capsys):
 # ---- several processes ---------------------------------------------------------------
 
 
-def test_the_command_to_go_on_starts_as_many_processes(monkeypatch):
+def test_several_processes_are_whole_share_out_a_batch_and_go_on_as_several(
+    tmp_path, go, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "world_size", lambda: 5)
+        assert_refused(go(tmp_path), "base model: a batch of 64 ", "a multiple of 5")
+    monkeypatch.setenv("RANK", "1")
+    assert_refused(go(tmp_path / "out"), "only ['RANK'] are set", "torchrun")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     assert train.command_line(["--out", "a b", "--resume"]) == (
         "torchrun --standalone --nproc_per_node=3 train.py --out 'a b' --resume"
     )
-
-
-def test_half_of_torchrun_s_variables_get_an_error(tmp_path, go, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    assert_refused(go(tmp_path / "out"), "only ['RANK'] are set", "torchrun")
 
 
 # ---- silent wrong values -------------------------------------------------------------
@@ -396,15 +397,12 @@ def read_or_refused(path, read=train.read_checkpoint):
         assert "\n" not in str(error) and "--out" in error.hint
 
 
-def test_a_checkpoint_is_a_plain_file_of_torch_and_comes_back_as_it_was(path):
+def test_a_checkpoint_comes_back_as_it_was_and_a_damaged_one_never_otherwise(path):
+    """It is a plain file of torch. Each cut is seen; so is every bit of what says where
+    things are (the zip's directory, at the end), and one of each byte before it."""
     assert same(torch.load(path, weights_only=True), CONTENT)
     assert same(train.read_checkpoint(path, mmap=True), CONTENT)
     assert [each.name for each in path.parent.iterdir()] == [path.name]
-
-
-def test_a_flipped_bit_or_a_cut_is_refused_or_changes_nothing(path):
-    """Every bit of what says where things are (the zip's directory, at the end), and
-    one of each byte before it: never is something else loaded. Each cut is seen."""
     good, refused = path.read_bytes(), 0
     start = good.index(b"PK\1\2")
     assert 0 < start < len(good) - 500

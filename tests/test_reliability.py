@@ -351,11 +351,17 @@ FORBIDDEN = re.compile(
 
 
 TRAINER = "copy math dataclasses torch data model".split()  # what sft and sdft import
+NAMES = "|".join([*data.make_tasks(data.World(0), 1, 0)["prior"], *data.DOMAINS])
+FOREIGN = re.compile(  # to them: a file, the terminal, and the tiny world
+    r"\w\.(?:jsonl?|pt|txt|csv|png)\b|\b(?:print|open)\(|\bdata\.[A-Z]{2}|"
+    rf"[\"'](?:{NAMES})"
+)
 
 
 def faults(source, modules=MODULES):
     """What must not be in a source, as a list of texts."""
     found = FORBIDDEN.findall(source)
+    found += FOREIGN.findall(source) if modules is TRAINER else []
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in getattr(node, "names", ())
                  if isinstance(node, ast.Import)]  # fmt: skip
@@ -365,7 +371,7 @@ def faults(source, modules=MODULES):
 
 
 def test_the_sources_run_no_code_from_files_and_open_no_connection():
-    """And a trainer does not import the other one, or what runs it."""
+    """And a trainer knows neither the other one, nor what runs it, nor its world."""
     found = {path.stem: faults(path.read_text()) for path in ROOT.glob("*.py")}
     assert found == {name: [] for name in ("data", "model", "sdft", "sft", "train")}
     for line in """import pickle|from pickle import loads|import urllib.request as u|
@@ -375,8 +381,9 @@ def test_the_sources_run_no_code_from_files_and_open_no_connection():
         assert faults(line.strip()) != [], line
     for method in METHODS:
         assert faults((ROOT / f"{method}.py").read_text(), TRAINER) == []
-    for line in "import sft as x", "from train import Run", "import json":
-        assert len(faults(line, TRAINER)) == 1
+    for line in """import sft as x|from train import Run|import json|data.NOUNS|
+    open(path)|# as in metrics.jsonl|tasks['in_context']|x = "garden" """.split("|"):
+        assert len(faults(line.strip(), TRAINER)) == 1, line
     assert faults("model.eval()\ntorch.load(f, weights_only=True)") == []
     assert faults("def f():\n    import transformers") == []
 

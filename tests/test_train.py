@@ -313,15 +313,6 @@ def test_help_explains_every_flag_with_its_default_and_each_has_an_effect(capsys
         assert bool(re.search(pattern, text)) == (name in FLAGS), name
 
 
-def test_a_given_value_counts_with_quick_even_where_it_is_the_default():
-    usual, quick = values_of()[0], values_of("--quick")[0]
-    assert quick == {**usual, **train.QUICK, "quick": True} != usual
-    for name in train.QUICK:
-        given = f"{FLAGS[name]}={usual[name]}"
-        for argv in (given, "--quick"), ("--quick", given):
-            assert values_of(*argv)[0] == {**quick, name: usual[name]}
-
-
 CHANGES = {  # of each setting, a value that is not its default
     "seed": 1, "steps": 4, "batch_size": 16, "micro_batches": 2, "lr": 2e-3,
     "warmup_steps": 0, "beta2": 0.9, "weight_decay": 0.1, "grad_clip": 0.1,
@@ -331,8 +322,9 @@ CHANGES = {  # of each setting, a value that is not its default
 }  # fmt: skip
 
 
-def test_every_flag_of_a_setting_reaches_the_settings_of_both_methods():
-    """And no setting has none, but for three. What each changes: test_reliability."""
+def test_every_flag_of_a_setting_reaches_both_methods_and_counts_with_quick():
+    """Even where it is the default. Some settings have none. What each changes: see
+    test_reliability."""
     usual = {method: asdict(trainer.Config()) for method, trainer in METHODS.items()}
     assert values_of()[1] == usual and usual["sdft"].keys() == CHANGES.keys()
     assert train.HIDDEN == ("warmup_steps", "beta2", "weight_decay", "grad_clip")
@@ -341,6 +333,12 @@ def test_every_flag_of_a_setting_reaches_the_settings_of_both_methods():
         for method, before in usual.items():
             change = {name: CHANGES[name]} if name in before else {}
             assert now[method] == {**before, **change}, name
+    usual, quick = values_of()[0], values_of("--quick")[0]
+    assert quick == {**usual, **train.QUICK, "quick": True} != usual
+    for name in train.QUICK:
+        given = f"{FLAGS[name]}={usual[name]}"
+        for argv in (given, "--quick"), ("--quick", given):
+            assert values_of(*argv)[0] == {**quick, name: usual[name]}
 
 
 def test_every_flag_of_the_world_reaches_the_world_and_the_base():
@@ -406,8 +404,3 @@ def test_bad_input_gets_an_error_and_a_hint_before_anything_is_made(
 ):
     assert_refused(go(tmp_path / "out", flags), BAD[flags])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_base_that_cannot_be_shared_out_is_refused(tmp_path, go, monkeypatch):
-    monkeypatch.setattr(train, "world_size", lambda: 5)
-    assert_refused(go(tmp_path), "base model: a batch of 64 ", "a multiple of 5")
