@@ -63,9 +63,6 @@ def record(monkeypatch, owner, name):
     return calls
 
 
-# ---- The model ---------------------------------------------------------------------
-
-
 def norm_by_hand(x, weight, eps):
     return weight * x / (x.pow(2).sum() / len(x) + eps).sqrt()
 
@@ -233,9 +230,6 @@ def test_recomputed_activations_give_the_same_gradients_and_are_for_training(
     assert not calls
     model.hidden(prompts[0])
     assert len(calls) == model.config.n_layer
-
-
-# ---- The cache and the sampler -----------------------------------------------------
 
 
 @every_grouping
@@ -429,9 +423,6 @@ def test_rows_that_are_no_tokens_are_never_sampled_and_in_no_loss(tie_weights):
     for ours, right in zip(*results, strict=True):
         close(ours[: len(right)], right)
         assert not ours[len(right) :].any()
-
-
-# ---- What would be silently wrong is refused ----------------------------------------
 
 
 def refused(message, do, *args, error=AssertionError):

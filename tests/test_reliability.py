@@ -39,9 +39,6 @@ from model import GPT, GPTConfig
 __all__ = ["finished", "go", "made", "sources_are_read_once", "with_base"]  # fixtures
 
 
-# ---- Kills, and a full disk ----------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """The folder of a run that died in the base's sixth step, by the second of two
@@ -98,9 +95,6 @@ def test_a_save_may_die_or_fail_at_any_moment(what, tmp_path, monkeypatch):
     process that dies takes no page of the system's with it; syncs only cost.)"""
     monkeypatch.setattr(os, "fsync", lambda number: None)
     assert moments_of_a_save(tmp_path / "saves", what) > 50
-
-
-# ---- Signals, readers that are gone, and numbers that are not finite -----------------
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -183,9 +177,6 @@ def test_a_step_that_is_not_finite_is_not_made_and_ends_with_3(
     weights = [w for m in saved["models"].values() for w in m.values()]
     assert saved["step"] == 4 and all(w.isfinite().all() for w in weights)
     assert train.read_metrics(with_base / method)[-1]["step"] == 4
-
-
-# ---- Several processes ---------------------------------------------------------------
 
 
 def assert_same_training(one, two):
@@ -288,8 +279,6 @@ def test_a_process_that_is_not_the_first_waits_before_it_tells_its_error(
     assert waited == ([] if rank == "0" else [5])
 
 
-# ---- The same numbers, and no dead setting -------------------------------------------
-
 # a change that moves them says why in its commit
 LOSSES = {"sft": [6.85321, 6.78183, 6.35396], "sdft": [1.05841, 0.98994, 1.0231]}
 
@@ -336,8 +325,6 @@ def test_losses_are_the_stored_ones_and_every_setting_changes_something(
         assert not same(usual, now), name
         assert "_every" not in name or same(usual[1], now[1]), name
 
-
-# ---- No code from files, no network --------------------------------------------------
 
 MODULES = """argparse ast codecs collections contextlib copy dataclasses datetime fcntl
 functools hashlib inspect itertools json math os pathlib random re shlex signal
@@ -386,9 +373,6 @@ def test_the_sources_run_no_code_from_files_and_open_no_connection():
         assert len(faults(line.strip(), TRAINER)) == 1, line
     assert faults("model.eval()\ntorch.load(f, weights_only=True)") == []
     assert faults("def f():\n    import transformers") == []
-
-
-# ---- The gate; two runs at once, or one after the other ------------------------------
 
 
 @pytest.mark.parametrize("method", ["sft", "sdft", "both"])

@@ -36,9 +36,6 @@ NAMES = "SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"
 SIGNALS = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 
 
-# ---- What the tests of train.py share ------------------------------------------------
-
-
 def start(*args, cwd=ROOT, launcher=(sys.executable,), **environment):
     """train.py as a process of its own."""
     argv = [*launcher, str(ROOT / "train.py"), *map(str, args)]
@@ -162,9 +159,6 @@ def with_base(made, tmp_path):
     return shutil.copytree(made / "base", tmp_path / "out" / "base").parent
 
 
-# ---- What a run leaves and prints ----------------------------------------------------
-
-
 def test_both_methods_start_from_the_base_and_leave_what_is_promised(made):
     base, first = train.read_checkpoint(base_file(made)), []
     student = GPT(GPTConfig(**base["config"]))
@@ -283,9 +277,6 @@ def test_sample_shows_what_base_and_trained_model_respond(names, finished, go):
         path.unlink(missing_ok=True)
         gone = [f"{path} is gone"]
         expected = [*gone, *expected[1:3], *gone * len(names[1:]), *expected[3:]]
-
-
-# ---- Flags ---------------------------------------------------------------------------
 
 
 FLAGS = {x.dest: x.option_strings[-1] for x in train.make_parser()._actions}
