@@ -18,10 +18,7 @@ pytest.register_assert_rewrite("oracles")
 @pytest.fixture
 def float64():
     """New tensors are float64, so that weights of a loss, which are made of whole
-    numbers, lose no digits. A file that wants it for all of its tests says
-
-    pytestmark = pytest.mark.usefixtures("float64")
-    """
+    numbers, lose no digits."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
@@ -29,8 +26,7 @@ def float64():
 
 @pytest.fixture(autouse=True)
 def as_in_a_process_of_its_own():
-    """Threads as they were afterwards, where train.main ran in this process. (Signals
-    are given back by train.main.)"""
+    """Threads as they were afterwards, where train.main ran in this process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -72,49 +72,44 @@ def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use(flags, finishe
 # ---- which model, by which key -------------------------------------------------------
 
 
-def where(flags="", world_size=1):
-    """The folder that train.py gives to the base of these flags."""
-    args = train.parse_args([*SMALL, *shlex.split(flags)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "world_size", lambda: world_size)
-        settings = train.base_settings(args)
-        return train.find_base(args, *settings, data.World(args.seed), TOK).parent.name
-
-
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
     """Of flags, processes, settings without a flag, and code."""
-    usual, real, batch = where(), train.inspect.getsource, data.get_batch
+
+    def key(flags="", *change):
+        args = train.parse_args([*SMALL, *shlex.split(flags)])
+        with monkeypatch.context() as patch:
+            if change:
+                patch.setattr(*change)
+            settings = *train.base_settings(args), data.World(args.seed), TOK
+            return train.find_base(args, *settings).parent.name
+
+    usual, real, batch = key(), train.inspect.getsource, data.get_batch
     alike = """--steps 4 --lr 1 --method both --demos 99 --kl jsd --distance own
     --eval-size 9 --threads 2 --seed 0 --dropout 0 --max-new-tokens 9"""
-    assert usual == where(alike) == where("", 2) == where("", 4)
-    assert usual != where("", 8)  # which are eight parts, with a noise for each
-    others = "--seed 1", "--base-steps 3", "--n-layer 2", "--n-embd 64"
-    keys = [usual, *map(where, others)]
-
-    def key_with(owner, name, value):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, value)
-            return where()
-
     records = replace(train.BASE, log_every=7, save_every=11, micro_batches=4)
-    assert key_with(train, "BASE", records) == usual
+    assert usual == key(alike) == key("", train, "BASE", records)
+    assert usual == key("", train, "world_size", lambda: 4)
+    others = "--seed 1", "--base-steps 3", "--n-layer 2", "--n-embd 64"
+    changes = [(train, "world_size", lambda: 8)]  # 8 parts, with a noise for each
     for name, value in {"lr": 1.0, "beta2": 0.5, "dropout": 0.5, "weight_decay": 0.2,
                         "batch_size": 32, "grad_clip": 3.0}.items():  # fmt: skip
-        keys.append(key_with(train, "BASE", replace(train.BASE, **{name: value})))
-    for name, value in {  # the corpus, what is learnt of it, the order of a batch
+        changes.append((train, "BASE", replace(train.BASE, **{name: value})))
+    changes += [(data, name, value) for name, value in {
+        # the corpus, what is learnt of it, the order of a batch
         "KNOWN": 119, "GUESSED": 0.5, "STYLES": {**data.STYLES, "poet": ("", "so", "")},
         "loss_mask": lambda batch, lengths: torch.ones(len(batch), 1, dtype=torch.bool),
         "get_batch": lambda *args: batch(*args)[::-1],
-    }.items():  # fmt: skip
-        keys.append(key_with(data, name, value))
+    }.items()]  # fmt: skip
+    code = {}
     for module in (model, sft, sdft, data, train):
         edited = types.SimpleNamespace(
             getsource=lambda x, module=module: real(x) + "#" * (x is module)
         )
-        key = key_with(train, "inspect", edited)
-        assert (key == usual) == (module not in (model, sft))
-        keys += [key] * (key != usual)
-    assert len(set(keys)) == len(keys) == 18
+        code[module] = key("", train, "inspect", edited)
+    assert [module for module in code if code[module] != usual] == [model, sft]
+    keys = [usual, code[model], code[sft], *map(key, others)]
+    keys += [key("", *change) for change in changes]
+    assert len(set(keys)) == len(keys) == 19
 
 
 def test_a_folder_can_be_moved_and_a_device_have_a_number(finished, tmp_path, go):

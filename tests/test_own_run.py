@@ -13,7 +13,6 @@ import torch
 
 import data
 import model
-import sdft
 import train
 
 pytest.importorskip("transformers", reason="pip install transformers")
@@ -83,7 +82,9 @@ def weights_of(gpt):
 
 
 @pytest.mark.parametrize("method", ["sft", "sdft"])
-def test_a_run_measures_all_files_and_writes_a_model(method, both):
+def test_a_run_measures_all_files_and_writes_the_model_made_by_hand(
+    method, both, tmp_path
+):
     results, lines = read(both / "out", method)
     base, *ends = results["evaluations"]
     first = [(end["skill"], end["responses"][0]["prompt"]) for end in ends]  # of --eval
@@ -94,20 +95,20 @@ def test_a_run_measures_all_files_and_writes_a_model(method, both):
         assert set(each["new"]) == set(each["nll"]) == {"a", "b"}  # prior has no demos
         assert {*each["prior"]} == {*each["kl_student_base_prior"]} == {"old", "older"}
     assert max(map(abs, base["kl_student_base_prior"].values())) < 1e-5
-    gpt, place = load(both / "source"), both / "out" / method
-    base, trained = weights_of(gpt), weights_of(load(place / "model"))
-    gpt.load_state_dict(train.read_run(place / "checkpoint.pt")["models"]["student"])
-    assert torch.equal(trained, weights_of(gpt)) and not torch.equal(trained, base)
-
-
-def test_a_run_is_the_one_that_is_made_by_hand(both, tmp_path):
     student, tok = load(both / "source"), data.ChatTokenizer(both / "source")
     tok.template, files = TEMPLATE, {name: both / f"{name}.jsonl" for name in "ab"}
     stages = {k: data.read_examples(file, True, "none")[0] for k, file in files.items()}
-    cfg = sdft.Config(**train.REAL | {"steps": 3, "batch_size": 6, "max_new_tokens": 6})
+    trainer, base = train.METHODS[method], weights_of(student)
+    more = {"steps": 3, "batch_size": 6, "max_new_tokens": 6}
     torch.set_num_threads(1)
-    sdft.train(student, stages, {}, tok, cfg, train.Run(tmp_path))
-    assert torch.equal(weights_of(student), weights_of(load(both / "out/sdft/model")))
+    run = train.Run(tmp_path)
+    trainer.train(student, stages, {}, tok, trainer.Config(**train.REAL | more), run)
+    trained, place = weights_of(student), both / "out" / method
+    assert torch.equal(trained, weights_of(load(place / "model")))
+    assert not torch.equal(trained, base)
+    saved = train.read_run(place / "checkpoint.pt")["models"]["student"]
+    student.load_state_dict(saved)
+    assert torch.equal(trained, weights_of(student))
 
 
 def test_a_resume_is_exact_and_less_memory_changes_nothing(capsys, both, tmp_path):
