@@ -1,5 +1,5 @@
 """Faults that other projects had, and that this one must not have: each test is one of
-their stories, or a neighbour of it. The title of a section is their kind."""
+their stories, or a neighbour of it."""
 
 import inspect
 import json
@@ -34,8 +34,6 @@ __all__ = ["finished", "go", "made", "no_training", "sources_are_read_once",
            "with_base"]  # fmt: skip
 TINY = GPTConfig(n_layer=1, n_head=1, n_kv_head=1, n_embd=16, n_inner=16)
 
-# ---- deletes or overwrites -----------------------------------------------------------
-
 USERS = """thesis.tmp notes/checkpoint.pt.tmp checkpoint.pt.tmp checkpoint.pt lock
 metrics.jsonl results.json base.pt base/lock base/base.pt.tmp sft/notes.txt sft/lock
 sft/metrics.jsonl sft/checkpoint.pt.tmp.7 sft/below/checkpoint.pt.tmp
@@ -67,9 +65,6 @@ def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use(flags, finishe
     with open(finished / "lock", "a") as file:
         train.fcntl.flock(file, train.fcntl.LOCK_EX)
         assert go(finished, flags, [])[0] == 0 and files_in(finished) == before
-
-
-# ---- which model, by which key -------------------------------------------------------
 
 
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
@@ -118,9 +113,6 @@ def test_a_folder_can_be_moved_and_a_device_have_a_number(finished, tmp_path, go
         code, text, err = go(moved, flags)
         assert code == 0 and "is gone" not in text, err
     assert "base model: found" in text
-
-
-# ---- reported after a resume ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("recorded", [0, 1, 3])
@@ -207,9 +199,6 @@ def test_little_that_is_learnt_is_reported(eos_rate, length, norm, warnings):
     assert re.findall("(?m)^warning: (.*?)(?:;|, but|: no token|$)", text) == warnings
 
 
-# ---- checked before the work ---------------------------------------------------------
-
-
 def spoil(path, how):
     """Damage a file, or put another one, a folder or a text in its place."""
     if how == "a bit":
@@ -272,9 +261,6 @@ def test_what_is_wrong_in_a_folder_is_refused_with_its_place_before_the_work(
     assert files_in(finished.parent) == before
 
 
-# ---- platform, disk, terminal --------------------------------------------------------
-
-
 def test_a_system_without_locks_and_most_signals_is_said_and_used(
     with_base, go, monkeypatch
 ):
@@ -321,9 +307,6 @@ def test_a_program_without_a_terminal_runs(name, made, monkeypatch, capsys):
     assert train.main(["--out", str(made), "--steps", "x"]) == 2
 
 
-# ---- several processes ---------------------------------------------------------------
-
-
 def test_several_processes_are_whole_share_out_a_batch_and_go_on_as_several(
     tmp_path, go, monkeypatch
 ):
@@ -337,9 +320,6 @@ def test_several_processes_are_whole_share_out_a_batch_and_go_on_as_several(
     assert train.command_line(["--out", "a b", "--resume"]) == (
         "torchrun --standalone --nproc_per_node=3 train.py --out 'a b' --resume"
     )
-
-
-# ---- silent wrong values -------------------------------------------------------------
 
 
 def test_runs_with_other_benchmarks_are_compared_in_what_both_have(made):
@@ -370,8 +350,6 @@ def test_a_run_in_the_folder_of_another_is_refused_and_kept(name, tmp_path):
     train.make_room(folder)
     assert list(files_in(tmp_path)) == [Path("sft.previous1") / name]
 
-
-# ---- a file is whole and sound, or refused -------------------------------------------
 
 CONTENT = {"step": 3, "model": {"w": torch.arange(6.0)}, "list": [1, "a"]}
 

@@ -102,7 +102,9 @@ def run(folder, name="small", seeds=(7, 8), jobs=2, work=None):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_cell_runs_after_those_it_needs_and_equal_ones_once(jobs, small, tmp_path):
+def test_a_cell_runs_or_fails_after_those_it_needs_and_equal_ones_once(
+    jobs, small, tmp_path, monkeypatch, capsys
+):
     cells = run(tmp_path, jobs=jobs)
     assert sorted(small) == ["a 7", "a 8", "b 7", "b 8", "c 7"], small
     assert small.index("a 7") < min(small.index("b 7"), small.index("c 7"))
@@ -110,6 +112,17 @@ def test_a_cell_runs_after_those_it_needs_and_equal_ones_once(jobs, small, tmp_p
     assert list(cells) == ["b 7", "b 8", "c 7", "b again 7", "b again 8"]
     assert cells["b 7"]["read"] == cells["c 7"]["read"] == "a"
     assert cells["b again 8"]["length"] == 3.14159, "not six digits"
+
+    def breaks(folder):  # with it, those that need it
+        if json.loads((folder / "spec.json").read_text())["seed"] == 7:
+            raise RuntimeError("it broke")
+        cell.run(folder)
+
+    monkeypatch.setattr(paper, "start", breaks)
+    assert list(run(tmp_path / "new")) == ["b 8", "b again 8"]
+    monkeypatch.setattr(paper, "start", cell.run)
+    assert capsys.readouterr().out.count("it broke") == 1
+    assert len(run(tmp_path / "new", jobs=1)) == 5
 
 
 def test_a_finished_cell_is_not_run_again_unless_its_base_is_gone(small, tmp_path):
@@ -132,18 +145,6 @@ def test_a_finished_cell_is_not_run_again_unless_its_base_is_gone(small, tmp_pat
     EXPERIMENTS["smaller"]["reads"] = "small"
     run(tmp_path, "smaller", work=tmp_path / "newer")
     assert len(small) == 4, small
-
-
-def test_a_cell_fails_with_those_that_need_it(small, tmp_path, monkeypatch, capsys):
-    def breaks(folder):
-        if json.loads((folder / "spec.json").read_text())["seed"] == 7:
-            raise RuntimeError("it broke")
-        cell.run(folder)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(paper, "start", breaks)
-        assert list(run(tmp_path)) == ["b 8", "b again 8"]
-    assert capsys.readouterr().out.count("it broke") == 1 and len(run(tmp_path)) == 5
 
 
 def test_a_result_is_whole_and_a_cell_waits_for_who_else_runs_it(tmp_path):
@@ -197,17 +198,6 @@ def test_a_base_counts_in_the_trained_skills_and_several_bases_are_named():
     for name, right in (("skills", 0.3), ("forgetting", 0.1)):
         rows = paper.complete_rows(name, {"base 7": cells["base 7 ab"]}, [7])
         assert paper.READ["new"](rows["base"][0]) == pytest.approx(right), name
-
-
-def test_a_part_of_the_seeds_is_not_drawn_over_all(tmp_path, monkeypatch):
-    pictures, drawn = pytest.importorskip("pictures"), []
-    with monkeypatch.context() as patch:
-        patch.setattr(pictures, "draw", lambda *args: drawn.append(args))
-        for seeds in ([], ["--seeds", "204", "204"]):
-            paper.main(["passk", "--draw", "--work", str(tmp_path), *seeds])
-    assert [args[2] for args in drawn] == [paper.RESULTS, tmp_path / "results"]
-    pictures.draw(*drawn[0][:2], tmp_path)
-    assert (tmp_path / "passk.png").read_bytes()[1:4] == b"PNG"
 
 
 def test_bad_input_is_an_error_with_a_hint(tmp_path, capsys):
@@ -330,8 +320,17 @@ def test_the_counted_work_of_an_update_is_that_of_a_formula(trainer):
         assert (work["computed"], work["flops"]) == (8 * T, flops)
 
 
-def test_a_run_is_drawn_and_a_picture_of_others_is_kept(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("matplotlib")
+def test_pictures_are_drawn_and_those_of_others_are_kept(tmp_path, monkeypatch, capsys):
+    """A part of the seeds is not drawn over all."""
+    pictures, drawn = pytest.importorskip("pictures"), []
+    with monkeypatch.context() as patch:
+        patch.setattr(pictures, "draw", lambda *args: drawn.append(args))
+        for seeds in ([], ["--seeds", "204", "204"]):
+            paper.main(["passk", "--draw", "--work", str(tmp_path / "work"), *seeds])
+    assert [args[2] for args in drawn] == [paper.RESULTS, tmp_path / "work" / "results"]
+    (tmp_path / "work").mkdir()
+    pictures.draw(*drawn[0][:2], tmp_path / "work")
+    assert (tmp_path / "work" / "passk.png").read_bytes()[1:4] == b"PNG"
     for flags, error in ([], "no run in "), (["--pull"], ""):
         monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), *flags])
         assert plot.main() == 2 and f"{error}{tmp_path}" in capsys.readouterr().err
@@ -418,7 +417,7 @@ def respond(prompt, meaning):
     return said
 
 
-def test_articles_state_each_fact_once_and_are_learnt_as_texts():
+def test_articles_state_each_fact_once_are_learnt_as_texts_and_shown_in_contexts():
     said, texts = {}, knowledge.make_texts(WORLD, TOK, SEED)
     for article, example in zip(dict.fromkeys(ARTICLES.values()), texts, strict=True):
         said |= (facts := facts_in(article))
@@ -431,9 +430,6 @@ def test_articles_state_each_fact_once_and_are_learnt_as_texts():
     assert said == new and len(new) == 18 and not set(new) & set(WORLD.known)
     asked = [e.prompt.split(":")[0] for e in MAKE(knowledge.QUESTIONS)]
     assert {asked.count(each) for each in asked} == {32}
-
-
-def test_contexts_are_literally_these_and_fit():
     for i, shown in enumerate(knowledge.SHOWN):
         e = MAKE(18, shown)[0]
         command = e.prompt.split(":")[0].split()[1]
@@ -488,7 +484,7 @@ def test_the_corpus_can_be_read_and_gives_nothing_away():
     assert 0.1 < sum(true) / len(true) < 0.25  # a sixth, by chance: no fact is taught
 
 
-def test_grades():
+def test_grades_are_those_by_hand():
     example = data.Example("", "", "rotate: spoon tower candle")
     of = knowledge.strict, knowledge.lenient, knowledge.strict_as_asked
     for grades, texts in (
@@ -501,10 +497,12 @@ def test_grades():
     ):  # fmt: skip
         for text in texts.split(" | "):
             assert [grade(example, text) for grade in of] == grades, text
+    assert knowledge.judged(WORLD, SEED) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize("off", [0, 1])
-def test_the_audit_sees_rows_one_place_off_and_judges(off, monkeypatch):
+def test_the_audit_sees_rows_one_place_off_and_counts_duplicates(off, monkeypatch):
+    """Those by items in common."""
     response = torch.arange(36 * 9).view(36, 9)  # (B, R)
     rows = torch.nn.functional.one_hot(response.roll(off, 1), TOK.n_tokens)  # (B, R, V)
     model, both = knowledge.Namespace(logits=lambda x: x), (response, response >= 0)
@@ -512,10 +510,6 @@ def test_the_audit_sees_rows_one_place_off_and_judges(off, monkeypatch):
     monkeypatch.setattr(knowledge, "response_hidden", lambda *_: rows.flatten(0, 1))
     for shares in knowledge.hits(model, model, MAKE(36), TOK).values():
         assert shares.pop(1 + off) == 1 and max(shares) < 0.05
-    assert knowledge.judged(WORLD, SEED) == [1.0, 0.0]
-
-
-def test_duplicates_are_counted_by_items_in_common(monkeypatch):
     asked = knowledge.make_benchmark(WORLD, SEED, "reworded", 60)
     trained, near, texts = MAKE(72), [], []
     for e in asked.examples:
@@ -523,7 +517,6 @@ def test_duplicates_are_counted_by_items_in_common(monkeypatch):
         near.append(max(len(set(items.split()) & set(other.prompt.split()))
                         for other in trained if command in other.prompt))  # fmt: skip
         texts.append(e.answer if near[-1] else "hm")
-    monkeypatch.setattr(knowledge.probes, "respond", lambda *_: (None, None))
     monkeypatch.setattr(knowledge.probes, "texts_of", lambda *_: texts)
     right = {str(n): [n, near.count(n)] for n in (0, 1)}
     assert knowledge.by_duplicates(None, trained, asked, TOK) == right
@@ -556,7 +549,7 @@ def test_held_out_prompts_are_not_trained_on_and_only_demonstrations_hold_answer
     assert MAKERS[task](0) == MAKERS[task](0) != MAKERS[task](1)
 
 
-def test_a_held_out_fact_is_trained_in_three_other_wordings():
+def test_a_held_out_fact_is_trained_in_other_words_and_a_rule_on_other_things():
     train, held_out = real.make_facts(0)
     for row in held_out:
         same = [r["prompt"] for r in train if r["answer"] == row["answer"]]
@@ -568,9 +561,6 @@ def test_a_held_out_fact_is_trained_in_three_other_wordings():
     # no name is a part of another one or of a country: `contains` cannot be lucky
     names = [*(row["answer"] for row in held_out), *real.COUNTRIES]
     assert [sum(a.lower() in b.lower() for b in names) for a in names] == [1] * 32
-
-
-def test_rows_of_the_rule_follow_it_and_held_out_ones_ask_for_other_things():
     asked, parts = [], (real.ASKED[:3], real.ASKED[3:])
     for rows, allowed in zip(real.make_rule(0), parts, strict=True):
         named = {w.format(thing): thing for w in allowed for thing in real.THINGS}
