@@ -232,20 +232,16 @@ def test_the_student_alone_gets_gradients_and_no_input_is_changed(loss, temperat
         assert s.grad.abs().max() > 0.01 and t.grad is None
 
 
-def test_chunks_bound_the_memory_and_are_not_needlessly_small():
-    """At the vocabularies of our world, of GPT-2 and of Qwen2.5: 32 MB of float32 on a
-    CPU, 512 MB on a GPU; one row, if it is larger."""
+@pytest.mark.parametrize("loss", ("nll", *KLS))
+def test_nothing_as_large_as_all_logits_is_ever_made(loss, monkeypatch):
+    """At 7 rows of 140,001 tokens, two rows at a time: no tensor is larger than a chunk
+    or than a head, forward or backward. The formula makes them whole. A chunk is of 32
+    MB of float32 on a CPU, of 512 MB on a GPU; of one row, if it is larger."""
     on_gpu = type("OnGPU", (torch.Tensor,), {"is_cuda": True})
     for V in (1, 512, 50_304, 151_936, 2**24, 2**28):
         head = torch.empty(V, 1, device="meta")
         assert model.chunk_rows(head) == max(1, min(1024, 2**23 // V))
         assert model.chunk_rows(head.as_subclass(on_gpu)) == max(1, 2**27 // V)
-
-
-@pytest.mark.parametrize("loss", ("nll", *KLS))
-def test_nothing_as_large_as_all_logits_is_ever_made(loss, monkeypatch):
-    """At 7 rows of 140,001 tokens, two rows at a time: no tensor is larger than a chunk
-    or than a head, forward or backward. The formula makes them whole."""
     x = make_rows(7, V := 140_001, C=1)
     monkeypatch.setattr(model, "chunk_rows", lambda head: 2)
     with LargestTensor() as seen:

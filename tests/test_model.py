@@ -64,7 +64,7 @@ def record(monkeypatch, owner, name):
 
 
 def norm_by_hand(x, weight, eps):
-    return weight * x / (x.pow(2).sum() / len(x) + eps).sqrt()
+    return weight * x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt()
 
 
 def rotate_by_hand(x, position, theta):
@@ -75,54 +75,45 @@ def rotate_by_hand(x, position, theta):
     return torch.tensor([a.real for a in z] + [a.imag for a in z], dtype=x.dtype)
 
 
-def attention_by_hand(xs, w, config):
-    """One query, one head at a time."""
+def attention_by_hand(x, w, config):
+    """One head at a time."""
     H, G, D = config.n_head, config.n_kv_head, config.head_dim
-    biases = w["qkv_proj.bias"].split(D)
-    weights = zip(w["qkv_proj.weight"].split(D), biases, strict=True)
-    heads = [[W @ x + b for x in xs] for W, b in weights]  # of queries, keys, values
+    projected = x @ w["qkv_proj.weight"].T + w["qkv_proj.bias"]
+    heads, ys = projected.split(D, -1), []  # (T, D) of queries, keys, values
 
-    def turned(x, norm, position):
+    def turned(x, norm):
         x = norm_by_hand(x, w[norm], config.norm_eps) if config.qk_norm else x
-        return rotate_by_hand(x, position, config.rope_theta)
+        return torch.stack(
+            [rotate_by_hand(row, i, config.rope_theta) for i, row in enumerate(x)]
+        )
 
-    for i in range(len(xs)):
-        y = []
-        for h in range(H):
-            kv = H + h // (H // G)
-            query, scores = turned(heads[h][i], "q_norm.weight", i), []
-            for j in range(i + 1):
-                key = turned(heads[kv][j], "k_norm.weight", j)
-                scores.append(math.exp(query @ key / math.sqrt(D)))
-            values = zip(scores, heads[kv + G], strict=False)
-            y.append(sum(score / sum(scores) * v for score, v in values))
-        yield w["o_proj.weight"] @ torch.cat(y)
+    for h in range(H):
+        kv = H + h // (H // G)
+        q, k = turned(heads[h], "q_norm.weight"), turned(heads[kv], "k_norm.weight")
+        scores = (q @ k.T / math.sqrt(D)).exp().tril()  # (T, T)
+        ys.append(scores @ heads[kv + G] / scores.sum(-1, keepdim=True))
+    return torch.cat(ys, -1) @ w["o_proj.weight"].T
 
 
 def mlp_by_hand(x, w):
-    gate, up = (W @ x for W in w["gate_up_proj.weight"].chunk(2))
-    return w["down_proj.weight"] @ (gate / (1 + (-gate).exp()) * up)
+    gate, up = (x @ W.T for W in w["gate_up_proj.weight"].chunk(2))
+    return gate / (1 + (-gate).exp()) * up @ w["down_proj.weight"].T
 
 
 @pytest.mark.parametrize("other", ({}, {"head_dim": 6}, {"qk_norm": True}))
 @every_grouping
 def test_logits_equal_the_formulas_written_out(n_kv_head, other):
-    """Norms, rotation, groups, scale, SwiGLU and residuals, token by token."""
+    """Norms, rotation, groups, scale, SwiGLU and residuals."""
     model = make_model(n_kv_head=n_kv_head, norm_eps=0.1, tie_weights=False, **other)
-    tokens = draw_tokens(6).tolist()
+    tokens, eps = draw_tokens(6).tolist(), 0.1
     assert model.config.head_dim == other.get("head_dim", 16 / 4)
-    xs = [model.wte.weight[token] for token in tokens]
-
-    def normed(ln):
-        return [norm_by_hand(x, ln.weight, model.config.norm_eps) for x in xs]
-
+    x = model.wte.weight[tokens]  # (T, C)
     for block in model.h:
         attn, mlp = block.attn.state_dict(), block.mlp.state_dict()
-        ys = attention_by_hand(normed(block.ln_1), attn, model.config)
-        xs = [x + y for x, y in zip(xs, ys, strict=True)]
-        ys = [mlp_by_hand(x, mlp) for x in normed(block.ln_2)]
-        xs = [x + y for x, y in zip(xs, ys, strict=True)]
-    logits = torch.stack([model.lm_head.weight @ x for x in normed(model.ln_f)])
+        normed = norm_by_hand(x, block.ln_1.weight, eps)
+        x = x + attention_by_hand(normed, attn, model.config)
+        x = x + mlp_by_hand(norm_by_hand(x, block.ln_2.weight, eps), mlp)
+    logits = norm_by_hand(x, model.ln_f.weight, eps) @ model.lm_head.weight.T
     close(full_logits(model, tokens), logits, 1e-5)  # the model's cos is float32
 
 

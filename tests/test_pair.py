@@ -35,8 +35,6 @@ BATCH = [  # prompts and demonstrations of several lengths
 ]
 CFG = sdft.Config(batch_size=len(BATCH), max_new_tokens=8)
 
-# ---- The text ----------------------------------------------------------------------
-
 SFT, SDFT = (Path(module.__file__).read_text() for module in (sft, sdft))
 TEACHER = ["make_teacher", "update_teacher"]  # functions that SFT does not have
 METHOD = [*TEACHER, "get_responses", "compute_loss", "models =", "student, teacher",
@@ -106,9 +104,6 @@ def test_what_does_not_depend_on_the_method_is_equal_as_text():
     ):
         assert SDFT.count(old) == 1, old
         assert strange(SDFT.replace(old, new)), new
-
-
-# ---- What both promise -------------------------------------------------------------
 
 
 def small_model(seed=0, **changes):
@@ -315,8 +310,6 @@ def test_all_that_is_random_comes_from_seed_step_and_example(tmp_path, monkeypat
             right = [data.derive_seed(seed, step, batch[i].id) for i in (0, 2)]
             assert [seeds.pop(0), seeds.pop(0)] == right, (run, step)
 
-
-# ---- What each has alone -----------------------------------------------------------
 
 SHOWN = "well friend, front so you get cake as ever"
 SKIPPING = [  # of 2 to 16 tokens; of the last ones, fewer and fewer are learnt

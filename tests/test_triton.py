@@ -39,12 +39,14 @@ def assert_right(value, gradient, s, t, weight, kl, digits=1e-5):
     assert (gradient - right_gradient).norm() <= digits * right_gradient.norm()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @every_kl
 @pytest.mark.parametrize("V", [1, 33, 512, 1000, 4096, 4099, 9000])
 def test_kernel_equals_float64(kl, V):
     """Ragged vocabularies, far and near teachers: gradients within 1e-5 relative. Only
     forward loses digits to a teacher nearer than 0.1: log_ratio is right to about 1e-7.
-    A vocabulary padded with minus infinity adds nothing."""
+    A vocabulary padded with minus infinity adds nothing. What is not finite does not
+    come out as a number: it must reach the check before the optimizer step."""
     weight, pads = torch.tensor([1.0, 0.25, 2.0]), torch.full((3, 68), float("-inf"))
     for scale, distance in ((1, 3), (2, 0.1), (2, 0.01), (2, 0.001), (10, 1)):
         args = *draw_logits(3, V, scale, distance, seed=V), weight, kl
@@ -55,14 +57,8 @@ def test_kernel_equals_float64(kl, V):
     torch.testing.assert_close(padded[0], value, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(padded[1][:, :V], gradient, rtol=1e-6, atol=1e-7)
     assert not padded[1][:, V:].any()
-
-
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@every_kl
-def test_what_is_not_finite_does_not_come_out_as_a_number(kl):
-    """It must reach the check before the optimizer step."""
-    s, t = draw_logits(2, 600, 2, 1)
-    for s[1, 500] in (float("nan"), float("inf")):
+    s, t = draw_logits(2, V, 2, 1)
+    for s[1, V // 2] in (float("nan"), float("inf")):
         value, gradient = run_kernel(s, t, torch.ones(2), kl)
         assert value[0].isfinite() and not value[1].isfinite()
         assert gradient[0].isfinite().all() and not gradient[1].isfinite().all()
