@@ -172,8 +172,10 @@ def test_rows_are_right_in_every_block_of_the_kernel(kl, V):
 @every_loss
 def test_chunked_losses_equal_the_formula(loss, temperature, monkeypatch):
     """In value and, by autograd, in gradients, for chunks of any size: the last is
-    often smaller. Without gradients it is the same. Of no rows, and of tensors
-    of any layout: transposed, and every second entry of a longer one."""
+    often smaller. Without gradients it is the same. Of no rows, and of tensors of any
+    layout: transposed, and every second entry of a longer one. Of hidden states in
+    bfloat16, what comes after them is not rounded: not the product with the head, and
+    not the division by the temperature."""
     views = [x.detach().T.contiguous().T.requires_grad_() for x in make_rows()[:4]]
     views += [x.repeat_interleave(2)[::2] for x in make_rows()[4:]]
     assert not any(x.is_contiguous() for x in views)
@@ -188,14 +190,8 @@ def test_chunked_losses_equal_the_formula(loss, temperature, monkeypatch):
             with torch.no_grad():
                 alone = chunked(loss, x, temperature)
             assert torch.equal(alone, value) and not alone.requires_grad
-
-
-@every_loss
-def test_bfloat16_hidden_states_become_float32_logits(loss, temperature, monkeypatch):
-    """Hidden states are rounded, what comes after them is not: not the product with the
-    head, and not the division by the temperature."""
-    monkeypatch.setattr(model, "chunk_rows", lambda head: 4)
     x = make_rows(9, 33, dtype=torch.float32, hidden=torch.bfloat16)
+    monkeypatch.setattr(model, "chunk_rows", lambda head: 4)
     found, right = (of(loss, x, temperature) for of in (chunked, on_paper))
     found, right = ((value, *slopes(value, x)) for value in (found, right))
     assert [y.dtype for y in found] == [torch.float32, torch.bfloat16, torch.float32]

@@ -98,7 +98,8 @@ def test_each_form_of_a_row_gives_its_example_and_no_remark_but_of_its_turns(tmp
         assert read(tmp_path, row) == ([example], remarks), row
 
 
-def test_a_bad_line_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
+def test_a_bad_line_or_file_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
+    """A file is UTF-8, with any line ends, and not a list."""
     for line, wrong in BAD:
         (text,) = read(tmp_path, LINE, line, *[] if isinstance(line, bytes) else [LINE])
         assert text.startswith(f"F:2: {wrong}"), line
@@ -106,6 +107,17 @@ def test_a_bad_line_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
     assert [line.split(":")[1] for line in lines] == [*"2345678", "10"]
     lines = read(tmp_path, LINE, *["[]"] * 100)
     assert lines[19].startswith("F:21: ") and lines[20:] == ["... and 80 more"]
+    assert [e.id for e in read(tmp_path, f"\ufeff{LINE}\r", LINE + "\r")[0]] == [1, 2]
+    binary = "not UTF-8; iconv -f utf-16, or gunzip, makes it so"
+    a_list = "one list; jq -c '.[]' writes one row a line"
+    for content, wrong in (
+        (f"\ufeff{LINE}".encode("utf-16-le"), binary), (b"", "no rows"),
+        (f"\ufeff{LINE}".encode("utf-16-be"), binary), (b" \n\n", "no rows"),
+        (LINE.encode("utf-16-le"), binary), (gzip.compress(LINE.encode()), binary),
+        (f"[{LINE}]", a_list), (f" [\n{LINE},\n{LINE}\n]\n", a_list),
+        (f"\ufeff[\n{LINE}]", a_list),
+    ):  # fmt: skip
+        assert read(tmp_path, content) == [f"F: {wrong}"]
 
 
 def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
@@ -126,20 +138,6 @@ def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
     examples, (_, *remarks) = read(tmp_path, *rows, needs_demo=False)
     assert examples == [replace(GOOD, demo="", **X), replace(GOOD, id=3, **X)]
     assert remarks == [f"key '{x}' of 1 rows is not used" for x in ("input", "z")]
-
-
-def test_a_file_is_utf_8_with_any_line_ends_and_not_a_list(tmp_path):
-    assert [e.id for e in read(tmp_path, f"\ufeff{LINE}\r", LINE + "\r")[0]] == [1, 2]
-    binary = "not UTF-8; iconv -f utf-16, or gunzip, makes it so"
-    a_list = "one list; jq -c '.[]' writes one row a line"
-    for content, wrong in (
-        (f"\ufeff{LINE}".encode("utf-16-le"), binary), (b"", "no rows"),
-        (f"\ufeff{LINE}".encode("utf-16-be"), binary), (b" \n\n", "no rows"),
-        (LINE.encode("utf-16-le"), binary), (gzip.compress(LINE.encode()), binary),
-        (f"[{LINE}]", a_list), (f" [\n{LINE},\n{LINE}\n]\n", a_list),
-        (f"\ufeff[\n{LINE}]", a_list),
-    ):  # fmt: skip
-        assert read(tmp_path, content) == [f"F: {wrong}"]
 
 
 def test_damaged_files_raise_nothing_but_value_errors(tmp_path):

@@ -217,8 +217,6 @@ ERRORS = {  # what the error says: command lines
     "4 micro-batches of one size": "OWN --batch-size 6 --micro-batches 4",
     "invalid choice: 'word'": "OWN --grade word",
     "--shard needs several processes": "OWN --shard",
-    "it goes with --init MODEL": "--data x|--eval x|--prior x|--template x|--shard|"
-    "--grade exact|--check-data",
     "it goes with the tiny world": "OWN --demos 9|OWN --base-steps 9|"
     "OWN --n-layer 9|OWN --n-embd 32|OWN --distance own",
     "no run in": "--sample x",

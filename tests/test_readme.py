@@ -53,10 +53,9 @@ def test_a_row_of_a_table_has_as_many_cells_as_its_rule():
     for path in (ROOT / "README.md", *(ROOT / "tests").glob("*/*.md")):
         text = re.sub(r"(?ms)^```.*?^```", "", path.read_text(encoding="utf-8"))
         for table in re.findall(r"(?m)(?:^\|.*\n)+", text):
-            head, rule, *rows = table.splitlines()
-            assert re.fullmatch(r"\|(-+\|)+", rule), (path.name, rule)
-            for row in (head, *rows):
-                assert row.count("|") == rule.count("|"), (path.name, row)
+            rows = table.splitlines()
+            assert re.fullmatch(r"\|(-+\|)+", rows[1]), (path.name, rows[1])
+            assert len({row.count("|") for row in rows}) == 1, (path.name, table)
             found += 1
     assert found > 30
 
@@ -64,8 +63,6 @@ def test_a_row_of_a_table_has_as_many_cells_as_its_rule():
 def test_what_the_readme_calls_by_name_exists():
     sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
     everything = "\n".join(sources.values())
-    for text in (README, everything):  # all of it is on the path
-        assert "reading may stop" not in text and "as far as" not in text
     for name in re.findall(r"\(`(\w+)`\)", README):
         assert f"def {name}(" in everything, name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
