@@ -60,11 +60,18 @@ def test_every_file_of_the_user_stays_and_so_does_every_run(with_base, go, monke
 
 
 @pytest.mark.parametrize("flags", ["--show", "--sample x", "--show {0} {0}"])
-def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use(flags, finished, go):
-    before, flags = files_in(finished), flags.format(shlex.quote(str(finished)))
-    with open(finished / "lock", "a") as file:
+def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use_or_moved(
+    flags, finished, tmp_path, go
+):
+    moved = Path(shutil.move(finished, tmp_path / "another place"))
+    before, flags = files_in(moved), flags.format(shlex.quote(str(moved)))
+    with open(moved / "lock", "a") as file:
         train.fcntl.flock(file, train.fcntl.LOCK_EX)
-        assert go(finished, flags, [])[0] == 0 and files_in(finished) == before
+        code, text, err = go(moved, flags, [])
+        assert code == 0 and "is gone" not in text, err
+        assert files_in(moved) == before
+    code, text, err = go(moved, "--resume --method both --device cpu:0")  # a number
+    assert code == 0 and "base model: found" in text, err
 
 
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
@@ -105,14 +112,6 @@ def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch
     keys = [usual, code[model], code[sft], *map(key, others)]
     keys += [key("", *change) for change in changes]
     assert len(set(keys)) == len(keys) == 19
-
-
-def test_a_folder_can_be_moved_and_a_device_have_a_number(finished, tmp_path, go):
-    moved = shutil.move(finished, tmp_path / "another place")
-    for flags in "--sample x", "--show", "--resume --method both --device cpu:0":
-        code, text, err = go(moved, flags)
-        assert code == 0 and "is gone" not in text, err
-    assert "base model: found" in text
 
 
 @pytest.mark.parametrize("recorded", [0, 1, 3])

@@ -139,9 +139,8 @@ def test_values_and_gradients_equal_plain_loops(version, kl):
 
 @every_kl
 def test_near_equal_distributions_lose_no_digits(kl):
-    """Both KLs tend to half the variance of the difference of the logits, the JSD to an
-    eighth; the gradients to p times the centred difference. Of equal ones all is 0. And
-    in float32 a near teacher may have logits that all stand 100 higher."""
+    """Both KLs tend to half the variance of the difference of logits, the JSD to an
+    eighth. In float32, the logits of a near teacher may all be 100 higher."""
     t, change = draw(6, 7), draw(6, 7, seed=1, scale=1e-5)
     p, factor = t.softmax(-1), 0.25 if kl == "jsd" else 1.0
     centred = change - (p * change).sum(-1, keepdim=True)
@@ -201,9 +200,8 @@ def test_chunked_losses_equal_the_formula(loss, temperature, monkeypatch):
 
 @every_loss
 def test_the_student_alone_gets_gradients_and_no_input_is_changed(loss, temperature):
-    """Not even a teacher that asks for them. Backward may be called twice, and gets the
-    factor from upstream; it has no derivative of its own, and says so. fused_kl changes
-    s only."""
+    """Not even a teacher that asks for them. Backward may be called twice, and has no
+    derivative of its own. fused_kl changes s only."""
     x = make_rows()
     before = [y.detach().clone() for y in x]
     x.teacher_hidden.requires_grad_()
@@ -267,9 +265,8 @@ def test_what_is_watched_are_weighted_sums_and_changes_no_loss(kl, monkeypatch):
 
 
 def test_names_and_shapes_that_would_be_silently_wrong_are_refused(monkeypatch):
-    """A vocabulary that is longer in one, or one row or weight for all: it would be
-    broadcast, or read beyond its end by the kernel of a GPU; what is behind the last
-    row would be left out; values of a mask's dtype would be cut to whole numbers."""
+    """They would be broadcast, left out, or read beyond their end by the kernel of a
+    GPU; values of a mask's dtype would be cut to whole numbers."""
 
     def refused(do, *args):
         with pytest.raises(AssertionError):

@@ -248,9 +248,8 @@ def test_no_layout_of_the_result_of_attention_changes_anything(n_kv_head, monkey
 
 @pytest.mark.parametrize("n_kv_head, temperature", ((4, 1), (2, 0.6), (1, 1), (2, 0)))
 def test_sampling_equals_a_full_forward_of_each_row_alone(n_kv_head, temperature):
-    """With its own numbers u, up to and including its end: whatever the batch is, its
-    order and the pads, which may look like the end. An end inside a prompt is a token
-    like any other. Rows end at different times; who never ends keeps all tokens."""
+    """Up to and including its end, whatever its batch, its order and the pads. An end
+    inside a prompt is a token like any other; who never ends keeps all tokens."""
     numbers, end = draw_uniform(12, 10, seed=7), END if n_kv_head == 1 else None
     model = make_model(n_kv_head=n_kv_head, end=end)
     prompts = [*draw_prompts((1, 6, 3, 1, 9, 2, 4, 5, 3)), [3, END, 5], [END], [2, END]]

@@ -113,13 +113,6 @@ def small_model(seed=0, **changes):
     return oracles.make_model(seed, **{"end": TOK.end, **usual, **changes})
 
 
-def contexts_of(example):
-    """The student's and the teacher's, written out."""
-    bare = TOK.encode(example.prompt) + [TOK.start]
-    shown = TOK.encode(f"{example.prompt} example {example.demo}") + [TOK.start]
-    return bare, shown
-
-
 @BOTH
 def test_neither_the_split_nor_garbage_behind_the_end_changes_anything(module):
     """1 x 8 = 2 x 4 = 4 x 2 = 8 x 1, responses sampled part by part: accumulation of
@@ -174,7 +167,8 @@ def log_p(model, context, tokens, tau=1.0):
 def by_token(student, teacher, example, cfg, step):
     """What each token of a response adds to the loss of an example, and to what is
     recorded: each model behind a context of its own."""
-    bare, shown = contexts_of(example)
+    bare = TOK.encode(example.prompt) + [TOK.start]
+    shown = TOK.encode(f"{example.prompt} example {example.demo}") + [TOK.start]
     if not hasattr(cfg, "kl"):  # SFT
         tokens = TOK.encode(example.demo) + [TOK.end]
         return {"loss": -log_p(student, bare, tokens)[range(len(tokens)), tokens]}

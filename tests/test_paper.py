@@ -1,4 +1,5 @@
-"""The experiments of tests/bench: cells, measurements, tables, pictures."""
+"""The experiments of tests/bench: cells, measurements, tables, pictures; the articles
+of knowledge.py; and what real.py holds out."""
 
 import importlib
 import itertools
@@ -390,8 +391,6 @@ def test_all_that_a_gpu_is_asked_runs_in_small(tmp_path):
         assert row["row"] == part and why in row["error"]
 
 
-# ---- knowledge.py: articles, wordings, grades, contexts, the audit -----------------
-
 SEED, WORLD = 1, data.World(1)
 OLD = {c: operation for c, (_, operation) in WORLD.known.items()}
 NEW = {c: o for facts in knowledge.facts_of(WORLD).values() for c, o in facts.items()}
@@ -522,8 +521,6 @@ def test_the_audit_sees_rows_one_place_off_and_counts_duplicates(off, monkeypatc
     assert knowledge.by_duplicates(None, trained, asked, TOK) == right
     assert knowledge.by_duplicates(None, [], asked, TOK)["0"][1] == 60, "none is near"
 
-
-# ---- real.py: in its data held out is held out, and names are names ----------------
 
 MAKERS = {"facts": real.make_facts, "rule": real.make_rule}
 PRIOR = real.make_prior()

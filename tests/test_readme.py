@@ -36,6 +36,12 @@ def prose(text):
     return [line for line in text.splitlines() if not line.startswith(("|", "!["))]
 
 
+def commands(text):
+    """The arguments of each `python train.py` in blocks of code and in `code`."""
+    found = re.findall(r"(?:python|nproc_per_node=2) train\.py([^`\n#|]*)", text)
+    return [shlex.split(each) for each in found]
+
+
 def test_line_counts_are_right_and_the_readme_is_short_and_wrapped():
     for name in FILES:
         (said,) = re.findall(rf"`{name}\.py` \((\d+)(?: lines)?\)", README)
@@ -60,22 +66,13 @@ def test_a_row_of_a_table_has_as_many_cells_as_its_rule():
     assert found > 30
 
 
-def test_what_the_readme_calls_by_name_exists():
+def test_names_links_and_commands_of_the_readme_exist():
     sources = {name: (ROOT / f"{name}.py").read_text() for name in FILES}
     everything = "\n".join(sources.values())
     for name in re.findall(r"\(`(\w+)`\)", README):
         assert f"def {name}(" in everything, name
     for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
-
-
-def commands(text):
-    """The arguments of each `python train.py` in blocks of code and in `code`."""
-    found = re.findall(r"(?:python|nproc_per_node=2) train\.py([^`\n#|]*)", text)
-    return [shlex.split(each) for each in found]
-
-
-def test_every_command_of_the_readme_is_one_that_train_py_takes():
     assert len(commands(README)) >= 8
     for argv in commands(README + (BENCH / "own.md").read_text(encoding="utf-8")):
         if argv != ["--help"]:

@@ -41,8 +41,7 @@ __all__ = ["finished", "go", "made", "sources_are_read_once", "with_base"]  # fi
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """The folder of a run that died in the base's sixth step, by the second of two
-    signals to stop, went on, and was killed in a save of sdft; and how both ended. Each
-    has an order of sets of its own."""
+    signals to stop, went on, and was killed in a save of sdft; and how both ended."""
     out = tmp_path_factory.mktemp("killed") / "out"
     moments = at("base", 5, "SIGTERM", "SIGINT"), at("sdft", 4, "half")
     return out, [
@@ -100,9 +99,8 @@ def test_a_save_may_die_or_fail_at_any_moment(what, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_to_the_same_end_by_the_command_that_it_prints(
     method, made, with_base, go
 ):
-    """Stopped in the first and in the last step of a stage, where a save and an
-    evaluation stand beside the stop; and in the last of all. A signal that the parent
-    ignores, as nohup does, stays ignored."""
+    """Stopped in the first and in the last step of a stage, and in the last of all. A
+    signal that the parent ignores, as nohup does, stays ignored."""
     out, argv = with_base, ["--method", method]
     for step, number in zip((1, 3, 5, 8), SIGNALS, strict=True):
         code, _, err = go(out, shlex.join(argv), act=send(number, method, step))

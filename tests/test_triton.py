@@ -65,9 +65,8 @@ def test_kernel_equals_float64(kl, V):
 
 
 def test_what_is_no_plain_rows_in_memory_is_refused(monkeypatch):
-    """The kernel finds a row at row * V: a padded vocabulary that is cut off, a
-    transposed matrix, or one teacher for all rows would be read wrongly. No rows at all
-    launch no kernel."""
+    """The kernel finds a row at row * V: a view of other rows would be read wrongly. No
+    rows at all launch no kernel."""
     args = [x.to(DEVICE) for x in (*draw_logits(5, 33, 2, 1), torch.ones(5))]
     for place, x in enumerate(args):
         views = x.repeat_interleave(2, -1)[..., ::2], x[:1].expand_as(x)
