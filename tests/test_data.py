@@ -1,6 +1,5 @@
 """The tiny world: its words, the two contexts, grades, batches and evaluations."""
 
-import contextlib
 import hashlib
 import json
 import random
@@ -427,28 +426,22 @@ def test_processes_share_out_responses_and_all_get_all_of_them(
     monkeypatch.setattr(data, "ROWS", 2)
     contexts, gpt = [bare(e, TOK) for e in QUERIES[:n]], small_model()
     alone, real = data.get_texts(gpt, contexts, TOK, 6), data.generate
-    calls, parts = [], {}
-    assert len(contexts) == n == len(alone)
+    whole, calls, made = {i: alone[i : i + 2] for i in range(0, n, 2)}, [], {}
+
+    def gather(shares, mine):
+        assert mine.items() <= whole.items()
+        made.update(mine)
+        shares[:] = [{i: texts} for i, texts in whole.items()]
+
     monkeypatch.setattr(data, "generate", lambda *args: calls.append(1) or real(*args))
     monkeypatch.setattr(data.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(data.dist, "get_world_size", lambda: world_size)
-    for gathers in False, True:  # first what each gives, then what each gets
-        for rank in range(world_size):
-            def gather(shares, mine, rank=rank, gathers=gathers):
-                parts[rank] = mine
-                if gathers:
-                    shares[:] = [parts[i] for i in range(world_size)]
-
-            calls.clear()
-            monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
-            monkeypatch.setattr(data.dist, "all_gather_object", gather)
-            if gathers:
-                assert data.get_texts(gpt, contexts, TOK, 6) == alone
-            else:
-                with contextlib.suppress(KeyError):  # it has only its own share
-                    data.get_texts(gpt, contexts, TOK, 6)
-            assert len(calls) == -(-len(range(0, n, 2)) // world_size)
-    assert sorted({i for part in parts.values() for i in part}) == [*range(0, n, 2)]
+    monkeypatch.setattr(data.dist, "all_gather_object", gather)
+    for rank in range(world_size):
+        monkeypatch.setattr(data.dist, "get_rank", lambda rank=rank: rank)
+        assert data.get_texts(gpt, contexts, TOK, 6) == alone
+        assert len(calls) == (rank + 1) * -(-len(whole) // world_size)
+    assert len(alone) == n and made == whole
 
 
 def test_an_evaluation_is_of_64_queries_and_makes_no_large_tensor(monkeypatch):

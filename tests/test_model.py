@@ -40,11 +40,6 @@ def draw_uniform(*shape, seed=0):
     return torch.rand(shape, generator=make_rng(seed))
 
 
-def full_logits(model, tokens):
-    """(T, V) of one list of tokens, no cache, no batch, no padding."""
-    return model(torch.tensor([tokens]))[0]
-
-
 def response_logits(model, prompts, lengths, response):
     """(B, R, V): what predicts each token of the responses."""
     hidden = response_hidden(model, prompts, lengths, response, response > -1)
@@ -105,7 +100,7 @@ def mlp_by_hand(x, w):
 def test_logits_equal_the_formulas_written_out(n_kv_head, other):
     """Norms, rotation, groups, scale, SwiGLU and residuals."""
     model = make_model(n_kv_head=n_kv_head, norm_eps=0.1, tie_weights=False, **other)
-    tokens, eps = draw_tokens(6).tolist(), 0.1
+    tokens, eps = draw_tokens(6), 0.1
     assert model.config.head_dim == other.get("head_dim", 16 / 4)
     x = model.wte.weight[tokens]  # (T, C)
     for block in model.h:
@@ -114,7 +109,7 @@ def test_logits_equal_the_formulas_written_out(n_kv_head, other):
         x = x + attention_by_hand(normed, attn, model.config)
         x = x + mlp_by_hand(norm_by_hand(x, block.ln_2.weight, eps), mlp)
     logits = norm_by_hand(x, model.ln_f.weight, eps) @ model.lm_head.weight.T
-    close(full_logits(model, tokens), logits, 1e-5)  # the model's cos is float32
+    close(model(tokens[None])[0], logits, 1e-5)  # the model's cos is float32
 
 
 def test_a_tied_head_is_one_parameter_also_when_copied_or_loaded():

@@ -236,11 +236,8 @@ def test_bad_input_is_one_error_with_a_hint(capsys, monkeypatch, both, tmp_path,
     assert sorted([*both.rglob("*"), *tmp_path.rglob("*")]) == before
 
 
-# ---- --shard: two processes that hold a part each compute what one computes ----------
-#
-# Over gloo, on the CPU, in one group of two, by the script GROUP, since to start one
-# takes seconds; each test reads what it left behind.
-
+# --shard: two processes that hold a part each compute what one computes. To start two
+# takes seconds: the script GROUP does all, over gloo; each test reads what it left.
 ROOT, OUTS = Path(__file__).parents[1], ("one", "two", "cut", "plain")
 VERSION = tuple(map(int, torch.__version__.split(".")[:2]))
 needs_torch = pytest.mark.skipif(VERSION < (2, 13), reason="torch 2.13 or newer")

@@ -186,21 +186,6 @@ def test_experiments_say_what_would_refute_them_and_quick_ones_are_short(monkeyp
     assert found == ["a 7c 7d 7e 7", "a 7b 7c 7d 7e 7"]
 
 
-def test_a_base_counts_in_the_trained_skills_and_several_bases_are_named():
-    base, cells = {"run": "finetune:base", "seed": 7}, {}
-    new = {skill: {"accuracy": x} for skill, x in zip("ABC", (0.3, 0, 0), strict=True)}
-    for key in ("base 7 ab", "one 7 ab", "two 7 cd", "one 8 ef"):
-        label, seed, digest = key.split()
-        spec = base if label == "base" else {"run": "finetune:run", "base": base}
-        cells[key] = {"label": label, "seed": seed, "spec": spec, "new": new}
-        cells[key]["base digest"] = digest
-    text = "seed 7, rows of several bases: ab: base, one; cd: two"
-    assert paper.bases_of(cells) == [text]
-    for name, right in (("skills", 0.3), ("forgetting", 0.1)):
-        rows = paper.complete_rows(name, {"base 7": cells["base 7 ab"]}, [7])
-        assert paper.READ["new"](rows["base"][0]) == pytest.approx(right), name
-
-
 def test_bad_input_is_an_error_with_a_hint(tmp_path, capsys):
     (tmp_path / "results").mkdir()
     (damaged := tmp_path / "results" / "skills.json").write_text("{")
@@ -234,6 +219,19 @@ def test_numbers_of_tables_and_notes_are_those_by_hand():
         choices = list(itertools.combinations([1] * right + [0] * (6 - right), k))
         share = mean(float(any(choice)) for choice in choices)
         assert abs(probes.pass_at_k(right, 6, k) - share) < 1e-12, (right, k)
+    # a base counts in the trained skills, and several bases are named
+    base, cells = {"run": "finetune:base", "seed": 7}, {}
+    new = {skill: {"accuracy": x} for skill, x in zip("ABC", (0.3, 0, 0), strict=True)}
+    for key in ("base 7 ab", "one 7 ab", "two 7 cd", "one 8 ef"):
+        label, seed, digest = key.split()
+        spec = base if label == "base" else {"run": "finetune:run", "base": base}
+        cells[key] = {"label": label, "seed": seed, "spec": spec, "new": new}
+        cells[key]["base digest"] = digest
+    text = "seed 7, rows of several bases: ab: base, one; cd: two"
+    assert paper.bases_of(cells) == [text]
+    for name, right in (("skills", 0.3), ("forgetting", 0.1)):
+        rows = paper.complete_rows(name, {"base 7": cells["base 7 ab"]}, [7])
+        assert paper.READ["new"](rows["base"][0]) == pytest.approx(right), name
 
 
 def test_mass_and_distances_are_those_of_plain_loops():

@@ -30,12 +30,6 @@ def rows_of(text):
     return [[c.replace("*", "").strip() for c in line.split("|")] for line in lines]
 
 
-def prose(text):
-    """The lines that are neither of a table nor of a block of code, nor a picture."""
-    text = re.sub(r"(?ms)^```.*?^```", "", text)
-    return [line for line in text.splitlines() if not line.startswith(("|", "!["))]
-
-
 def commands(text):
     """The arguments of each `python train.py` in blocks of code and in `code`."""
     found = re.findall(r"(?:python|nproc_per_node=2) train\.py([^`\n#|]*)", text)
@@ -49,8 +43,8 @@ def test_line_counts_are_right_and_the_readme_is_short_and_wrapped():
         assert int(said) == len(source.splitlines()), name
     assert len(README.split()) <= 1400
     for text in (README, NOTEBOOK):
-        long = [line for line in prose(text) if len(line) > 100 and "](" not in line]
-        assert long == []
+        for line in re.sub(r"(?ms)^```.*?^```", "", text).splitlines():
+            assert len(line) <= 100 or line.startswith("|") or "](" in line, line
 
 
 def test_a_row_of_a_table_has_as_many_cells_as_its_rule():
@@ -79,15 +73,12 @@ def test_names_links_and_commands_of_the_readme_exist():
             train.parse_args(argv)
 
 
-def test_the_method_of_the_readme_is_that_of_the_exercise():
-    """sdft_step of tests/exercises/extra.py, without its docstring."""
+def test_the_readme_s_method_is_the_exercise_s_and_its_contexts_the_world_s():
+    """sdft_step of tests/exercises/extra.py, without its docstring; of seed 0."""
     source = (ROOT / "tests" / "exercises" / "extra.py").read_text(encoding="utf-8")
     step = source[source.index("def sdft_step(") :].split("\n\n\n")[0]
     step = re.sub(r'\n    """.*?"""', "", step, flags=re.DOTALL)
     assert f"```python\n{step}\n```" in README and step.count("\n") <= 24
-
-
-def test_the_contexts_of_the_readme_are_those_of_the_world_of_seed_0():
     demos = data.make_demos(data.World(0), "C", 12, seed=0)
     (example,) = [e for e in demos if e.prompt == "garden cork: paper door pepper"]
     names, block = {TOK.start: "<start>", TOK.end: "<end>"}, " ".join(README.split())

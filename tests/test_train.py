@@ -171,8 +171,6 @@ def test_both_methods_start_from_the_base_and_leave_what_is_promised(made):
         assert results["config"] == values_of(*SMALL)[1][method]
         assert results["seconds"] == {"base": base["seconds"], "fine_tune": total}
         assert results["evaluations"] == ends and base["seconds"] > 0
-        steps = [(row["step"], row["skill"]) for row in rows if "loss" in row]
-        assert steps == list(enumerate("AAABBBCCC"))
         places = [(row["step"], row["skill"], row["stage_end"]) for row in ends]
         assert places == [(0, "A", 0), (3, "A", 1), (6, "B", 1), (9, "C", 1)]
         assert all(row["kl_student_base"] > -1e-6 for row in ends)
