@@ -129,7 +129,7 @@ def divergences(student, context, teacher, teacher_context, response, kl="forwar
     return values
 
 
-# ---- Models ------------------------------------------------------------------------
+# ---- Models and tensors ------------------------------------------------------------
 
 SMALL = {
     "block_size": 64,
@@ -199,9 +199,6 @@ def record_tokens(model):
     return seen
 
 
-# ---- Tensors -----------------------------------------------------------------------
-
-
 def close(a, b, tolerance=1e-10):
     """Raise unless all entries of both (tensors or tuples of them) are close."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -239,12 +236,12 @@ class LargestTensor(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
-        every = [
+        given, made = (
             [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
             for tree in ((args, kwargs), result)
-        ]
-        given = {x.untyped_storage().data_ptr() for x in every[0]}
-        for x in every[1]:
+        )
+        given = {x.untyped_storage().data_ptr() for x in given}
+        for x in made:
             memory = x.untyped_storage()
             n = memory.nbytes() // x.element_size()
             if n > self.numel and memory.data_ptr() not in given:

@@ -1,8 +1,7 @@
 """What must hold when things go wrong: real processes, real SIGKILL, full disks.
 
 A kill comes at a step that a test names, or, with --all, at any moment: three in each
-part of a run, or KILLS=n. That a save may die at any moment is shown call by call, in
-test_a_save_may_die_or_fail_at_any_moment; damaged files are in test_faults.
+part of a run, or KILLS=n. Damaged files: see test_faults.
 """
 
 import ast
@@ -320,8 +319,6 @@ FORBIDDEN = re.compile(
     r"weights_only=(?!True)|\.hub\b|get_encoding|encoding_for_model|"
     r"(?m:^(?:import|from) (?:transformers|huggingface_hub))"  # in functions of --init
 )
-
-
 TRAINER = "copy math dataclasses torch data model".split()  # what sft and sdft import
 NAMES = "|".join([*data.make_tasks(data.World(0), 1, 0)["prior"], *data.DOMAINS])
 FOREIGN = re.compile(  # to them: a file, the terminal, and the tiny world
