@@ -13,8 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from model import GPT, GPTConfig
 
-# ---- One row of logits -------------------------------------------------------------
-
 
 def log_softmax(logits, temperature=1.0):
     """The logarithms of the probabilities, of a list of logits."""
@@ -88,9 +86,6 @@ def sample_token(logits, u, temperature=1.0):
     raise AssertionError(f"u = {u!r} is not below {total!r}")
 
 
-# ---- A model and a list of tokens --------------------------------------------------
-
-
 @torch.no_grad()
 def next_logits(model, tokens):
     """What comes after these tokens: a list of V floats. They go through the model
@@ -128,8 +123,6 @@ def divergences(student, context, teacher, teacher_context, response, kl="forwar
         values.append(divergence(s, q, kl))
     return values
 
-
-# ---- Models and tensors ------------------------------------------------------------
 
 SMALL = {
     "block_size": 64,

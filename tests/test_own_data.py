@@ -89,13 +89,31 @@ def read(tmp_path, *rows, **how):
         return str(error).replace(str(path), "F").split("\n")
 
 
-def test_each_form_of_a_row_gives_its_example_and_no_remark_but_of_its_turns(tmp_path):
+def test_each_form_of_a_row_gives_its_example_and_a_file_is_graded_whole(tmp_path):
+    """No remark is made but of earlier turns."""
     turns = ["1 rows have earlier responses, which are read, not learnt"]
     for row, changes in ROWS:
         example = replace(GOOD, **changes)
         remarks = [f"1 rows, grade: {example.grade or 'none'}"]
         remarks += turns * ("assistant" in str(example.earlier))
         assert read(tmp_path, row) == ([example], remarks), row
+    # by the rows' own grade, or the run's; old questions need no demonstration
+    exact = {**ANSWERED, "grade": "exact"}
+    for rows, how, grades in (
+        ([ANSWERED, exact], {}, "contains, exact"), ([SHOWN, SHOWN], {}, "none, none"),
+        ([ANSWERED, exact], {"grade": "choice"}, "choice, exact"),
+        ([SHOWN, ANSWERED], {"grade": "exact"}, "exact, exact"),
+        ([SHOWN, ANSWERED], {"grade": "none"}, "none, none"),
+    ):  # fmt: skip
+        examples, remarks = read(tmp_path, *rows, **how)
+        assert [e.grade or "none" for e in examples] == grades.split(", ")
+        assert remarks == ["2 rows, grade: " + ", ".join(sorted({*grades.split(", ")}))]
+    wrong = read(tmp_path, SHOWN, ANSWERED, SHOWN)
+    assert wrong == ["F:1: no answer", "F:3: no answer"]
+    rows = {**ROW, "answer": "x", "input": "y"}, "", {**ANSWERED, "z": 1}
+    examples, (_, *remarks) = read(tmp_path, *rows, needs_demo=False)
+    assert examples == [replace(GOOD, demo="", **X), replace(GOOD, id=3, **X)]
+    assert remarks == [f"key '{x}' of 1 rows is not used" for x in ("input", "z")]
 
 
 def test_a_bad_line_or_file_is_named_with_what_is_wrong_and_twenty_at_most(tmp_path):
@@ -118,26 +136,6 @@ def test_a_bad_line_or_file_is_named_with_what_is_wrong_and_twenty_at_most(tmp_p
         (f"\ufeff[\n{LINE}]", a_list),
     ):  # fmt: skip
         assert read(tmp_path, content) == [f"F: {wrong}"]
-
-
-def test_a_file_is_graded_whole_or_not_at_all(tmp_path):
-    """By the rows' own grade, or the run's. Old questions need no demonstration."""
-    exact = {**ANSWERED, "grade": "exact"}
-    for rows, how, grades in (
-        ([ANSWERED, exact], {}, "contains, exact"), ([SHOWN, SHOWN], {}, "none, none"),
-        ([ANSWERED, exact], {"grade": "choice"}, "choice, exact"),
-        ([SHOWN, ANSWERED], {"grade": "exact"}, "exact, exact"),
-        ([SHOWN, ANSWERED], {"grade": "none"}, "none, none"),
-    ):  # fmt: skip
-        examples, remarks = read(tmp_path, *rows, **how)
-        assert [e.grade or "none" for e in examples] == grades.split(", ")
-        assert remarks == ["2 rows, grade: " + ", ".join(sorted({*grades.split(", ")}))]
-    wrong = read(tmp_path, SHOWN, ANSWERED, SHOWN)
-    assert wrong == ["F:1: no answer", "F:3: no answer"]
-    rows = {**ROW, "answer": "x", "input": "y"}, "", {**ANSWERED, "z": 1}
-    examples, (_, *remarks) = read(tmp_path, *rows, needs_demo=False)
-    assert examples == [replace(GOOD, demo="", **X), replace(GOOD, id=3, **X)]
-    assert remarks == [f"key '{x}' of 1 rows is not used" for x in ("input", "z")]
 
 
 def test_damaged_files_raise_nothing_but_value_errors(tmp_path):

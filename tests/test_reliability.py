@@ -206,6 +206,17 @@ def test_two_processes_that_are_stopped_equal_one_that_is_to_the_bit(two, tmp_pa
 
 
 @pytest.mark.slow
+def test_a_base_of_two_processes_is_that_of_one_but_for_rounding(made, tmp_path):
+    """Four micro-batches of one process are two of each: another order of a sum."""
+    run_two(tmp_path / "out", **at("sft", 0, "SIGTERM", ranks="1"))
+    paths = [base_file(out) for out in (tmp_path / "out", made)]
+    assert paths[0].parent.name == paths[1].parent.name
+    two, one = (train.read_checkpoint(path)["model"] for path in paths)
+    for name, weights in one.items():
+        assert torch.allclose(two[name], weights, atol=1e-4), name
+
+
+@pytest.mark.slow
 def test_two_processes_go_on_by_the_command_that_they_print(two, tmp_path, go):
     """With another stop, of which both get the signal: the numbers are not added up."""
     out = shutil.copytree(two[0], tmp_path / "two")
@@ -372,7 +383,8 @@ def test_a_demonstration_that_does_not_help_stops_sdft_and_warns_sft(
     if method == "sft":
         assert code == 0 and f"warning: {message}: " in text and not err
     else:
-        assert_refused(result, f"{message}: nothing to distil", "another --template")
+        hints = "another --template", "--gate-margin -1 goes"
+        assert_refused(result, f"{message}: nothing to distil", *hints)
         assert not list(with_base.glob("s*/*"))
         gate["sampled"] = 0.25
         code, text, _ = go(with_base, "--gate-margin .25 --steps 1")

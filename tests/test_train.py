@@ -311,8 +311,8 @@ CHANGES = {  # of each setting, a value that is not its default
 }  # fmt: skip
 
 
-def test_every_flag_of_a_setting_reaches_both_methods_and_counts_with_quick():
-    """Even where it is the default. Some settings have none. What each changes: see
+def test_every_flag_reaches_both_methods_the_world_the_base_and_counts_with_quick():
+    """Even where it is the default. Some settings have no flag. What each changes: see
     test_reliability."""
     usual = {method: asdict(trainer.Config()) for method, trainer in METHODS.items()}
     assert values_of()[1] == usual and usual["sdft"].keys() == CHANGES.keys()
@@ -328,10 +328,7 @@ def test_every_flag_of_a_setting_reaches_both_methods_and_counts_with_quick():
         given = f"{FLAGS[name]}={usual[name]}"
         for argv in (given, "--quick"), ("--quick", given):
             assert values_of(*argv)[0] == {**quick, name: usual[name]}
-
-
-def test_every_flag_of_the_world_reaches_the_world_and_the_base():
-    """--n-embd sets all that goes with it: heads of 16 channels, the MLP's width."""
+    # --n-embd sets all that goes with it: heads of 16 channels, the MLP's width
     config, cfg = train.base_settings(train.parse_args([]))
     usual = replace(train.BASE, log_every=train.BASE.steps // 10)
     assert config == GPTConfig(n_tokens=TOK.n_tokens) and cfg == usual
