@@ -75,7 +75,6 @@ def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use_or_moved(
 
 
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
-    """Of flags, processes, settings without a flag, and code."""
 
     def key(flags="", *change):
         args = train.parse_args([*SMALL, *shlex.split(flags)])
@@ -355,7 +354,6 @@ CONTENT = {"step": 3, "model": {"w": torch.arange(6.0)}, "list": [1, "a"]}
 
 @pytest.fixture
 def path(tmp_path):
-    """A checkpoint with CONTENT."""
     train.write_checkpoint(tmp_path / "checkpoint.pt", CONTENT)
     return tmp_path / "checkpoint.pt"
 

@@ -90,7 +90,6 @@ def read(tmp_path, *rows, **how):
 
 
 def test_each_form_of_a_row_gives_its_example_and_a_file_is_graded_whole(tmp_path):
-    """No remark is made but of earlier turns."""
     turns = ["1 rows have earlier responses, which are read, not learnt"]
     for row, changes in ROWS:
         example = replace(GOOD, **changes)

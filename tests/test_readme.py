@@ -131,7 +131,6 @@ def test_every_row_of_the_notebook_is_that_of_the_results(name):
 
 
 def test_the_paper_in_miniature_has_the_means_of_the_results():
-    """The notebook's table of experiments."""
     known, main = functools.cache(results_of), ("sdft 9e-5", "sft 6e-4")
 
     def each(name, label, title):

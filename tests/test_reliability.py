@@ -98,10 +98,10 @@ def test_a_save_may_die_or_fail_at_any_moment(what, tmp_path, monkeypatch):
 def test_a_stopped_run_goes_on_to_the_same_end_by_the_command_that_it_prints(
     method, made, with_base, go
 ):
-    """Stopped in the first and in the last step of a stage, and in the last of all. A
-    signal that the parent ignores, as nohup does, stays ignored."""
+    """Stopped in the first and in the last step of a stage, in between, and in the last
+    of all. A signal that the parent ignores, as nohup does, stays ignored."""
     out, argv = with_base, ["--method", method]
-    for step, number in zip((1, 3, 5, 8), SIGNALS, strict=True):
+    for step, number in zip((0, 4, 5, 8), SIGNALS, strict=True):
         code, _, err = go(out, shlex.join(argv), act=send(number, method, step))
         argv = ["--method", method, "--resume"]
         words = shlex.split(err.removeprefix("stopped; to go on: "))
