@@ -75,7 +75,6 @@ def test_what_only_reads_writes_nothing_and_takes_a_folder_in_use_or_moved(
 
 
 def test_the_key_of_a_base_is_of_what_decides_it_and_of_nothing_else(monkeypatch):
-
     def key(flags="", *change):
         args = train.parse_args([*SMALL, *shlex.split(flags)])
         with monkeypatch.context() as patch:
