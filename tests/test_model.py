@@ -423,12 +423,15 @@ def test_what_does_not_fit_or_would_be_misread_is_refused():
     model, (prompts, lengths) = make_model(block_size=12), pad(draw_prompts((4, 9)))
     response, u = draw_tokens(2, 4), draw_uniform(2, 4)
     args = model, prompts, lengths
-    wrong = dict.fromkeys(((4, 0), (4, -1), (10, 2), (4, 2, 1)), "2 prompts in 9 col")
+    wrong = dict.fromkeys(((4, 0), (4, -1), (10, 2)), "2 prompts in 9 col")
     wrong[4, 9] = " 9 tokens .* 13 tokens > block_size 12"
     for n, message in wrong.items():
         both = model, prompts, torch.tensor(n)
         refused(message, response_logits, *both, response, error=ValueError)
         refused(message, generate, *both, 4, NEVER, u, error=ValueError)
+    three = model, prompts, torch.tensor([4, 2, 1])
+    refused("3", response_logits, *three, response)
+    refused("4, 2, 1", generate, *three, 4, NEVER, u, error=ValueError)
     response, one, u = response[:, :3], response[:, :1], u[:, :3]
     assert response_logits(*args, response).shape[:2] == (2, 3)
     assert generate(*args, 3, NEVER, u)[0].shape == (2, 3)
@@ -436,7 +439,7 @@ def test_what_does_not_fit_or_would_be_misread_is_refused():
         refused(message, response_hidden, *args, response, mask)
     refused("one number for each row", generate, *args, 2, END, u)
     for u[1, 2] in (1.0, -0.1, math.nan):
-        refused(r"uniform in \[0", generate, *args, 3, END, u)
+        refused(r"not uniform in \[0", generate, *args, 3, END, u, error=ValueError)
     empty, used = (
         KVCache(model.config, prompts, lengths, 3, torch.float64) for _ in range(2)
     )

@@ -16,6 +16,7 @@ import oracles
 import pytest
 import torch
 from oracles import close, equal_weights, log_likelihoods, rows_of
+from torch.overrides import TorchFunctionMode
 
 import data
 import sdft
@@ -461,3 +462,45 @@ def test_both_learn_a_skill_sft_loses_the_model_s_own_style_and_sdft_keeps_it(tm
     assert before["prior"]["own_style"] > 0.95 and by_sft["own_style"] < 0.2
     assert by_sdft["own_style"] > 0.9 and by_sdft["knowledge"] > 0.85
     assert rows[1]["kl_student_base"] < rows[0]["kl_student_base"] / 2
+
+
+class Waits(TorchFunctionMode):
+    """Counts how often the host would wait, if every tensor that was made for a device,
+    or computed from such a one, were on a GPU. What cpu() returns is on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.n, self.on_host = 0, []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        given = [*args, *(kwargs or {}).values()]
+        given += [x for each in given if isinstance(each, tuple | list) for x in each]
+        inputs, name = [x for x in given if torch.is_tensor(x)], function.__name__
+        here = not any(isinstance(x, torch.device) for x in given) and all(
+            any(x is each for each in self.on_host) for x in inputs
+        )
+        by_mask = "getitem" in name and any(x.dtype == torch.bool for x in inputs[1:])
+        reads = "cpu", "tolist", "item", "nonzero", "__bool__", "__int__", "__float__"
+        self.n += not here and (by_mask or name in reads)
+        result = function(*args, **(kwargs or {}))
+        made = result if isinstance(result, tuple) else [result]
+        self.on_host += [x for x in made if here or name == "cpu"]
+        return result
+
+
+def test_an_update_waits_for_a_gpu_once_for_each_token_and_five_times_more(tmp_path):
+    counts = []
+
+    class Run(train.Run):
+        def progress(self, start, end):
+            yield start  # the first update is recorded, which waits more often
+            for step in range(start + 1, end - 1):
+                with Waits() as count:
+                    yield step
+                counts.append(count.n)
+            yield end - 1
+
+    student = small_model(end=None)  # no response ends early
+    run, cfg = Run(tmp_path), {"log_every": 100, "max_new_tokens": 7}
+    train_in(tmp_path, sdft, student, run=run, **cfg)
+    assert counts == [7 + 5] * 2

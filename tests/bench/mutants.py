@@ -18,10 +18,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = {  # the test files that should notice a change of a file
-    "model": ("test_model", "test_kl", "test_sdft", "test_pretrained"),
-    "sft": ("test_sft", "test_pair", "test_train"),
-    "sdft": ("test_sdft", "test_pair", "test_train"),
-    "data": ("test_data", "test_own_data", "test_own_run"),
+    "model": ("test_model", "test_kl", "test_pair", "test_pretrained"),
+    "sft": ("test_pair", "test_train"),
+    "sdft": ("test_pair", "test_train"),
+    "data": ("test_data", "test_own_data", "test_own_run", "test_pretrained"),
     "train": ("test_train", "test_reliability", "test_faults", "test_own_run"),
 }
 UNLIKE = [  # these notice that a text has changed, whatever it does
@@ -145,11 +145,11 @@ def tests_of(name):
 def first_failure(folder, name):
     """The first test that fails in a changed copy of the project, or None."""
     for tests in tests_of(name):
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider -m".split()]
         args = {"cwd": folder, "capture_output": True, "text": True}
-        run = subprocess.run([*command, *tests], **args)
+        run = subprocess.run([*command, "not slow", *tests], **args)
         if run.returncode:
-            word = r"(?m)^(?:FAILED|ERROR) \S*?([\w.]+(?:::\w+)?)"
+            word = r"(?m)^(?:FAILED|ERROR) (?:\S*/)?(\w+\.py(?:::\w+)?)"
             found = re.search(word, run.stdout)
             return found[1] if found else run.stdout.strip().splitlines()[-1][:60]
     return None
