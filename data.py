@@ -31,6 +31,7 @@ the paper's parts appear here (arXiv 2601.19897, section 3):
 Everything random comes from derive_seed(seed, purpose, ...): a pure function.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -41,6 +42,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from statistics import fmean
 
@@ -524,10 +526,7 @@ def make_tasks(world, size, seed, distance="terms"):
         return Benchmark([Example(*draw(*args), id=i) for i in range(size)], grade)
 
     return {
-        "new": {
-            name: benchmark(grade_items, new, skill)
-            for name, skill in world.skills.items()
-        },
+        "new": {k: benchmark(grade_items, new, x) for k, x in world.skills.items()},
         "prior": {
             "knowledge": benchmark(grade_items, known, ["own"]),
             "own_style": benchmark(grade_style, known, ["own"]),
@@ -882,22 +881,35 @@ def check_lengths(path, examples, tok, max_new_tokens, block_size):
     refuse(errors)
 
 
-# a number, and not a part of one: neither 200 in 1,200 nor 5 in 0.5, 3/5 and 5th
-NUMBER = (
-    r"(?<![\w./])[-+]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)"
-    r"(?![\w/]|\.\d|,\d{3}\b)"
-)
+# digits, perhaps joined by . , ' /, and not a part of a word: 5th, v1.2
+NUMBER = re.compile(r"(?<![\w./])[-+]?\.?\d+(?:[.,'/]\d+)*(?![\w/])")
+GROUPED = re.compile(r"[-+]?[1-9]\d{0,2}(?:[,']\d{2,3})*[,']\d{3}(?:\.\d+)?")
 # scripts without spaces between words: Thai to Burmese, Khmer, Japanese to Korean
 UNSPACED = (
-    r"[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff"
+    r"(?!\d)[\u0e00-\u109f\u1780-\u17ff\u3040-\u9fff\uac00-\ud7af\uf900-\ufaff"
     r"\uff66-\uff9f\U00020000-\U0003ffff]"
 )
+SIGNS = str.maketrans("\u2212\u2019\u201c\u201d\u066b\u066c", "-'\"\".,")  # as typed
 
 
 def plain(text):
-    """Normalize case, spaces and Unicode form: they do not make an answer wrong."""
-    text = unicodedata.normalize("NFC", text).replace("\u2212", "-")  # the minus sign
+    """Normalize case, spaces and signs: they do not make an answer wrong."""
+    text = unicodedata.normalize("NFC", text).translate(SIGNS)
     return " ".join(text.casefold().split())
+
+
+def numbers_in(text):
+    """(place, value) of each number in a text."""
+    found = []
+    for run in NUMBER.finditer(text):
+        parts = run[0].split(",")  # 1,5,7 are three numbers
+        if GROUPED.fullmatch(run[0]):  # 1,234 and 1'234 are a thousand
+            parts = [re.sub("[,']", "", run[0])]
+        elif len(parts) == 2:  # 0,5 is a half
+            parts = [".".join(parts)]
+        with contextlib.suppress(InvalidOperation):  # 3/5 and 1.2.3 are none
+            found += [(run.start(), Decimal(part)) for part in parts]
+    return found
 
 
 def is_one_word(left, right):
@@ -913,10 +925,9 @@ def place_of(answer, text):
     """Where an answer first occurs in a text; infinity: nowhere. A number is compared
     as a number; other answers are whole words, in scripts that have spaces."""
     answer, text = plain(answer), plain(text)
-    if re.fullmatch(NUMBER, answer):
-        numbers = [(float(m[0].replace(",", "")), m) for m in re.finditer(NUMBER, text)]
-        value = float(answer.replace(",", ""))
-        return next((m.start() for number, m in numbers if number == value), math.inf)
+    if NUMBER.fullmatch(answer) and len(number := numbers_in(answer)) == 1:
+        numbers = numbers_in(re.sub(UNSPACED, " ", text))
+        return next((k for k, x in numbers if x == number[0][1]), math.inf)
     for found in re.finditer(re.escape(answer), text):
         before, after = text[: found.start()], text[found.end() :]
         if not is_one_word(before, answer) and not is_one_word(answer, after):

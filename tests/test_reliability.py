@@ -321,9 +321,9 @@ def test_losses_are_the_stored_ones_and_every_setting_changes_something(
         assert "_every" not in name or same(usual[1], now[1]), name
 
 
-MODULES = """argparse ast codecs collections contextlib copy dataclasses datetime fcntl
-functools hashlib inspect itertools json math os pathlib random re shlex signal
-statistics sys time unicodedata zipfile tiktoken torch tqdm triton transformers
+MODULES = """argparse ast codecs collections contextlib copy dataclasses datetime
+decimal fcntl functools hashlib inspect itertools json math os pathlib random re shlex
+signal statistics sys time unicodedata zipfile tiktoken torch tqdm triton transformers
 huggingface_hub data model sdft sft""".split()  # that may be imported
 FORBIDDEN = re.compile(
     r"(?<![.\w])(?:eval|exec|compile|__import__)\(|torch\.load\((?![^)]*ly=True)|"
