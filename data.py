@@ -813,11 +813,14 @@ def parse_row(line, i, needs_demo, grade):
     if any(isinstance(each, list) for each in answer):
         raise ValueError("answer: a list in a list")
     answer = tuple(text_of(each, "answer") for each in answer)
-    grade = row.get("grade") or grade
+    named = row.get("grade")
+    grade = grade if named in (None, "") else named
     if grade not in (*GRADES, "none"):
         raise ValueError(f"grade: expected {' or '.join(GRADES)}, found {grade}")
     if grade == "exact" and demo and not answer:
         answer = (demo,)
+    if named in GRADES and not answer:
+        raise ValueError(f"no answer for the grade {named}")
     grade = grade if answer and grade != "none" else ""
     example = Example(prompt, demo, answer, i, earlier=tuple(earlier), grade=grade)
     alpaca = ["input"] if "instruction" in row else []

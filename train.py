@@ -244,8 +244,10 @@ def check_folder(args, method, settings):
     """Does the method resume a run? Raises UserError if that run has other settings, or
     is not finished and not to be resumed. Changes nothing."""
     folder = Path(args.out) / method
-    saved = folder / "checkpoint.pt"
+    saved, written = folder / "checkpoint.pt", folder / "model"
     if args.resume and saved.exists():
+        if os.path.lexists(written) and not written.is_dir():
+            raise UserError(f"{written} is not a folder", "move it away")
         content = read_run(saved)
         read_metrics(folder)  # is it whole? (Run.load does all this again, later)
         then = {key: content["settings"].get(key) for key in settings}
@@ -440,9 +442,10 @@ def read_metrics(folder):
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     try:
         rows = [json.loads(line) for line in text.split("\n")[:-1]]
-        assert all({"skill", "step", "seconds"} <= row.keys() for row in rows)
+        if not all({"skill", "step", "seconds"} <= row.keys() for row in rows):
+            raise ValueError
         return rows
-    except (ValueError, AttributeError, AssertionError):
+    except (ValueError, AttributeError):
         message = f"{path}: not every line is a record"
         raise UserError(message, "repair it, or choose another --out") from None
 
@@ -640,6 +643,11 @@ def parse_args(argv):
         if hasattr(unused, name) and value != parser.get_default(name):
             where = "the tiny world" if args.init else "--init MODEL, a real model"
             raise UserError(f"{flag} has no effect here", f"it goes with {where}")
+    modes = ("sample", "show", "check_data", "resume")
+    given = [name for name in modes if getattr(args, name) not in (None, False)]
+    if len(given) > 1:
+        flags = " and --".join(given).replace("_", "-")
+        raise UserError(f"--{flags} exclude each other", "leave all but one out")
     if args.init and not args.data and args.sample is None:
         raise UserError("--init needs --data", "a file of JSON lines; or --sample")
     if args.demo is not None and args.sample is None:
@@ -658,8 +666,7 @@ def methods_of(args):
 def config_of(method, args, n_rows=10**9):
     """The Config of a method: its own defaults, under those of a real model, under the
     flags. n_rows: of the smallest file, a limit for the batches of --init."""
-    # (the flags are read before the processes join: world_size() would be 1)
-    config, processes = METHODS[method].Config, int(os.environ.get("WORLD_SIZE", 1))
+    config, processes = METHODS[method].Config, world_size()
     given = {f.name: getattr(args, f.name, None) for f in fields(config)}
     values = {name: value for name, value in given.items() if value is not None}
     if args.init:
@@ -667,9 +674,8 @@ def config_of(method, args, n_rows=10**9):
         usual = {**REAL, "batch_size": min(REAL["batch_size"], n_rows)}
         values = {**usual, **values}
         share = max(1, values["batch_size"] // processes)
-        values.setdefault("micro_batches", next(  # of 8 rows at most
-            n for n in range(1, share + 1) if share % n == 0 and share // n <= 8
-        ))  # fmt: skip
+        rows = max(n for n in range(1, 9) if share % n == 0)  # of a micro-batch
+        values.setdefault("micro_batches", share // rows)
     return config(**values)
 
 
@@ -741,7 +747,7 @@ def read_own(args, device):
     for path in (args.init, args.template or "", *with_demos, *prior):
         for method in methods_of(args):  # its folder may be moved, see make_room
             folder = Path(args.out) / method
-            if folder.resolve() in Path(path).resolve().parents:
+            if folder.resolve() in Path(os.path.realpath(path)).parents:
                 raise UserError(f"{path} is in {folder}, where this run writes",
                                 "choose another --out")  # fmt: skip
     # weights, gradients, AdamW's two and the base; then come the teacher (4 more) and
@@ -750,12 +756,7 @@ def read_own(args, device):
     source, tok, base = load_own(args.init, device, 20 / share)
     say(f"model: {source}, {base.num_params():,} parameters")
     if args.template:
-        tok.template = Path(args.template).read_text("utf-8-sig", errors="replace")
-        if "\ufffd" in tok.template:
-            raise UserError(f"{args.template}: not UTF-8")
-        for place in ("{prompt}", "{demonstration}"):
-            if place not in tok.template:
-                raise UserError(f"{args.template}: no {place} in it")
+        tok.template = read_template(args.template)
     if not tok.sanitizes:
         say("warning: a marker in your texts, such as <|im_end|>, acts as one in this "
             "version of transformers: pip install -U transformers")
@@ -787,6 +788,17 @@ def read_own(args, device):
     if not args.eval:
         say("no --eval: the new skills are measured on the rows that are trained on")
     return tok, stages, {"new": new, "prior": old}, base, Path(source), None
+
+
+def read_template(path):
+    """The teacher's prompt as a user wants it."""
+    text = Path(path).read_text("utf-8-sig", errors="replace")
+    if "\ufffd" in text:
+        raise UserError(f"{path}: not UTF-8")
+    for place in ("{prompt}", "{demonstration}"):
+        if place not in text:
+            raise UserError(f"{path}: no {place} in it")
+    return text
 
 
 def read_rows(args, path, needs_demo, tok, block_size):
@@ -825,7 +837,11 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if len(several) == len(TORCHRUN):
         backend = "nccl" if device.type == "cuda" else "gloo"
+        kinds = signal.SIGINT, signal.SIGTERM  # end at once a wait for the others
+        handlers = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
         dist.init_process_group(backend)
+        for kind, handler in zip(kinds, handlers, strict=True):
+            signal.signal(kind, handler)
     threads = (0 if args.init else 2) if args.threads is None else args.threads
     if threads:
         torch.set_num_threads(threads)
@@ -984,10 +1000,11 @@ def read_checkpoint(path, needed=("model",), mmap=False):
             damaged = file.testzip()  # torch.load checks no sum
             # a flipped bit here would make a folder of a tensor, which is read as noise
             damaged = damaged or any(entry.external_attr for entry in file.infolist())
-        assert not damaged, "it is damaged"
+        if damaged:
+            raise ValueError("it is damaged")
         content = torch.load(path, "cpu", weights_only=True, mmap=mmap)
-        missing = [key for key in needed if key not in content]
-        assert not missing, f"it has no {', '.join(missing)}: of another version?"
+        if missing := [key for key in needed if key not in content]:
+            raise ValueError(f"it has no {', '.join(missing)}: of another version?")
         return content
     except Exception as error:  # the readers of zip and pickle raise many kinds
         what = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -1172,6 +1189,7 @@ def load_base_of(folder, saved, args, device):
     # the run's own model has the shape and the tokenizer, too
     name = args.init or (base if there else folder / "model")
     _, tok, gpt = load_own(str(name), device)
+    tok.template = saved["settings"]["template"]
     if other := differences(saved["config"], asdict(gpt.config)):
         message = f"{folder} is of another model (saved -> now): {other}"
         raise UserError(message, "leave --init out")
@@ -1181,6 +1199,8 @@ def load_base_of(folder, saved, args, device):
 def respond(name, gpt, n, args, tok, demo):
     """Show the greedy response to args.sample, and two samples, of at most n tokens;
     and, if there is a demonstration, what each method would pull on."""
+    if args.template:
+        tok.template = read_template(args.template)
     example = data.Example(args.sample, demo or "", "")
     contexts = [data.student_prompt(example, tok)] * 2
     say(f"{name:5s}  {data.get_texts(gpt, contexts[:1], tok, n)[0]}")

@@ -41,6 +41,7 @@ ROWS = [  # a row of each form, and how its example differs from GOOD
 ]  # fmt: skip
 OBJECT, TEXT = "expected an object, found ", "expected text, found "
 TURN = "messages: expected a role and content only, found "
+KINDS = "expected exact or contains or choice"
 FORM = ("expected prompt or messages or instruction, and one demonstration that "
         "answers the user; found ")
 BAD = [  # a row, or a line, and what the error says of it
@@ -67,7 +68,10 @@ BAD = [  # a row, or a line, and what the error says of it
       for more in ({"weight": 0}, {"weight": 0.5}, {"train": False}, {"a": {}})),
     ({**SHOWN, "answer": [["a", "b"]]}, "answer: a list in a list"),
     ({"messages": [USER, "hi"]}, TURN + '"hi"'), (LINE + LINE, "Extra data"),
-    ({**SHOWN, "grade": "a"}, "grade: expected exact or contains or choice, found a"),
+    ({**SHOWN, "grade": "a"}, f"grade: {KINDS}, found a"),
+    *(({**SHOWN, "grade": x}, f"grade: {KINDS}, found {x}") for x in (0, False, [])),
+    *(({**SHOWN, "grade": x}, f"no answer for the grade {x}")
+      for x in ("contains", "choice")),
     *((value, OBJECT + value) for value in ("[1, 2]", "12", "null", '"text"')),
     ('{"prompt": "Q?", demonstration: "D."}', "Expecting property name"),
     ('{"prompt": "\\ud800", "output": "D."}', "'utf-8' codec can't encode character"),

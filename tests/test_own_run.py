@@ -56,6 +56,7 @@ def both(tmp_path_factory):
     with_template(source, no + CHATML)
     write(place / "boo.jsonl", [row(0), row(1, prompt="boo")])
     (place / "latin.txt").write_bytes(b"{prompt} caf\xe9 {demonstration}")
+    (place / "loop").symlink_to("loop")
     argv = [*make_files(place, source), "--method", "both", "--out", str(place / "out")]
     assert train.main(argv) == 0
     torch.set_num_threads(threads)
@@ -131,6 +132,11 @@ def test_what_could_not_be_written_is_written_by_a_resume(capsys, both, tmp_path
     code, _, err = run(capsys, *again, "--out", tmp_path / "out")
     assert code == 2 and f"error: {made} not written: " in err
     file.rmdir()
+    kept = made.rename(tmp_path / "kept")
+    made.touch()  # known before the work
+    code, text, err = run(capsys, *again, "--out", tmp_path / "out")
+    assert code == 2 and f"error: {made} is not a folder" in err and "gate" not in text
+    made.unlink(), kept.rename(made)
     assert run(capsys, *again, "--out", tmp_path / "out")[0] == 0
     assert torch.equal(*(weights_of(load(x)) for x in (made, both / "out/sft/model")))
     argv = [*make_files(tmp_path, made), "--grade", "none", "--out", tmp_path / "two"]
@@ -199,6 +205,35 @@ def test_a_model_that_does_not_fit_is_not_even_loaded(
     assert "that fits into memory" in err and not (tmp_path / "new").exists()
 
 
+def test_a_sample_is_shown_with_the_template_of_its_run_or_the_one_that_is_given(
+    capsys, monkeypatch, both, tmp_path
+):
+    seen, other = [], tmp_path / "other.txt"
+    other.write_text("{demonstration} {prompt}")
+
+    def token_pull(student, teacher, example, tok, *more):
+        seen.append(tok.template)
+        return {"sdft": [], "sft": []}
+
+    monkeypatch.setattr(data, "token_pull", token_pull)
+    argv = "--sample", "the", "--demo", "one", "--max-new-tokens", 2, "--out"
+    for more in (), ("--init", both / "source", "--template", other):
+        assert run(capsys, *argv, both / "out", *more)[0] == 0
+    assert seen == [TEMPLATE] * 3 + [other.read_text()] * 3
+
+
+@pytest.mark.parametrize(("n_rows", "batch", "parts"), [
+    (1, 1, 1), (6, 6, 1), (11, 11, 11), (14, 14, 2), (100, 32, 4),
+])  # fmt: skip
+def test_a_batch_of_users_rows_is_cut_into_parts_of_at_most_eight(
+    n_rows, batch, parts, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "4")  # left by somebody: there is one process
+    args = train.parse_args("--init x --data y".split())
+    cfg = train.config_of("sdft", args, n_rows)
+    assert (cfg.batch_size, cfg.micro_batches) == (batch, parts)
+
+
 ERRORS = {  # what the error says: command lines
     "--init needs --data": "--init source",
     "no/model/here: Repo id must be": "--init no/model/here --data a.jsonl",
@@ -219,7 +254,8 @@ ERRORS = {  # what the error says: command lines
     "--shard needs several processes": "OWN --shard",
     "it goes with the tiny world": "OWN --demos 9|OWN --base-steps 9|"
     "OWN --n-layer 9|OWN --n-embd 32|OWN --distance own",
-    "no run in": "--sample x",
+    "no run in": "--sample x", "Too many levels": "OWN --data loop",
+    " exclude each other": "OWN --check-data --resume|--show --resume|--sample x --show",
     "template: {prompt} so: {demonstration} now you -> ": "OWN --resume --out out",
 }
 BAD = {flags: text for text, lines in ERRORS.items() for flags in lines.split("|")}
