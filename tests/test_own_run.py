@@ -255,7 +255,7 @@ ERRORS = {  # what the error says: command lines
     "it goes with the tiny world": "OWN --demos 9|OWN --base-steps 9|"
     "OWN --n-layer 9|OWN --n-embd 32|OWN --distance own",
     "no run in": "--sample x", "Too many levels": "OWN --data loop",
-    " exclude each other": "OWN --check-data --resume|--show --resume|--sample x --show",
+    "exclude each other": "OWN --check-data --resume|--show --resume|--sample x --show",
     "template: {prompt} so: {demonstration} now you -> ": "OWN --resume --out out",
 }
 BAD = {flags: text for text, lines in ERRORS.items() for flags in lines.split("|")}
