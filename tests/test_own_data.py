@@ -126,8 +126,9 @@ def test_a_bad_line_or_file_is_named_with_what_is_wrong_and_twenty_at_most(tmp_p
         assert text.startswith(f"F:2: {wrong}"), line
     lines = read(tmp_path, "", *(line for line, _ in BAD[7:14]), " ", "[")
     assert [line.split(":")[1] for line in lines] == [*"2345678", "10"]
-    lines = read(tmp_path, LINE, *["[]"] * 100)
-    assert lines[19].startswith("F:21: ") and lines[20:] == ["... and 80 more"]
+    for n, more in (100, ["... and 80 more"]), (21, ["... and 1 more"]), (20, []):
+        lines = read(tmp_path, LINE, *["[]"] * n)
+        assert lines[19].startswith("F:21: ") and lines[20:] == more
     assert [e.id for e in read(tmp_path, f"\ufeff{LINE}\r", LINE + "\r")[0]] == [1, 2]
     binary = "not UTF-8; iconv -f utf-16, or gunzip, makes it so"
     a_list = "one list; jq -c '.[]' writes one row a line"

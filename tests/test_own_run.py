@@ -1,6 +1,7 @@
 """train.py with a model's folder, small and random as in test_pretrained.py, and users'
 own files, from start to finish: is every number of the right thing?"""
 
+import copy
 import json
 import os
 import shutil
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import data
 import model
 import train
+from model import GPT, GPTConfig
 
 pytest.importorskip("transformers", reason="pip install transformers")
 from test_pretrained import CHATML, make_folder, with_template  # noqa: E402
@@ -270,6 +273,31 @@ def test_bad_input_is_one_error_with_a_hint(capsys, monkeypatch, both, tmp_path,
     assert code == 2 and BAD.get(flags, "n_layer: 2 -> 1") in err, err
     assert err.startswith("error: ") and err.count("\nhint: ") == 1
     assert sorted([*both.rglob("*"), *tmp_path.rglob("*")]) == before
+
+
+def test_a_model_in_shards_and_its_copy_compute_what_it_computes_whole():
+    """In one process, which holds all shards: states, samples, gradients, the copy."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        sizes = {"n_layer": 2, "n_head": 2, "n_kv_head": 1, "n_embd": 32, "n_inner": 48}
+        plain = GPT(GPTConfig(vocab_size=64, n_tokens=60, **sizes), data.make_rng(0))
+        parts = model.shard(copy.deepcopy(plain), torch.device("cpu"))
+        gpts, outcomes = (plain, parts, copy.deepcopy(parts)), []
+        prompts = torch.arange(24).view(3, 8), torch.tensor([3, 8, 5])
+        u = torch.rand(3, 6, generator=data.make_rng(1))
+        for gpt in gpts:
+            response, mask = model.generate(gpt, *prompts, 6, 59, u)
+            hidden = model.response_hidden(gpt, *prompts, response, mask)  # (N, C)
+            weight = torch.full((len(hidden),), 0.1)
+            model.chunked_nll(hidden, gpt.head(), response[mask], weight).backward()
+            grads = [model.whole(p.grad) for p in gpt.parameters()]
+            outcomes.append([response, mask, hidden, *grads])
+        assert gpts[2].wte.weight is not gpts[1].wte.weight
+        for outcome in outcomes[1:]:
+            for x, right in zip(outcome, outcomes[0], strict=True):
+                assert torch.equal(x, right)
+    finally:
+        dist.destroy_process_group()
 
 
 # --shard: two processes that hold a part each compute what one computes. To start two
