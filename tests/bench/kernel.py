@@ -10,7 +10,6 @@ timed. The roof of "logits" is a copy: both logits read once and the gradient wr
 measure.py. Peers that are not installed are named; requirements.txt has their versions.
 """
 
-import argparse
 import math
 from functools import cache, partial
 
@@ -155,8 +154,8 @@ def measure_cell(level, N, V, C, copy, flop, args):
         # one entry overwrites its logits: it gets a copy, which soon is a gradient
         own = [inputs[0].detach().clone()] if name == "ours, fused_kl" else inputs[:1]
         run = runner(level, name, [*own, *inputs[1:]], kl)
-        reason = measure.error_of(check, level, name, kl)
-        if reason := reason or measure.error_of(run):  # compiles, fills caches
+        reason = measure.error_of(check, level, name, kl) or measure.error_of(run)
+        if reason:  # (a run compiles and fills caches)
             print(f"  {name}: {reason}")
             rows[name] = {"not timed": reason}
         else:
@@ -172,10 +171,7 @@ def measure_cell(level, N, V, C, copy, flop, args):
 
 
 def main():
-    measure.serve(memory_of)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kl", choices=KLS, default="forward")
-    args = measure.begin(parser, turns=7)
+    args = measure.begin(__doc__, 7, memory_of, kl=KLS)
     cells = [  # level, rows, vocabulary, channels (a GPU: gpu.py)
         *(("logits", 2048, V, 0) for V in (512, 4096, 50304)),
         ("logits", 512, 151936, 0), ("head", 2048, 4096, 256),

@@ -5,6 +5,7 @@ memory is the peak above what was resident when the run began, each in a fresh p
 on a CPU the kernel's high-water mark, reset before the run; on CUDA the allocator's.
 """
 
+import argparse
 import ctypes
 import gc
 import json
@@ -162,8 +163,13 @@ def serve(entry):
         sys.exit()
 
 
-def begin(parser, turns):
-    """The flags, those that all have included. Sets threads, says what runs where."""
+def begin(about, turns, entry, **choices):
+    """Serve entry, or read the flags: those that all have, and choices, of which the
+    first is the default. Sets threads, says what runs where."""
+    serve(entry)
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+    for flag, values in choices.items():
+        parser.add_argument(f"--{flag}", choices=values, default=values[0])
     parser.add_argument("--turns", type=int, default=turns, help="runs of each entry")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small, writes no file")

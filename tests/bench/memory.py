@@ -18,8 +18,6 @@ import step
 import torch
 import torch.distributed as dist
 
-import sdft
-import sft
 from model import GPT, GPTConfig, chunk_rows, shard
 
 
@@ -79,10 +77,9 @@ def train_shape(name, method, checkpointing=0, rows=ROWS, turns=1, dtype=None):
     if dist.is_initialized():
         shard(student, device)
         rows *= dist.get_world_size()
-    shown, long = step.make_examples(rows, RESPONSE, PROMPT)
-    module, examples = {"sft": (sft, long), "sdft": (sdft, shown)}[method]
-    sizes, more = (student, examples, step.TOK, turns), {"max_new_tokens": RESPONSE}
-    run = step.timed_training(module, *sizes, **more)
+    examples = step.make_examples(rows, RESPONSE, PROMPT)
+    of = method, student, examples, turns
+    run = step.timed_training(*of, max_new_tokens=RESPONSE)
     return {**run, "peak_gb": (run["peak_mb"] - before) * 2**20 / 1e9}
 
 

@@ -10,8 +10,6 @@ roof is the slower of two things that no cached sampler can avoid: to multiply p
 and tokens by each weight, and to read each weight and the cache for each token.
 """
 
-import argparse
-
 import measure
 import torch
 from measure import DEVICE
@@ -156,9 +154,7 @@ def measure_cell(size, batch, n, copy, flop, args):
 
 
 def main():
-    measure.serve(memory_of)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args = measure.begin(parser, turns=5)
+    args = measure.begin(__doc__, 5, memory_of)
     new = zip(SIZES, (64, 32, 16), strict=True)  # tokens of a response
     cells = [(size, batch, n) for size, n in new for batch in (1, 16, 64)]
     cells = [("0.9M", 4, 8)] if args.quick else cells

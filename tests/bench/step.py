@@ -13,7 +13,6 @@ the weights alone: 2 flop for each weight and token of a forward pass, 4 of a ba
 pass. Memory is that of the steps after the warm-up, above what lies there between them.
 """
 
-import argparse
 import contextlib
 import random
 import tempfile
@@ -86,17 +85,18 @@ class Clock(Quiet):
         return call
 
 
-def timed_training(module, student, examples, tok, turns, **settings):
-    """Let a trainer (sft or sdft) train on one batch. Seconds of the steps after the
-    warm-up and of their parts; MB at their peak, and above what they began with."""
-    run, n = Clock(), len(examples)
-    few = {"steps": WARM_UP + turns, "batch_size": n, "log_every": 10**6}
+def timed_training(method, student, examples, turns, **settings):
+    """Let sft or sdft train on one batch of make_examples. Seconds of the steps after
+    the warm-up and of their parts; MB at their peak, and above what they began with."""
+    (shown, long), run = examples, Clock()
+    module, batch = {"sft": (sft, long), "sdft": (sdft, shown)}[method]
+    few = {"steps": WARM_UP + turns, "batch_size": len(batch), "log_every": 10**6}
     cfg = module.Config(dropout=0.0, **few, **settings)
     with contextlib.ExitStack() as changes:
         for name in ("get_responses", "compute_loss"):
             noting = run.noting(getattr(module, name))
             changes.enter_context(mock.patch.object(module, name, noting))
-        module.train(student, {"A": examples}, {}, tok, cfg, run)
+        module.train(student, {"A": batch}, {}, TOK, cfg, run)
     peak = measure.peak_memory()
     rows = [[*times, after[0]] for times, after in pairwise(run.times[WARM_UP:])]
     parts = {part: [times[i + 1] - times[i] for times in rows]
@@ -106,10 +106,9 @@ def timed_training(module, student, examples, tok, turns, **settings):
             "extra_mb": peak - run.before}  # fmt: skip
 
 
-def run_ours(name, batch, n, turns):
-    (shown, long), own = make_examples(batch, n), {"max_new_tokens": n, **SETTINGS}
-    module, examples = {"sft": (sft, long), "sdft": (sdft, shown)}[name]
-    return timed_training(module, make_model(), examples, TOK, turns, **own)
+def run_ours(method, batch, n, turns):
+    of = method, make_model(), make_examples(batch, n), turns
+    return timed_training(*of, max_new_tokens=n, **SETTINGS)
 
 
 def trl_trainer(folder, batch, n, steps):
@@ -234,26 +233,23 @@ def flops_of(batch, n):
 
 
 def main():
-    measure.serve(entry)
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    args = measure.begin(parser, turns=9)
+    args = measure.begin(__doc__, 9, entry)
     batch, n, turns, rounds = (4, 8, 2, 1) if args.quick else (16, 64, args.turns, 3)
     result = {"batch": batch, "new_tokens": n, "loss": check_losses(batch, n),
               "rows": {}, "parts": {}}  # fmt: skip
-    names = ["sft", "sdft"] + (["TRL sdft"] if result["loss"] else [])
-    runs = {name: [] for name in names}
+    runs = {name: [] for name in ["sft", "sdft"] + ["TRL sdft"] * bool(result["loss"])}
     for _ in range(rounds):
-        for name in names:
+        for name in runs:
             runs[name].append(measure.fresh(name, batch, n, turns))
     (_, flop, _), flops = measure.roofs(), flops_of(batch, n)
     ours = min(x for run in runs["sdft"] for x in run["seconds"])
-    for name in names:
-        seconds = [x for run in runs[name] for x in run["seconds"]]
-        of = min(seconds) / ours, flops[name] / flop / min(seconds)
-        extra = min(run["extra_mb"] for run in runs[name])
-        row = measure.row(name, seconds, time_over_ours=of[0], of_roof=of[1],
-                          extra_mb=extra)  # fmt: skip
-        result["rows"][name] = row
+    for name, of in runs.items():
+        seconds = [x for run in of for x in run["seconds"]]
+        result["rows"][name] = measure.row(
+            name, seconds, time_over_ours=min(seconds) / ours,
+            of_roof=flops[name] / flop / min(seconds),
+            extra_mb=min(run["extra_mb"] for run in of),
+        )  # fmt: skip
     for part in PARTS:
         seconds = [x for run in runs["sdft"] for x in run["parts"][part]]
         share = min(seconds) / ours
