@@ -20,7 +20,7 @@ from measure import DEVICE
 
 from model import KLS, chunked_kl, fused_kl, kl_reference
 
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's and Liger's name for kl
+BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's name for kl
 
 # Entries: (inputs) -> values (N,) or their mean, with the gradient of the mean made
 
@@ -57,18 +57,6 @@ def trl_head(h, W, t, U, kl):
     return backward_mean(out[0])
 
 
-def liger(s, t, kl):
-    from liger_kernel.transformers.jsd import LigerJSD
-
-    return LigerJSD(BETA[kl])(s.log_softmax(-1), t.log_softmax(-1))  # the mean
-
-
-def liger_head(h, W, t, U, kl):
-    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
-
-    return backward_mean(LigerFusedLinearJSD(BETA[kl])(h, W, t, U, None))
-
-
 def our_head(h, W, t, U, kl):
     loss, _ = chunked_kl(h, t, W, U, h.new_full((len(h),), 1 / len(h)), kl)
     loss.backward()
@@ -88,14 +76,12 @@ ENTRIES = {
         "eager formula": partial(of_logits, kl_reference),
         "F.kl_div": partial(of_logits, torch_kl_div),
         "torch.compile": lambda *args: of_logits(compiler(), *args),
-        "Liger JSD": partial(of_logits, liger),
         "ours, fused_kl": in_place,
     },
     "head": {
         "eager formula": partial(of_heads, kl_reference),
         "torch.compile": lambda *args: of_heads(compiler(), *args),
         "TRL chunked_divergence": trl_head,
-        "Liger fused_linear_jsd": liger_head,
         "ours, chunked_kl": our_head,
     },
 }
