@@ -50,25 +50,23 @@ def save(figure, path, **more):
 
 
 def line(axis, x, rows, label, color, **style):
-    """The mean of runs (a list of lists) as a line; returns a label for label_lines."""
+    """The mean of runs (a list of lists) as a line."""
     y = [mean(column) for column in zip(*rows, strict=True)]
-    axis.plot(x, y, color=color, **{"lw": 1.8, **style})
-    return y[-1], label, color
+    axis.plot(x, y, color=color, label=label, **{"lw": 1.8, **style})
 
 
 def band(axis, x, rows, label, color, **style):
     """A line, and the range of the runs as a band."""
     low, high = (list(map(of, zip(*rows, strict=True))) for of in (min, max))
-    end = line(axis, x, rows, label, color, **style)
+    line(axis, x, rows, label, color, **style)
     axis.fill_between(x, low, high, color=color, alpha=0.18, lw=0)
-    return end
 
 
 def threads(axis, x, rows, label, color):
     """A line, and each run as a thin one."""
     for y in rows:
         axis.plot(x, y, color=color, lw=0.5, alpha=0.5)
-    return line(axis, x, rows, label, color)
+    line(axis, x, rows, label, color)
 
 
 def cross(axis, xs, ys, color, marker="o"):
@@ -113,16 +111,18 @@ def write(axis, words):
         taken.append(put(word, *place).get_window_extent())
 
 
-def label_lines(axis, labels):
-    """Words right of the axis, [(y, text, color)], at the height where the lines end,
-    moved apart where they would overlap."""
+def label_lines(axis):
+    """The labels of lines right of the axis, at the height where the lines end, moved
+    apart where they would overlap."""
     axis.figure.canvas.draw()  # the limits are known only now
     # 10.5 points, as a share of the axis
     gap, places = 10.5 / (axis.get_window_extent().height * 72 / axis.figure.dpi), []
-    for y, text, color in sorted(labels, key=lambda each: each[0]):
-        at = axis.transAxes.inverted().transform(axis.transData.transform((1, y)))[1]
-        at = min(max(at, 0.0), 1.0)
-        places.append([max(at, places[-1][0] + gap) if places else at, text, color])
+    lines, _ = axis.get_legend_handles_labels()
+    for each in sorted(lines, key=lambda each: each.get_ydata()[-1]):
+        end = axis.transData.transform((1, each.get_ydata()[-1]))
+        at = min(max(axis.transAxes.inverted().transform(end)[1], 0.0), 1.0)
+        at = max(at, places[-1][0] + gap) if places else at
+        places.append([at, each.get_label(), each.get_color()])
     if places and places[-1][0] > 1.02:  # down again from the top
         top = 1.02
         for place in reversed(places):
@@ -233,14 +233,14 @@ def onpolicy(rows):
              "imitate": "teacher writes, imitate"}  # fmt: skip
     colors = dict(zip(names, OTHERS, strict=False))
     for axis, of in zip(axes, (new_of, prior_of), strict=False):
-        labels, lowest = [], 0.9
+        lowest = 0.9
         for name, text in names.items():
             if runs := rows.get(f"{name} 9e-5"):
                 x, ys = curve(runs, of)
-                labels.append(band(axis, x, ys, text, colors[name]))
+                band(axis, x, ys, text, colors[name])
                 lowest = min(lowest, *map(min, ys))
         axis.set(xlabel="updates at 9e-5", ylim=(lowest - 0.01, 1.01))
-        label_lines(axis, labels)
+        label_lines(axis)
     # who writes: from the teacher alone, over a mix, to the student alone
     taus = {label: label for label in rows if label.startswith("tau")}
     order = {"offpolicy 9e-5": "teacher", **taus, "sdft 9e-5": "student"}
@@ -291,13 +291,13 @@ def each_row(rows, titles, series, draw, xlabel, **size):
     records span decades."""
     figure, axes = panels(*titles, **size)
     for axis, of in zip(axes, series, strict=True):
-        labels = [draw(axis, *curve(runs, *of), label, color)
-                  for (label, runs), color in zip(rows.items(), OTHERS, strict=False)]
+        for (label, runs), color in zip(rows.items(), OTHERS, strict=False):
+            draw(axis, *curve(runs, *of), label, color)
         if of[1:]:
             axis.set_yscale("log")
         elif of != (new_of,):
             axis.set_ylim(-0.03, 1.05)
-        label_lines(axis, labels)
+        label_lines(axis)
         axis.set_xlabel(xlabel)
     return figure
 
@@ -325,13 +325,13 @@ def estimators(rows):
 def stages(axis, runs):
     """Each skill and the prior mean over the updates of three skills."""
     x, priors = curve(runs, prior_of)
-    x, labels = [step / runs[0]["config"]["steps"] for step in x], []
+    x = [step / runs[0]["config"]["steps"] for step in x]
     for skill, color in zip("ABC", OTHERS, strict=False):
         _, ys = curve(runs, lambda row, skill=skill: row["new"][skill])
-        labels.append(band(axis, x, ys, f"skill {skill}", color))
-    labels.append(band(axis, x, priors, "prior", GREY, ls="--"))
+        band(axis, x, ys, f"skill {skill}", color)
+    band(axis, x, priors, "prior", GREY, ls="--")
     axis.set(ylim=(-0.03, 1.03), xticks=(0, 1, 2, 3), xlabel="skills trained")
-    label_lines(axis, labels)
+    label_lines(axis)
 
 
 CURVES = {
@@ -364,19 +364,17 @@ def distance(rows):
     figure, axes = panels("new", "prior", width=3.3, share=True)
     axes[0].set_ylim(-0.03, 1.05)
     for axis, title in zip(axes, ("new", "prior"), strict=True):
-        labels = []
         for method, far in {"sdft": "9e-5", "sft": "1e-4", "dft": "1e-4"}.items():
             names = ("own", "known", "terms" if f"{method} terms" in rows else far)
             runs = [rows.get(f"{method} {name}") for name in names]
             if all(runs):
                 ys = [values(each, title) for each in runs]
-                color, means = COLORS[method], [mean(y) for y in ys]
-                axis.plot(means, marker=MARKERS[method], color=color)
+                style = {"color": COLORS[method], "label": method.upper()}
+                axis.plot([mean(y) for y in ys], marker=MARKERS[method], **style)
                 ends = [min(y) for y in ys], [max(y) for y in ys]
-                axis.vlines(range(3), *ends, color=color, lw=0.8)
-                labels.append((means[-1], method.upper(), color))
+                axis.vlines(range(3), *ends, color=COLORS[method], lw=0.8)
         axis.set_xticks(range(3), ["own", "known", "terms"])
-        label_lines(axis, labels)
+        label_lines(axis)
     return figure
 
 
@@ -432,16 +430,15 @@ def size(rows):
 
 def passk(rows):
     figure, (axis,) = panels("pass@k at temperature 1", width=4.6)
-    labels = []
     for label, runs in rows.items():
         ks = [int(k) for k in runs[0]["pass_at_k"]]
         ys = [list(run["pass_at_k"].values()) for run in runs]
         dashed = {"ls": "--"} if label.endswith("1e-4") else {}
-        labels.append(band(axis, ks, ys, label, color_of(label), **dashed))
+        band(axis, ks, ys, label, color_of(label), **dashed)
     axis.set_xscale("log", base=2)
     axis.set_xticks(ks, ks)
     axis.set(xlabel="k", ylim=(-0.03, 1.05))
-    label_lines(axis, labels)
+    label_lines(axis)
     return figure
 
 
@@ -472,7 +469,6 @@ def cost(rows):
             "core-seconds": ("core_seconds", 1), "tokens written": ("written", 1)}
     figure, axes = panels(*keys, width=3.3, share=True)
     for axis, (key, unit) in zip(axes, keys.values(), strict=True):
-        labels = []
         for label in ("sdft 9e-5", "sft 6e-4, 120", "sft 1e-4, 120"):
             if runs := rows.get(label):
                 steps, ys = curve(runs, new_of)
@@ -480,8 +476,8 @@ def cost(rows):
                 x = [step * one * unit for step in steps]
                 dashed = {"ls": "--"} if "1e-4" in label else {}
                 text = label.removesuffix(", 120").upper().replace("E-", "e-")
-                labels.append(band(axis, x, ys, text, color_of(label), **dashed))
-        label_lines(axis, labels)
+                band(axis, x, ys, text, color_of(label), **dashed)
+        label_lines(axis)
         axis.set(ylim=(-0.03, 1.05))
     axes[0].set_ylabel("new skill")
     return figure
