@@ -37,7 +37,7 @@ from data import make_rng
 from model import GPTConfig, generate
 
 SECONDS = 480  # in which all of it ends
-SMALL, QUICK = "--small" in sys.argv, SimpleNamespace(kl="forward", turns=5, quick=True)
+SMALL, QUICK = "--small" in sys.argv, SimpleNamespace(turns=5, quick=True)
 
 
 def tell(row, **values):

@@ -1,13 +1,14 @@
 """The KL kernel beside its peers: time and extra memory, forward and backward.
 
     python tests/bench/kernel.py                 # a CPU: minutes (a GPU: gpu.py)
-    python tests/bench/kernel.py --kl reverse --quick
+    python tests/bench/kernel.py --quick
 
-Two tables. "logits": a divergence of given logits (N, V). "head": from hidden states,
-two heads included. Every entry is checked against float64 on a few rows before it is
-timed. The roof of "logits" is a copy: both logits read once and the gradient written,
-12 bytes an entry; that of "head" a large matrix product: 8 N V C flop. Time and memory:
-measure.py. Peers that are not installed are named; requirements.txt has their versions.
+Two tables of KL(teacher || student). "logits": of given logits (N, V). "head": from
+hidden states, two heads included. Every entry is checked against float64 on a few rows
+before it is timed. The roof of "logits" is a copy: both logits read once and the
+gradient written, 12 bytes an entry; that of "head" a large matrix product: 8 N V C
+flop. Time and memory: measure.py. Peers that are not installed are named;
+requirements.txt has their versions.
 """
 
 import math
@@ -18,9 +19,7 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE
 
-from model import KLS, chunked_kl, fused_kl, kl_reference
-
-BETA = {"forward": 0.0, "reverse": 1.0, "jsd": 0.5}  # TRL's name for kl
+from model import chunked_kl, fused_kl, kl_reference
 
 # Entries: (inputs) -> values (N,) or their mean, with the gradient of the mean made
 
@@ -30,12 +29,9 @@ def backward_mean(values):
     return values.detach()
 
 
-def torch_kl_div(s, t, kl):
-    if kl == "jsd":
-        raise ValueError("F.kl_div has no jsd")
+def torch_kl_div(s, t):
     log_s, log_t = s.log_softmax(-1), t.log_softmax(-1)
-    p, q = (log_t, log_s) if kl == "forward" else (log_s, log_t)
-    return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # KL(p || q)
+    return F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
 
 
 @cache
@@ -43,32 +39,33 @@ def compiler():  # when it is needed: it takes seconds to import
     return torch.compile(kl_reference, dynamic=False)
 
 
-def in_place(s, t, kl):
+def in_place(s, t):
     """The row kernel as chunked_kl uses it: on logits that it may overwrite."""
-    values = fused_kl(s.detach(), t, s.new_full((len(s),), 1 / len(s)), kl)
+    values = fused_kl(s.detach(), t, s.new_full((len(s),), 1 / len(s)))
     s.grad = s.detach()
     return values
 
 
-def trl_head(h, W, t, U, kl):
+def trl_head(h, W, t, U):
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    out = ChunkedDivergenceFunction.apply(h, W, None, t, U, None, BETA[kl])
+    # the last one, beta: 0 is KL(teacher || student)
+    out = ChunkedDivergenceFunction.apply(h, W, None, t, U, None, 0.0)
     return backward_mean(out[0])
 
 
-def our_head(h, W, t, U, kl):
-    loss, _ = chunked_kl(h, t, W, U, h.new_full((len(h),), 1 / len(h)), kl)
+def our_head(h, W, t, U):
+    loss, _ = chunked_kl(h, t, W, U, h.new_full((len(h),), 1 / len(h)))
     loss.backward()
     return loss.detach()  # the mean of the rows
 
 
-def of_logits(formula, s, t, kl):
-    return backward_mean(formula(s, t, kl))
+def of_logits(formula, s, t):
+    return backward_mean(formula(s, t))
 
 
-def of_heads(formula, h, W, t, U, kl):
-    return of_logits(formula, h @ W.T, (t @ U.T).detach(), kl)
+def of_heads(formula, h, W, t, U):
+    return of_logits(formula, h @ W.T, (t @ U.T).detach())
 
 
 ENTRIES = {
@@ -100,12 +97,12 @@ def make_inputs(level, N, V, C):
     return [h.requires_grad_(), W.requires_grad_(), t, U]
 
 
-def check(level, name, kl):
+def check(level, name):
     """Values and gradients must be those of the formula in float64."""
     inputs = make_inputs(level, 16, 4096, 64)
     double = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    right = ENTRIES[level]["eager formula"](*double, kl)
-    values = ENTRIES[level][name](*inputs, kl)
+    right = ENTRIES[level]["eager formula"](*double)
+    values = ENTRIES[level][name](*inputs)
     error = (values - (right if values.dim() else right.mean())).abs().max().item()
     gradients = [((a.grad - b.grad).norm() / b.grad.norm()).item()
                  for a, b in zip(inputs, double, strict=True) if b.requires_grad]
@@ -113,34 +110,34 @@ def check(level, name, kl):
         raise ValueError(f"values are off by {error}, gradients by {gradients}")
 
 
-def runner(level, name, inputs, kl):
+def runner(level, name, inputs):
     """A function without arguments: one forward and backward."""
 
     def run():
         for x in inputs:
             x.grad = None
-        ENTRIES[level][name](*inputs, kl)
+        ENTRIES[level][name](*inputs)
 
     return run
 
 
-def memory_of(level, name, N, V, C, kl):
+def memory_of(level, name, N, V, C):
     """Extra MB of one run, in this (measure.fresh) process."""
-    runner(level, name, make_inputs(level, 8, 64, 8), kl)()  # code and threads: loaded
+    runner(level, name, make_inputs(level, 8, 64, 8))()  # code and threads: loaded
     if name == "torch.compile":
-        runner(level, name, make_inputs(level, N, V, C), kl)()  # compiled for the size
-    return measure.extra_memory(runner(level, name, make_inputs(level, N, V, C), kl))
+        runner(level, name, make_inputs(level, N, V, C))()  # compiled for the size
+    return measure.extra_memory(runner(level, name, make_inputs(level, N, V, C)))
 
 
 def measure_cell(level, N, V, C, copy, flop, args):
     print(f"\n{level}, N={N}, V={V}" + (f", C={C}" if C else ""))
-    inputs, runs, rows, kl = make_inputs(level, N, V, C), {}, {}, args.kl
+    inputs, runs, rows = make_inputs(level, N, V, C), {}, {}
     roof = 8 * N * V * C / flop if C else 12 * N * V / copy  # seconds
     for name in ENTRIES[level]:
         # one entry overwrites its logits: it gets a copy, which soon is a gradient
         own = [inputs[0].detach().clone()] if name == "ours, fused_kl" else inputs[:1]
-        run = runner(level, name, [*own, *inputs[1:]], kl)
-        reason = measure.error_of(check, level, name, kl) or measure.error_of(run)
+        run = runner(level, name, [*own, *inputs[1:]])
+        reason = measure.error_of(check, level, name) or measure.error_of(run)
         if reason:  # (a run compiles and fills caches)
             print(f"  {name}: {reason}")
             rows[name] = {"not timed": reason}
@@ -149,15 +146,15 @@ def measure_cell(level, N, V, C, copy, flop, args):
     times = measure.in_turns(runs, args.turns)
     del inputs, runs, own, run
     for name, seconds in times.items():
-        mb = None if args.quick else measure.fresh(level, name, N, V, C, kl)
+        mb = None if args.quick else measure.fresh(level, name, N, V, C)
         gain = min(times.get("eager formula", [math.nan])) / min(seconds)
         of = {"speed_up_over_eager": gain, "of_roof": roof / min(seconds)}
         rows[name] = measure.row(name, seconds, **of, extra_mb=mb)
-    return {"level": level, "N": N, "V": V, "C": C, "kl": kl, "rows": rows}
+    return {"level": level, "N": N, "V": V, "C": C, "kl": "forward", "rows": rows}
 
 
 def main():
-    args = measure.begin(__doc__, 7, memory_of, kl=KLS)
+    args = measure.begin(__doc__, 7, memory_of)
     cells = [  # level, rows, vocabulary, channels (a GPU: gpu.py)
         *(("logits", 2048, V, 0) for V in (512, 4096, 50304)),
         ("logits", 512, 151936, 0), ("head", 2048, 4096, 256),

@@ -163,13 +163,10 @@ def serve(entry):
         sys.exit()
 
 
-def begin(about, turns, entry, **choices):
-    """Serve entry, or read the flags: those that all have, and choices, of which the
-    first is the default. Sets threads, says what runs where."""
+def begin(about, turns, entry):
+    """Serve entry, or read the flags. Sets threads, says what runs where."""
     serve(entry)
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
-    for flag, values in choices.items():
-        parser.add_argument(f"--{flag}", choices=values, default=values[0])
     parser.add_argument("--turns", type=int, default=turns, help="runs of each entry")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small, writes no file")
