@@ -30,8 +30,7 @@ UNLIKE = [  # these notice that a text has changed, whatever it does
 ]  # fmt: skip
 MUTANTS = {  # file: what stands there once -> what it becomes
     "model": [
-        ("a * cos - b * sin, b * cos + a * sin",
-         "a * cos + b * sin, b * cos - a * sin"),
+        ("cos - b * sin, b * cos + a", "cos + b * sin, b * cos - a"),
         ("cos = self.cos[positions]", "cos = self.cos[positions - 1]"),
         ("pads = (column >= lengths[:, None])", "pads = (column > lengths[:, None])"),
         ("masked_fill(pads, -math.inf)", "masked_fill(pads, 0.0)"),
@@ -48,13 +47,11 @@ MUTANTS = {  # file: what stands there once -> what it becomes
         ("p.cumsum(-1, dtype=torch.float64)", "p.cumsum(-1)"),
         ("right=True)[:, 0]", "right=False)[:, 0]"),
         ("last = hidden[row, lengths - 1]", "last = hidden[row, -1]"),
-        ("hidden(token[:, None], lengths + t, cache)",
-         "hidden(token[:, None], lengths + t + 1, cache)"),
+        ("[:, None], lengths + t, cache)", "[:, None], lengths + t + 1, cache)"),
         ("((response != end).sum(1) + 1)", "((response != end).sum(1))"),
         ("log_t.exp() * (log_t - log_s)", "log_s.exp() * (log_t - log_s)"),
         ("log_s.exp() * (log_s - log_t)).sum", "log_s.exp() * (log_t - log_s)).sum"),
-        ("row_loss(s, weight[rows] / temperature, rows)",
-         "row_loss(s, weight[rows], rows)"),
+        ("(s, weight[rows] / temperature, rows)", "(s, weight[rows], rows)"),
         ("dW.addmm_(ds.T, h[rows])", "dW.copy_(ds.T @ h[rows])"),
         ("torch.sub(p_s, p_t, out=s)", "torch.sub(p_t, p_s, out=s)"),
         ("diff.sub_(mean[:, None]), out=s", "diff, out=s"),
@@ -72,18 +69,12 @@ MUTANTS = {  # file: what stands there once -> what it becomes
          "            loss.backward() if not sums.get('tokens') else None\n"),
     ],
     "sdft": [
-        ("generate(student, *bare, cfg.max_new_tokens, tok.end, u, cfg.temperature)",
-         "generate(student, *bare, cfg.max_new_tokens, tok.end, u)"),
-        ("shown = data.pad_batch(data.teacher_prompt",
-         "shown = data.pad_batch(data.student_prompt"),
-        ("bare = data.pad_batch(data.student_prompt, batch, tok, mask.device)",
-         "bare = data.pad_batch(data.teacher_prompt, batch, tok, mask.device)"),
-        ("mask.cumsum(1) > cfg.skip_first_tokens",
-         "mask.cumsum(1) >= cfg.skip_first_tokens"),
-        ("heads = student.head(), teacher.head()",
-         "heads = teacher.head(), student.head()"),
-        ("cfg.ema_rate * s + (1 - cfg.ema_rate) * t",
-         "cfg.ema_rate * t + (1 - cfg.ema_rate) * s"),
+        ("tok.end, u, cfg.temperature)", "tok.end, u)"),
+        ("(data.teacher_prompt", "(data.student_prompt"),
+        ("student_prompt, batch, tok, mask", "teacher_prompt, batch, tok, mask"),
+        ("cumsum(1) > cfg.skip", "cumsum(1) >= cfg.skip"),
+        ("= student.head(), teacher.head()", "= teacher.head(), student.head()"),
+        ("* s + (1 - cfg.ema_rate) * t", "* t + (1 - cfg.ema_rate) * s"),
         ("        update_teacher(teacher, student, cfg)  #", "        #"),
         ("        run.all_reduce(student, sums)\n", ""),
         ("if stop or t == cfg.steps - 1 or", "if t == cfg.steps - 1 or"),
@@ -92,59 +83,47 @@ MUTANTS = {  # file: what stands there once -> what it becomes
          "            pass\n        for"),
     ],
     "data": [
-        ("return tok.encode(with_demo(example.prompt, example.demo)) + [tok.start]",
-         "return tok.encode(example.prompt) + [tok.start]"),
+        ("(with_demo(example.prompt, example.demo)) + [tok", "(example.prompt) + [tok"),
         ("row[list(example.skip)] = False", "pass"),
         ("mask = place < lengths[:, None]", "mask = place < lengths[:, None] - 1"),
         ('make_rng(seed, "order", epoch)', 'make_rng(seed, "order")'),
         ("rank if j % 2 == 0 else world_size - 1 - rank", "rank"),
-        ('make_rng(seed, "rollout", when, example.id)',
-         'make_rng(seed, "rollout", example.id)'),
+        ('"rollout", when, example.id)', '"rollout", example.id)'),
         ("% 10 == 0) == held_out", "% 10 == 0) != held_out"),
         ("skip += range(len(read), len(read) + given)", "pass"),
         ("if token in (*terms, tok.start)", "if token == tok.start"),
         ("return items_in(response) == items_in(example.answer)", "return True"),
-        ('gate["only_student"] += pairs.count((True, False))',
-         'gate["only_student"] += pairs.count((False, True))'),
-        ("chunked_kl(q_hidden, p_hidden, q.head(), p.head()",
-         "chunked_kl(p_hidden, q_hidden, p.head(), q.head()"),
-        ("weight = (mask / lengths[:, None])[mask]",
-         "weight = (mask / mask.sum())[mask]"),
+        ('student"] += pairs.count((True, False))',
+         'student"] += pairs.count((False, True))'),
+        ("q_hidden, p_hidden, q.head(), p.", "p_hidden, q_hidden, p.head(), q."),
+        ("(mask / lengths[:, None])[mask]", "(mask / mask.sum())[mask]"),
         ("return place < math.inf and plain(choice)", "return plain(choice)"),
         ("split_special_tokens=True", "split_special_tokens=False"),
     ],
     "train": [
-        ("        os.replace(temporary, path)\n",
-         "        path.write_bytes(temporary.read_bytes())\n"),
+        ("os.replace(temporary, path)", "path.write_bytes(temporary.read_bytes())"),
         ("damaged = file.testzip()", "damaged = None"),
         ("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
         ('if row["step"] < start]', 'if row["step"] <= start]'),
-        ('start, spent = saved["step"], saved["unrecorded"]',
-         'start, spent = saved["step"] + 1, 0'),
-        ('            check_settings(self.folder, saved["settings"], self.settings)\n',
-         ""),
+        ('= saved["step"], saved["unrecorded"]', '= saved["step"] + 1, 0'),
+        ('check_settings(self.folder, saved["settings"], self.settings)', "pass"),
         ("                    dist.all_reduce(p.grad)\n", "                    pass\n"),
         ("self.stop and self.stop.signal", "None"),
-        ('if gate["teacher"] - gate["student"] < args.gate_margin',
-         'if gate["student"] - gate["teacher"] < args.gate_margin'),
+        ('gate["teacher"] - gate["student"] <', 'gate["student"] - gate["teacher"] <'),
         ("return 128 + ", "return 0 * "),
         ("            signal.signal(signum, handler)\n", "            pass\n"),
-        ("    key = digest(repr((asdict(config), asdict(cfg),",
-         "    key = digest(repr((asdict(config),"),
+        ("repr((asdict(config), asdict(cfg),", "repr((asdict(config),"),
         ("now < then - GATE_LOSS", "now > then + GATE_LOSS"),
     ],
 }
 
 
-def tests_of(name):
-    """The test files of a run: those that should notice, then all of the quick ones."""
-    found = [f"tests/{each}.py" for each in FIRST[name]]
-    return [[each for each in found if (ROOT / each).exists()], ["tests", *UNLIKE]]
-
-
 def first_failure(folder, name):
-    """The first test that fails in a changed copy of the project, or None."""
-    for tests in tests_of(name):
+    """The first test that fails in a changed copy of the project, or None. Those that
+    should notice run first, then all of the quick ones."""
+    first = [f"tests/{each}.py" for each in FIRST[name]]
+    first = [each for each in first if (ROOT / each).exists()]
+    for tests in (first, ["tests", *UNLIKE]):
         command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider -m".split()]
         args = {"cwd": folder, "capture_output": True, "text": True}
         run = subprocess.run([*command, "not slow", *tests], **args)
