@@ -65,8 +65,7 @@ MUTANTS = {  # file: what stands there once -> what it becomes
         ("if p.dim() >= 2]", "]"),
         ("((response == tok.end) & mask)", "(response == tok.end)"),
         ("        optimizer.zero_grad()\n", ""),
-        ("            loss.backward()\n",
-         "            loss.backward() if not sums.get('tokens') else None\n"),
+        ("loss.backward()", "loss.backward() if not sums.get('tokens') else None"),
     ],
     "sdft": [
         ("tok.end, u, cfg.temperature)", "tok.end, u)"),
@@ -79,8 +78,7 @@ MUTANTS = {  # file: what stands there once -> what it becomes
         ("        run.all_reduce(student, sums)\n", ""),
         ("if stop or t == cfg.steps - 1 or", "if t == cfg.steps - 1 or"),
         ("run.save(step + 1,", "run.save(step,"),
-        ("            optimizer = make_optimizer(student, cfg)\n        for",
-         "            pass\n        for"),
+        ("optimizer = make_optimizer(student, cfg)\n        for", "pass\n        for"),
     ],
     "data": [
         ("(with_demo(example.prompt, example.demo)) + [tok", "(example.prompt) + [tok"),
