@@ -189,14 +189,12 @@ def train_py(seed, folder, quick, base, flags):
     shared = folder / "out" / "base"
     shared.unlink(missing_ok=True)  # the whole of --work may have been moved
     shared.symlink_to((folder.parents[1] / "base").resolve())
-    argv = [*flags.split(), "--seed", str(seed), "--threads", "1"]
+    argv = [*flags.split(), "--seed", str(seed), "--threads", "1", "--resume"]
     argv += ["--out", str(folder / "out")]
     if quick:
         few = [f"--{key.replace('_', '-')}={value}" for key, value in QUICK.items()]
         argv += [*QUICK_BASE, *few]
     out = folder / "out" / train.parse_args(argv).method
-    if (out / "checkpoint.pt").exists():
-        argv.append("--resume")
     if code := train.main(argv):
         raise RuntimeError(f"train.py ended with {code}")
     results = json.loads((out / "results.json").read_text())

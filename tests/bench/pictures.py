@@ -123,10 +123,9 @@ def label_lines(axis):
         at = min(max(axis.transAxes.inverted().transform(end)[1], 0.0), 1.0)
         at = max(at, places[-1][0] + gap) if places else at
         places.append([at, each.get_label(), each.get_color()])
-    if places and places[-1][0] > 1.02:  # down again from the top
-        top = 1.02
-        for place in reversed(places):
-            place[0], top = min(place[0], top), min(place[0], top) - gap
+    top = 1.02  # down again from there
+    for place in reversed(places):
+        place[0], top = min(place[0], top), min(place[0], top) - gap
     for at, text, color in places:
         axis.annotate(text, (1.01, at), xycoords="axes fraction", color=color,
                       fontsize=8, va="center", annotation_clip=False)  # fmt: skip

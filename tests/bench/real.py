@@ -19,7 +19,6 @@ Results stand in tests/bench/results/real.json, the notebook is tests/bench/real
 import argparse
 import json
 import os
-import platform
 import random
 import re
 import shutil
@@ -208,8 +207,8 @@ def run_cell(task, label, seed, args):
     write_rows(files["data"], rows)
     write_rows(files["eval"], held_out[::6])  # what train.py itself looks at
     files["template"].write_text(TEMPLATES["short"], encoding="utf-8")
-    changed = ["tests/exercises/variants.py", variant, "--run"]
-    command = [*(changed if variant else ["train.py"]), *flags.split()]
+    program = f"tests/exercises/variants.py {variant} --run" if variant else "train.py"
+    command = [*program.split(), *flags.split()]
     command += f"--threads {args.threads} --seed {seed} --grade contains".split()
     for flag, path in {**files, "init": args.folder, "out": work}.items():
         command += [f"--{flag}", str(path)]
@@ -224,11 +223,10 @@ def run_cell(task, label, seed, args):
     results = json.loads((out / "results.json").read_text())
     about = {
         "task": task, "label": label, "seed": seed, "flags": flags,
-        "template": "short", "demos": demos, "variant": variant,
-        "few gate": results["teacher_gate"],
+        "demos": demos, "few gate": results["teacher_gate"],
         "cpu_seconds": int((work / "cpu_seconds").read_text()),
         "seconds": round(results["seconds"]["fine_tune"], 1),
-        "machine": results["machine"], "processor": platform.machine(),
+        "machine": results["machine"],
         "loss": [round(r["loss"], 3) for r in train.read_metrics(out) if "loss" in r],
     }  # fmt: skip
     about |= measure(out / "model", rows, held_out, args)
@@ -383,14 +381,12 @@ def read_results():
 
 
 def write_results(known):
-    text = json.dumps(known, indent=1, ensure_ascii=False)
-    train.write_text(RESULTS, text + "\n")
+    train.write_text(RESULTS, json.dumps(known, indent=1, ensure_ascii=False) + "\n")
 
 
 def show_tables(names):
-    known = read_results()
     for name in names:
-        cells = [c for c in known["cells"].values() if c["task"] == name]
+        cells = [c for c in read_results()["cells"].values() if c["task"] == name]
         if not cells:
             continue
         print(f"\n| {name} | seed | train wording | held-out wording | prior | JSON on "
