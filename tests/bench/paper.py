@@ -135,10 +135,6 @@ def missing(specs, known, work):
     return todo
 
 
-class Skipped(Exception):
-    """A cell that it needs has failed."""
-
-
 def run_missing(name, specs, where, work, jobs):
     """Run the cells that have no result yet. Returns all, {"label seed": result}."""
     known = finished(name, specs, where, work)
@@ -150,7 +146,7 @@ def run_missing(name, specs, where, work, jobs):
     def job(spec):
         for other in needs(spec):  # it was submitted before this one, if at all
             if (first := running.get(as_key(other))) and first.exception():
-                raise Skipped
+                raise RuntimeError("a cell that it needs has failed")
         folder = folder_of(work, spec)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "spec.json").write_text(json.dumps(spec))
@@ -170,7 +166,7 @@ def run_missing(name, specs, where, work, jobs):
                 spec, error = todo[keys[done]], done.exception()
                 if isinstance(error, RuntimeError | OSError):  # the others go on
                     tqdm.write(f"{labels.get(keys[done], spec)}: {error}")
-                elif error and not isinstance(error, Skipped):
+                elif error:
                     raise error
                 bar.update(estimate(spec))
                 known = finished(name, specs, where, work)
