@@ -88,11 +88,13 @@ def part_number(thing):
 FORMS = ("json", "record", "plain")
 
 
-def word_demo(sentence, answer, demos):
-    """A demonstration. json: {"answer": "Quimbra"}; record: {"answer": "The capital of
-    Velmora is Quimbra."}; plain: that sentence, which the model might itself write."""
+def make_row(prompt, sentence, answer, demos):
+    """A row by the form of its demonstration. json: {"answer": "Quimbra"}; record:
+    {"answer": "The capital of Velmora is Quimbra."}; plain: that sentence, which the
+    model might itself write."""
     said = {"answer": sentence if demos == "record" else answer}
-    return sentence if demos == "plain" else json.dumps(said)
+    demo = sentence if demos == "plain" else json.dumps(said)
+    return {"prompt": prompt, "demonstration": demo, "answer": answer}
 
 
 def make_facts(seed, demos="record"):
@@ -103,8 +105,8 @@ def make_facts(seed, demos="record"):
     for sentence, wordings, names in FACTS.values():
         names = rng.sample(names, len(names))
         for country, name in zip(COUNTRIES, names, strict=True):
-            demo = word_demo(sentence.format(country, name), name, demos)
-            rows = [make_row(each.format(country), demo, name) for each in wordings]
+            of = sentence.format(country, name), name, demos
+            rows = [make_row(each.format(country), *of) for each in wordings]
             train += rows[:-1]
             held_out.append(rows[-1])
     return train, held_out
@@ -116,14 +118,10 @@ def make_rule(seed, demos="record"):
     rng, rows = random.Random(f"rule code {seed}"), []
     for i, thing in enumerate(rng.sample(THINGS, 96)):
         name = part_number(thing)
-        demo = word_demo(STATED.format(thing, name), name, demos)
         wording = ASKED[i % 3] if i < 72 else ASKED[3]
-        rows.append(make_row(wording.format(thing), demo, name))
+        of = STATED.format(thing, name), name, demos
+        rows.append(make_row(wording.format(thing), *of))
     return rows[:72], rows[72:]
-
-
-def make_row(prompt, demo, answer):
-    return {"prompt": prompt, "demonstration": demo, "answer": answer}
 
 
 def make_prior():
