@@ -171,29 +171,28 @@ STEPS = {"rule": 27, "facts": 54}
 DEMOS = {"rule": "json", "facts": "record"}  # the gates say why
 SHARED = f"--batch-size 8 --max-new-tokens {N_TOKENS}"
 SDFT, RATES = "--method sdft --ema-rate 0 --lr", (1e-5, 3e-5, 1e-4)
-CELLS = {  # task -> label: (form of the demonstrations, flags of train.py)
+CELLS = {  # task -> label: flags of train.py
     task: {
-        **{f"sft {lr:g}": (form, f"--method sft --lr {lr:g}")
-           for lr in (5e-6, 2e-5, 8e-5)},
-        **{f"sdft {lr:g}": (form, f"{SDFT} {lr:g}") for lr in RATES},
+        **{f"sft {lr:g}": f"--method sft --lr {lr:g}" for lr in (5e-6, 2e-5, 8e-5)},
+        **{f"sdft {lr:g}": f"{SDFT} {lr:g}" for lr in RATES},
     }
-    for task, form in DEMOS.items()
-}  # fmt: skip
+    for task in STEPS
+}
 CELLS["rule"] |= {  # three passes left SDFT half-way through the rule (real.md)
-    f"sdft {lr:g} long": ("json", f"{SDFT} {lr:g} --steps 81") for lr in RATES
+    f"sdft {lr:g} long": f"{SDFT} {lr:g} --steps 81" for lr in RATES
 }
 CELLS["facts"] |= {  # at temperature 1 the teacher seldom says what it knows (real.md)
-    **{f"sdft {lr:g} T=.3": ("record", f"{SDFT} {lr:g} --temperature .3 --steps 162")
+    **{f"sdft {lr:g} T=.3": f"{SDFT} {lr:g} --temperature .3 --steps 162"
        for lr in RATES},
     # the temperature alone, with as many updates as at temperature 1
-    "sdft 0.0001 T=.3 short": ("record", f"{SDFT} 1e-4 --temperature .3"),
-    "speculative 3e-05": ("record", f"{SDFT} 3e-5 --tau .5"),
+    "sdft 0.0001 T=.3 short": f"{SDFT} 1e-4 --temperature .3",
+    "speculative 3e-05": f"{SDFT} 3e-5 --tau .5",
 }  # fmt: skip
 
 
 def run_cell(task, label, seed, args):
     """Train and measure one cell; returns what is known of it."""
-    demos, flags = CELLS[task][label]
+    demos, flags = DEMOS[task], CELLS[task][label]
     variant = "speculative" if "--tau" in flags else ""  # of variants.py
     flags += "" if "--steps" in flags else f" --steps {STEPS[task]}"
     flags += f" {SHARED}" + " --steps 2 --gate-margin -1" * args.quick
