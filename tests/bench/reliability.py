@@ -15,13 +15,9 @@ import sys
 from pathlib import Path
 
 import torch
+from test_train import METHODS, ROOT, SMALL, base_file, read, same, start
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from test_train import METHODS, SMALL, base_file, read, same, start  # noqa: E402
-
-import train  # noqa: E402
+import train
 
 FLAGS = [*SMALL, "--method", "both"]
 # train.py, with the base saved often, in which signals come before a step, or seconds
@@ -78,12 +74,6 @@ def finish(process, timeout=1200):
     return process.returncode, out, err
 
 
-def succeed(process):
-    code, text, err = finish(process)
-    assert code == 0, err
-    return text
-
-
 def contents(out, part):
     """All that a run of one method, or the base, has left."""
     folder = base_file(out).parent if part == "base" else out / part
@@ -115,7 +105,8 @@ def killed_and_resumed(part, out, whole, rng, in_save):
     code, _, err = finish(begin(out, *args, **moment))
     assert code in (-signal.SIGKILL, 0), err  # 0: it was done before
     left = any(out.rglob("*.tmp"))
-    succeed(begin(out, *args, "--resume"))
+    code, _, err = finish(begin(out, *args, "--resume"))
+    assert code == 0, err
     assert_same(out, whole, "base", args[-1])
     return left
 
