@@ -164,15 +164,14 @@ def serve(entry):
 
 
 def begin(about, turns, entry):
-    """Serve entry, or read the flags. Sets threads, says what runs where."""
+    """Serve entry, or read the flags. Sets one thread, says what runs where."""
     serve(entry)
     parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--turns", type=int, default=turns, help="runs of each entry")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="small, writes no file")
     parser.add_argument("--out", type=Path, help="JSON; default: beside the results")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     print(machine())
     print("command: python", *sys.argv, flush=True)
     return args

@@ -33,7 +33,7 @@ SHAPES = {  # vocab_size, n_tokens (0: all), n_layer, n_head, n_kv_head, n_embd,
     "Qwen2.5-3B": shape(151936, 0, 36, 16, 2, 2048, 11008),
     "Qwen2.5-7B": shape(152064, 0, 28, 28, 4, 3584, 18944, tie_weights=False),
 }
-ROWS, PROMPT, RESPONSE = 4, 300, 100  # of what is measured
+SHAPE, ROWS, PROMPT, RESPONSE = "SmolLM2-135M", 4, 300, 100  # of what is measured
 
 
 def memory_of(name, method="sdft", tokens=4096, wide=2, checkpointing=True, shards=1):
@@ -83,12 +83,12 @@ def train_shape(name, method, checkpointing=0, rows=ROWS, turns=1, dtype=None):
     return {**run, "peak_gb": (run["peak_mb"] - before) * 2**20 / 1e9}
 
 
-def show(name, method, checkpointing, used, shards=1):
+def show(method, checkpointing, used, shards=1):
     n = PROMPT + RESPONSE
-    plan = memory_of(name, method, ROWS * n, 4, checkpointing, shards)
+    plan = memory_of(SHAPE, method, ROWS * n, 4, checkpointing, shards)
     more = ", --checkpointing" * checkpointing
     more += f", --shard, each of {shards}" * (shards > 1)
-    print(f"| {name}, {method}, {ROWS} x {n} tokens{more} | {plan:.2f} | {used:.2f} |")
+    print(f"| {SHAPE}, {method}, {ROWS} x {n} tokens{more} | {plan:.2f} | {used:.2f} |")
 
 
 def plan(title, cells):
@@ -103,9 +103,7 @@ def main():
     measure.serve(train_shape)
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--shape", choices=SHAPES, default="SmolLM2-135M")
-    args = parser.parse_args()
-    if not args.measure:
+    if not parser.parse_args().measure:
         whole = {"checkpointing": False}
         plan("GB of memory, micro-batches of 4 x 1,024 tokens | SFT | SDFT | SDFT, "
              "--checkpointing", [{"method": "sft", **whole}, whole, {}])  # fmt: skip
@@ -116,15 +114,15 @@ def main():
     if "RANK" in os.environ:  # torchrun
         dist.init_process_group("gloo")
         torch.set_num_threads(1)
-        used = train_shape(args.shape, "sdft")["peak_gb"]
+        used = train_shape(SHAPE, "sdft")["peak_gb"]
         if dist.get_rank() == 0:
-            show(args.shape, "sdft", False, used, dist.get_world_size())
+            show("sdft", False, used, dist.get_world_size())
         return dist.destroy_process_group()
     print("| an update, float32 | planned, GB | measured, GB |\n|---|---|---|")
     for method, checkpointing in (("sft", False), ("sdft", False), ("sdft", True)):
-        used = measure.fresh(args.shape, method, int(checkpointing))
+        used = measure.fresh(SHAPE, method, int(checkpointing))
         if used:  # (else it has said why not)
-            show(args.shape, method, checkpointing, used["peak_gb"])
+            show(method, checkpointing, used["peak_gb"])
 
 
 if __name__ == "__main__":

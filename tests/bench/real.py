@@ -206,7 +206,7 @@ def run_cell(task, label, seed, args):
     files["template"].write_text(TEMPLATES["short"], encoding="utf-8")
     program = f"tests/exercises/variants.py {variant} --run" if variant else "train.py"
     command = [*program.split(), *flags.split()]
-    command += f"--threads {args.threads} --seed {seed} --grade contains".split()
+    command += f"--threads 1 --seed {seed} --grade contains".split()
     for flag, path in {**files, "init": args.folder, "out": work}.items():
         command += [f"--{flag}", str(path)]
     if not (out / "results.json").exists():
@@ -433,14 +433,13 @@ def main():
     parser.add_argument("--only", nargs="+", help="some cells; of sampled: a task")
     parser.add_argument("--questions", type=int, help="general ones to ask (all)")
     parser.add_argument("--kl-rows", type=int, default=64, help="... for the KL (64)")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=ROOT / "out-real")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     parser.add_argument("--quick", action="store_true", help="2 updates, no results")
     parser.add_argument("--model", type=Path, help="of wordings: a student")
     args = parser.parse_args()
     args.folder, args.work = args.folder.absolute(), args.work.absolute()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     start = time.process_time()
     DO[args.what](args)
     print(f"{time.process_time() - start:.0f} CPU seconds of this process")
