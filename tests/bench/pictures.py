@@ -285,9 +285,10 @@ def leak(rows):
     return found
 
 
-def each_row(rows, titles, series, draw, xlabel, **size):
-    """A panel for each of series (what curve takes), a line for each row. Those of
-    records span decades."""
+def each_row(rows, without, titles, series, draw, xlabel, **size):
+    """A panel for each of series (what curve takes), a line for each row but one. Those
+    of records span decades."""
+    rows = {label: runs for label, runs in rows.items() if label != without}
     figure, axes = panels(*titles, **size)
     for axis, of in zip(axes, series, strict=True):
         for (label, runs), color in zip(rows.items(), OTHERS, strict=False):
@@ -307,18 +308,16 @@ def teacher(rows):
     series = ((itemgetter("kl_student_teacher"), "records"),
               (itemgetter("student_entropy"), "records"),
               (prior_of,), (itemgetter("teacher_gate"),))  # fmt: skip
-    rows = {label: runs for label, runs in rows.items() if label != "base"}
-    of = rows, titles, series, threads, "updates, three skills"
-    return each_row(*of, width=3.3)
+    of = "base", titles, series, threads, "updates, three skills"
+    return each_row(rows, *of, width=3.3)
 
 
 def estimators(rows):
     titles = "new skill", "KL(student || teacher), nats a token"
     series = (new_of,), (itemgetter("kl_student_teacher"), "records")
-    # (the others have another schedule than this one)
-    rows = {label: runs for label, runs in rows.items() if label != "360 updates"}
-    draw = partial(line, lw=1.5)
-    return each_row(rows, titles, series, draw, "updates", width=3.7)
+    # (the others have another schedule than the row that is left out)
+    of = "360 updates", titles, series, partial(line, lw=1.5), "updates"
+    return each_row(rows, *of, width=3.7)
 
 
 def stages(axis, runs):
