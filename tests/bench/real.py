@@ -29,17 +29,15 @@ from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import measure
+import probes
 import torch
 
-HERE = Path(__file__).resolve().parent
-ROOT, RESULTS = HERE.parents[1], HERE / "results" / "real.json"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "exercises"), str(HERE)]
+import data
+import model
+import train
 
-import probes  # noqa: E402
-
-import data  # noqa: E402
-import model  # noqa: E402
-import train  # noqa: E402
+ROOT, RESULTS = measure.ROOT, Path(__file__).with_name("results") / "real.json"
 
 # ---- Facts about invented countries ------------------------------------------------
 
@@ -226,7 +224,7 @@ def run_cell(task, label, seed, args):
         "machine": results["machine"],
         "loss": [round(r["loss"], 3) for r in train.read_metrics(out) if "loss" in r],
     }  # fmt: skip
-    about |= measure(out / "model", rows, held_out, args)
+    about |= measure_model(out / "model", rows, held_out, args)
     if not args.keep:
         shutil.rmtree(work)
     return about
@@ -266,7 +264,7 @@ def share(right):
     return round(sum(right) / len(right), 3)
 
 
-def measure(saved, rows, held_out, args):
+def measure_model(saved, rows, held_out, args):
     """What a saved model has learnt and forgotten, and three responses to read."""
     prior, known = prior_rows(args), read_results()
     (gpt, tok), (base, _) = load(saved), load(args.folder)
