@@ -75,11 +75,7 @@ def hugging_face(theirs, prompts, lengths, n, u):
     return out[:, prompts.size(1) :]
 
 
-ENTRIES = {
-    "ours": (lambda model: model, ours),
-    "no cache": (lambda model: model, no_cache),
-    "HF generate": (to_hugging_face, hugging_face),
-}
+ENTRIES = {"ours": ours, "no cache": no_cache, "HF generate": hugging_face}
 
 
 @torch.no_grad()
@@ -103,9 +99,9 @@ def make(size, batch, n):
 
 def memory_of(name, size, batch, n):
     """Extra MB of one run, in this (measure.fresh) process."""
-    prepare, run = ENTRIES[name]
     model, prompts, u = make(size, batch, n)
-    model = prepare(model)
+    if (run := ENTRIES[name]) is hugging_face:
+        model = to_hugging_face(model)
     run(model, prompts[0][:1], prompts[1][:1], 2, u[:1, :2])  # code, threads: loaded
     return measure.extra_memory(lambda: run(model, *prompts, n, u))
 
@@ -124,12 +120,12 @@ def measure_cell(size, batch, n, copy, flop, args):
     print(f"{size} parameters, batch {batch}: ms for one token of each row")
     model, prompts, u = make(size, batch, n)
     runs, greedy = {}, {}
-    for name, (prepare, run) in ENTRIES.items():
+    for name, run in ENTRIES.items():
         slow = size == "124M" or (size, batch) == ("12M", 64)  # minutes a run
         if DEVICE == "cpu" and name == "no cache" and slow:
             continue
         try:
-            prepared = prepare(model)
+            prepared = to_hugging_face(model) if run is hugging_face else model
         except ImportError as error:
             print(f"  {name}: not installed ({error.name})")
             continue
