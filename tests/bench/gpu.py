@@ -38,6 +38,7 @@ from model import GPTConfig, generate
 
 SECONDS = 480  # in which all of it ends
 SMALL, QUICK = "--small" in sys.argv, SimpleNamespace(turns=5, quick=True)
+AS_ONE = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
 
 
 def tell(row, **values):
@@ -94,8 +95,7 @@ def tests():
     if DEVICE == "cuda" and torch.cuda.mem_get_info()[0] < 48e9:
         names += " and not two_to_the_31"
     job = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", names]
-    done = subprocess.run([*job, "tests/test_triton.py"], cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    done = subprocess.run([*job, "tests/test_triton.py"], cwd=ROOT, **AS_ONE)
     print(done.stdout[-4000:])
     counts = re.findall(r"(\d+) (passed|failed|skipped|error)", done.stdout)
     wrong = re.findall(r"(?:FAILED|ERROR) \S+::(\S+)", done.stdout)
@@ -186,10 +186,8 @@ PARTS = {  # name: what it does, and its seconds at most
 def run_part(name, seconds, folder):
     """Its rows, one of them what kept it from its end."""
     job = [sys.executable, "-u", os.path.abspath(__file__), "--part", name]
-    process = subprocess.Popen(
-        job + ["--small"] * SMALL, cwd=folder, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+    how = {"cwd": folder, "start_new_session": True, **AS_ONE}
+    process = subprocess.Popen(job + ["--small"] * SMALL, **how)
     timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
     timer.start()
     rows, last = [], "no output"
