@@ -144,10 +144,9 @@ def run(
     if start is not None:
         extra = [torch.load(start / "student.pt", weights_only=True)]
     way = m.train.Run(folder / "run", resume=True)
-    watched = {
-        group: {k: replace(x, examples=x.examples[:n]) for k, x in tasks[group].items()}
-        for group, n in WATCHED.items() if cfg.eval_every
-    }  # fmt: skip
+    watched = {group: {k: replace(x, examples=x.examples[:n])
+                       for k, x in tasks[group].items()}
+               for group, n in WATCHED.items() if cfg.eval_every}  # fmt: skip
     trainer.train(student, stages, watched, tok, cfg, way, *extra)
 
     saved, teacher = train.read_run(way.checkpoint)["models"], None

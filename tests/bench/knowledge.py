@@ -271,9 +271,8 @@ def make_tasks(world, seed, size, articles=None):
 # ---- Cells: the base, one arm ------------------------------------------------------
 
 # The base model goes on from train.py's own: smaller steps, each example seen once.
-MORE = replace(
-    train.BASE, steps=500, lr=1.5e-3, warmup_steps=50, dropout=0.1, micro_batches=4
-)
+MORE = replace(train.BASE, steps=500, lr=1.5e-3, warmup_steps=50, dropout=0.1,
+               micro_batches=4)  # fmt: skip
 QUESTIONS = 18 * 32  # in a training set: 32 about each fact
 SIZE = {False: 250, True: 18}  # questions of each kind that are asked; quick: fewer
 CAP = 16  # longest response, in tokens

@@ -156,10 +156,8 @@ N_TOKENS = 24  # longest response, everywhere
 BARE, SHOWN = data.student_prompt, data.teacher_prompt
 
 REQUEST = "\n\nAnswer the question in one short sentence."
-TEMPLATES = {
-    "paper": data.TEMPLATE,
-    "short": "Question: {prompt}\nAnswer: {demonstration}" + REQUEST,
-}
+TEMPLATES = {"paper": data.TEMPLATE,
+             "short": "Question: {prompt}\nAnswer: {demonstration}" + REQUEST}
 # of the questions of the prior; some as the template "short" begins and ends
 WORDINGS = "{}", "{} ", "Question: {}", "{}" + REQUEST, "Please help me with this: {}"
 TASKS = {"facts": make_facts, "rule": make_rule}
@@ -266,8 +264,7 @@ def share(right):
 
 def measure_model(saved, rows, held_out, args):
     """What a saved model has learnt and forgotten, and three responses to read."""
-    prior, known = prior_rows(args), read_results()
-    (gpt, tok), (base, _) = load(saved), load(args.folder)
+    prior, (gpt, tok), (base, _) = prior_rows(args), load(saved), load(args.folder)
     # one trained wording of each fact, or a third of the parts
     train_texts, train_right = respond(gpt, tok, rows[::3])
     texts, right = respond(gpt, tok, held_out)
@@ -283,7 +280,7 @@ def measure_model(saved, rows, held_out, args):
             [round(x, 3) for x in probes.by_position(base, student, *at)]
             for student in (base, gpt)
         ],
-        "firm": firm_share(prior, prior_right, known),
+        "firm": firm_share(prior, prior_right, read_results()),
         "train": share(train_right), "held_out": share(right),
         "prior": share(prior_right), "json_on_prior": share(record),
         "asked": len(asked(args)), "prior_questions": len(prior),
@@ -417,10 +414,8 @@ def train_cells(args):
     show_tables([args.what])
 
 
-DO = {
-    "gate": gates, "prior": prior_rows, "sampled": sampled, "wordings": wordings,
-    "tables": lambda args: show_tables(TASKS), **dict.fromkeys(TASKS, train_cells),
-}  # fmt: skip
+DO = {"gate": gates, "prior": prior_rows, "sampled": sampled, "wordings": wordings,
+      "tables": lambda args: show_tables(TASKS), **dict.fromkeys(TASKS, train_cells)}
 
 
 def main():
