@@ -200,8 +200,6 @@ def train_py(seed, folder, quick, base, flags):
     before, *ends = results.pop("evaluations")
     keep = "skill", "new", "prior", "kl_student_base", "kl_teacher_base"
     rows = [row for row in train.read_metrics(out) if "new" in row]
-    return {
-        "flags": flags, **results, "base": pick(before, "new", "prior"),
-        "stages": [pick(row, *keep) for row in ends],
-        "evaluations": [pick(row, "step", "new", "prior") for row in rows],
-    }  # fmt: skip
+    return {"flags": flags, **results, "base": pick(before, "new", "prior"),
+            "stages": [pick(row, *keep) for row in ends],
+            "evaluations": [pick(row, "step", "new", "prior") for row in rows]}

@@ -243,10 +243,8 @@ def onpolicy(rows):
     # who writes: from the teacher alone, over a mix, to the student alone
     taus = {label: label for label in rows if label.startswith("tau")}
     order = {"offpolicy 9e-5": "teacher", **taus, "sdft 9e-5": "student"}
-    reached = {
-        text: [x for x in values(rows[label], "updates to .9") if x < math.inf]
-        for label, text in order.items() if label in rows
-    }  # fmt: skip
+    reached = {text: [x for x in values(rows[label], "updates to .9") if x < math.inf]
+               for label, text in order.items() if label in rows}  # fmt: skip
     ends = {"teacher": colors["offpolicy"], "student": colors["sdft"]}
     dots(axes[2], {k: v for k, v in reached.items() if v}, ends)
     axes[2].set_xlim(left=0)
@@ -332,10 +330,8 @@ def stages(axis, runs):
     label_lines(axis)
 
 
-CURVES = {
-    "sdft curve": "SDFT", "sft curve": "SFT", "sdft 9e-5": "SDFT, 9e-5",
-    "sft 6e-4": "SFT, 6e-4", "sft 1e-4": "SFT, 1e-4", "dft 6e-4": "DFT, 6e-4",
-}  # fmt: skip
+CURVES = {"sdft curve": "SDFT", "sft curve": "SFT", "sdft 9e-5": "SDFT, 9e-5",
+          "sft 6e-4": "SFT, 6e-4", "sft 1e-4": "SFT, 1e-4", "dft 6e-4": "DFT, 6e-4"}
 
 
 def curves(rows):
