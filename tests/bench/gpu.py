@@ -6,9 +6,9 @@
 
 Each part is a process of its own with a time limit. What fails, or takes too long, is a
 row that says so, and the others go on. At the end come a table for the notebook, and
-its rows as one line of JSON. transformers and TRL are measured as well where they are
-installed. --check ends with 0 if it does, with 1 if not, with 2 if there is no such
-device: there have been silently wrong kernels (MPS: attention with a mask).
+its rows as one line of JSON. transformers, TRL and liger-kernel are measured where
+they are installed. --check ends with 0 if it does, with 1 if not, with 2 if there is no
+such device: there have been silently wrong kernels (MPS: attention with a mask).
 """
 
 import argparse

@@ -54,6 +54,18 @@ def trl_head(h, W, t, U):
     return backward_mean(out[0])
 
 
+def liger(s, t):
+    from liger_kernel.transformers.jsd import LigerJSD
+
+    return LigerJSD(0.0)(s.log_softmax(-1), t.log_softmax(-1))  # the mean
+
+
+def liger_head(h, W, t, U):
+    from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
+
+    return backward_mean(LigerFusedLinearJSD(0.0)(h, W, t, U, None))
+
+
 def our_head(h, W, t, U):
     loss, _ = chunked_kl(h, t, W, U, h.new_full((len(h),), 1 / len(h)))
     loss.backward()
@@ -73,12 +85,14 @@ ENTRIES = {
         "eager formula": partial(of_logits, kl_reference),
         "F.kl_div": partial(of_logits, torch_kl_div),
         "torch.compile": lambda *args: of_logits(compiler(), *args),
+        "Liger JSD": partial(of_logits, liger),
         "ours, fused_kl": in_place,
     },
     "head": {
         "eager formula": partial(of_heads, kl_reference),
         "torch.compile": lambda *args: of_heads(compiler(), *args),
         "TRL chunked_divergence": trl_head,
+        "Liger fused_linear_jsd": liger_head,
         "ours, chunked_kl": our_head,
     },
 }
