@@ -120,7 +120,6 @@ def first_failure(folder, name):
     """The first test that fails in a changed copy of the project, or None. Those that
     should notice run first, then all of the quick ones."""
     first = [f"tests/{each}.py" for each in FIRST[name]]
-    first = [each for each in first if (ROOT / each).exists()]
     for tests in (first, ["tests", *UNLIKE]):
         command = [sys.executable, *"-m pytest -x -q -p no:cacheprovider -m".split()]
         args = {"cwd": folder, "capture_output": True, "text": True}

@@ -106,11 +106,6 @@ def timed_training(method, student, examples, turns, **settings):
             "extra_mb": peak - run.before}  # fmt: skip
 
 
-def run_ours(method, batch, n, turns):
-    of = method, make_model(), make_examples(batch, n), turns
-    return timed_training(*of, max_new_tokens=n, **SETTINGS)
-
-
 def trl_trainer(folder, batch, n, steps):
     """Its SDFT trainer on our weights, words and settings; words are our tokens."""
     from datasets import Dataset
@@ -214,12 +209,13 @@ def check_losses(batch, n):
     return {"ours": ours, "trl": theirs}
 
 
-def entry(name, *sizes):
-    data.teacher_prompt = teacher_prompt  # sdft.py, too, now finds this one
+def entry(name, batch, n, *more):
+    data.teacher_prompt = teacher_prompt  # sdft.py now finds this one, too
     if name in ("sft", "sdft"):
-        return run_ours(name, *sizes)
+        of = name, make_model(), make_examples(batch, n), *more
+        return timed_training(*of, max_new_tokens=n, **SETTINGS)
     others = {"TRL sdft": run_trl, "our loss": our_loss, "TRL loss": trl_loss}
-    return others[name](*sizes)
+    return others[name](batch, n, *more)
 
 
 def flops_of(batch, n):
