@@ -837,11 +837,7 @@ def start_processes(args):
         torch.cuda.set_device(device)
     if len(several) == len(TORCHRUN):
         backend = "nccl" if device.type == "cuda" else "gloo"
-        kinds = signal.SIGINT, signal.SIGTERM  # end at once a wait for the others
-        handlers = [signal.signal(kind, signal.SIG_DFL) for kind in kinds]
         dist.init_process_group(backend)
-        for kind, handler in zip(kinds, handlers, strict=True):
-            signal.signal(kind, handler)
     threads = (0 if args.init else 2) if args.threads is None else args.threads
     if threads:
         torch.set_num_threads(threads)
