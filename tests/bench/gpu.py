@@ -53,8 +53,7 @@ def attempt(row, run):
         tell(row, error=error)
     for end, values in found.items():
         tell(row + end, **values)
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing on a CPU
     return error
 
 
@@ -152,8 +151,8 @@ def steps(method):
         return {"": {**rate, "ms": 1e3 * seconds, **parts, **gb}}
 
     for name, checkpointing in product(shapes, (0, 1)):
-        of = name, method, rows * n, dtype.itemsize, checkpointing
-        planned = memory.memory_of(*of)
+        of = rows * n, dtype.itemsize, checkpointing
+        planned = memory.memory_of(name, method, *of)
         if planned < train.free_memory(torch.device(DEVICE)):
             what = f"{name}, {rows} x ({memory.PROMPT} + {memory.RESPONSE}) tokens, "
             what += str(dtype)[6:] + ", --checkpointing" * checkpointing

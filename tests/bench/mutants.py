@@ -19,8 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FIRST = {  # the test files that should notice a change of a file
     "model": ("test_model", "test_kl", "test_pair", "test_pretrained"),
-    "sft": ("test_pair", "test_train"),
-    "sdft": ("test_pair", "test_train"),
+    "sft": ("test_pair", "test_train"), "sdft": ("test_pair", "test_train"),
     "data": ("test_data", "test_own_data", "test_own_run", "test_pretrained"),
     "train": ("test_train", "test_reliability", "test_faults", "test_own_run"),
 }

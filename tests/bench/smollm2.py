@@ -10,7 +10,6 @@ The wheel holds the model as GGUF, the format of llama.cpp, in 4 bits (Q4_1; emb
 
 import argparse
 import importlib.util as packages
-import sys
 from pathlib import Path
 
 
@@ -42,4 +41,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
