@@ -205,7 +205,7 @@ def grade_all(args, exs, places):
     """The lines of the table, each written when it is known."""
     bar = functools.partial(tqdm, total=len(places), disable=None, leave=False)
     with ThreadPoolExecutor(args.jobs) as pool, open(
-        args.to, "w", newline="", encoding="utf-8"
+        args.to, "x", newline="", encoding="utf-8"
     ) as file:
         made = pool.map(functools.partial(Submission, args.seconds), places)
         submissions = list(bar(made, desc="reading"))
@@ -244,6 +244,8 @@ def main(argv):
                         help="for one exercise of one submission (default: 60)")
     parser.add_argument("--jobs", type=int, default=2, help="at a time (default: 2)")
     args = parser.parse_args(argv)
+    if min(args.jobs, args.seconds) < 1:
+        raise KitError("--jobs and --seconds start at 1", "leave them out")
     exs = [kit.exercise(name) for name in args.only or kit.exercises()]
     folder = Path(args.submissions)
     found = sorted(folder.glob("[!._]*"))

@@ -286,7 +286,8 @@ class Work:
                 self.trees[file] = parse(text)
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
                 line, column = (getattr(error, k, 1) or 1 for k in ("lineno", "offset"))
-                text, what = getattr(error, "text", ""), getattr(error, "msg", error)
+                text, what = getattr(error, "text", ""), getattr(error, "msg", "")
+                what = what or str(error) or type(error).__name__
                 hint = (f"Python cannot read line {line}, `{(text or '').strip()}`, or "
                         "the line above: mend it and run again")  # fmt: skip
                 self.errors[file] = KitError(f"{path}:{line}:{column}: {what}", hint)

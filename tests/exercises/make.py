@@ -16,7 +16,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import kit
-from variants import KitError, Parser, guarded, source
+from variants import FILES, KitError, Parser, guarded, source
 
 STAND = {"missing": "not begun", "stub": "begun", "project": "untouched"}
 
@@ -107,6 +107,8 @@ def begin(exs, folder, force):
     there = kit.files_of(folder) if folder.is_dir() else {}
     for ex, file, name in [(x, *pair) for x in exs for pair in x.pairs]:
         path, outer = there.get(file, folder / file), name.split(".")[0]
+        if path.resolve() == FILES[file] / file:
+            raise KitError(f"{path} is the project's own", "--to mine, say")
         if path not in texts:
             texts[path] = kit.read_text(path) if file in there else bare_file(file, exs)
             before[path] = kit.Work({file: (str(path), texts[path])})

@@ -28,6 +28,8 @@ CASES = {
     "zipped": ({"mine/extra.py": E04}, 4, 0, ""),
     "half broken": ({"extra.py": "def x(:", "sft.py": E05}, 0, 5,
                     "extra.py:1:7: invalid syntax"),
+    "minus signs": ({"extra.py": f"x = {'-' * 20000}1", "sft.py": E05}, 0, 5,
+                    "extra.py:1:1:"),
     "spelt otherwise": ({"extra.py": E04.replace("response_mask", "responseMask")}, 0,
                         0, "line 2 of extra.py makes responseMask"),
     "no exercise": ({"notes.txt": "hello"}, 0, 0, "there is notes.txt"),
@@ -101,9 +103,15 @@ def test_the_table_has_what_was_handed_in_and_no_control_characters(graded):
     assert [tests[0][k] for k in ("name", "score", "max_score")] == ["e04", 3, 4], tests
 
 
-def test_a_folder_without_submissions_is_an_error_and_a_hint(tmp_path, capsys):
-    for folder in (tmp_path / "nothing", tmp_path):
-        argv = [str(folder), "--to", str(tmp_path / "x.csv")]
+def test_what_cannot_be_graded_or_would_be_overwritten_is_an_error(tmp_path, capsys):
+    write(tmp_path / "class", "a", {"sft.py": "x"})
+    (tmp_path / "there.csv").write_text("of last week")
+    for folder, to, *more in (
+        ("nothing", "x.csv"), (".", "x.csv/y"), ("class", "there.csv"),
+        ("class", "x.csv", "--jobs", "0"), ("class", "x.csv", "--seconds", "-1"),
+    ):  # fmt: skip
+        argv = [str(tmp_path / folder), "--to", str(tmp_path / to), *more]
         assert grade.guarded(grade.main, argv) == 2
+        assert (tmp_path / "there.csv").read_text() == "of last week"
         said = capsys.readouterr().err.splitlines()
         assert [line.split(":")[0] for line in said] == ["error", "hint"], said

@@ -73,6 +73,20 @@ def test_bad_input_is_an_error_and_a_hint(argv, capsys):
     assert [line.split(":")[0] for line in said] == ["error", "hint"], said
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize(("name", "folder"), [("e05", ROOT), ("e04", HERE)])
+def test_functions_of_the_project_itself_are_never_emptied(
+    name, folder, force, tmp_path, capsys, monkeypatch
+):
+    """By whatever path. (Where it writes, it writes nothing here.)"""
+    monkeypatch.setattr(Path, "write_text", None)
+    (tmp_path / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for to in (".", folder, tmp_path / "link"):
+        assert run(name, "--to", to, *force) == 2
+        assert "is the project's own\nhint: --to mine" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["E05", "e5", "5", "e05"])
 def test_an_id_may_be_short_and_in_capitals(name):
     assert kit.exercise(name).id == "e05"
