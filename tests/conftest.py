@@ -1,5 +1,6 @@
 """The tests import the project's files from the folder above this one."""
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -37,7 +38,8 @@ def pytest_addoption(parser):
     first, however it is called, and refuses options that it does not know."""
     parser.addoption("--all", action="store_true", help="also the slow tests")
     parser.addoption("--impl", metavar="FOLDER", help="grade the exercises in a folder")
-    parser.addoption("--seed", type=int, default=0, help="other inputs, same tests")
+    with contextlib.suppress(ValueError):  # a plugin has a --seed: it will do
+        parser.addoption("--seed", type=int, default=0, help="other inputs, same tests")
 
 
 def pytest_configure(config):

@@ -117,7 +117,7 @@ def project():
 
 @pytest.fixture
 def seed(request):
-    return request.config.getoption("--seed", 0)
+    return int(request.config.getoption("--seed", 0) or 0)
 
 
 @pytest.fixture

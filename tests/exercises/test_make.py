@@ -87,6 +87,14 @@ def test_functions_of_the_project_itself_are_never_emptied(
         assert "is the project's own\nhint: --to mine" in capsys.readouterr().err
 
 
+def test_a_plugin_of_pytest_may_have_a_seed_of_its_own(pytestconfig):
+    ours = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    parser = pytest.Parser(_ispytest=True)
+    parser.addoption("--seed")
+    ours.pytest_addoption(parser)
+    assert parser.parse(["--all", "--seed", "x"]).seed == "x"
+
+
 @pytest.mark.parametrize("name", ["E05", "e5", "5", "e05"])
 def test_an_id_may_be_short_and_in_capitals(name):
     assert kit.exercise(name).id == "e05"
