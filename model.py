@@ -334,6 +334,7 @@ def response_hidden(model, prompts, lengths, response, mask):
     place = lengths[:, None] + torch.arange(R, device=response.device)  # (B, R)
     idx = F.pad(prompts, (0, R))  # (B, P + R)
     idx = idx.scatter(1, place, response)  # each response follows its own prompt
+    row, column = (x.to(idx.device, non_blocking=True) for x in (row, column))
     return model.hidden(idx[:, :T])[row, column]  # (N, C)
 
 

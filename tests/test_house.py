@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "bench"))
 from mutants import MUTANTS  # noqa: E402
 
-LINES = {"model": 833, "sft": 201, "sdft": 240, "data": 1016, "train": 1283}
+LINES = {"model": 834, "sft": 201, "sdft": 240, "data": 1016, "train": 1283}
 LONGEST = {"sft": 70, "sdft": 74}  # lines of a function, where not 60: the whole loop
 
 
